@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: MIT
+// The CUDA ops: each launches on the given stream of the current device, and returns at once. A failed launch throws
+// std::runtime_error with the op's name and CUDA's words.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "../common/args.h"
+
+namespace tokred::cuda {
+
+// Device bytes that bipartite_match wants as args.workspace; 0 where one launch does it all.
+std::size_t match_workspace_bytes(const MatchArgs& args);
+void bipartite_match(const MatchArgs& args, cudaStream_t stream);
+void invert(const InvertArgs& args, cudaStream_t stream);
+void compose(const ComposeArgs& args, cudaStream_t stream);
+void merge(const MergeArgs& args, cudaStream_t stream);
+void merge_backward(const MergeBackwardArgs& args, cudaStream_t stream);
+void unmerge(const UnmergeArgs& args, cudaStream_t stream);
+
+}  // namespace tokred::cuda
