@@ -22,6 +22,7 @@ enum class Reduce : int { sum = 0, mean = 1, amax = 2 };
 // with stride k it is the k-th split (num_src = num_dst * (k - 1): the tail is in neither, and is dropped).
 // The first protected_src sources never join, the first protected_dst destinations are never joined.
 // The r best sources (similarity descending, ties to the lower source number) join their best destination.
+// protected_src > 0 comes with sources_by_index only, so that the protected sources lead the unmerged ones.
 // Slots after `first`, with unm the sources that did not join (by source number if sources_by_index, else by
 // descending similarity) and P = protected_dst:
 //   unm u  -> 2 u if u < P, else u + P

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""Choosing a backend: one predicate that says why one cannot serve a call, read by everything that asks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.backends import native
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+AUTO = "auto"
+OPS = ("bipartite_match", "merge", "merge_backward", "unmerge", "invert", "compose")
+TRITON_OPS = ("bipartite_match", "merge", "merge_backward", "unmerge")
+
+# What `auto` tries, in order, by device; the first that can serve the call, and has been shown right there, does.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
+VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
+
+_FAMILY = {"reference": "reference", "cpu": "native", "cuda": "native", "triton": "triton"}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS, "triton": _FLOATS}
+
+
+def _valid(name: str) -> str:
+    if name not in (AUTO, *BACKENDS):
+        raise ValueError(f"tokred_kernels: backend must be one of {', '.join((AUTO, *BACKENDS))}, got {name!r}")
+    return name
+
+
+_wanted = _valid(os.environ.get("TOKRED_BACKEND", AUTO))
+_chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
+_implementations: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+class use_backend:  # noqa: N801  (reads as a statement)
+    """Choose the backend for every op: at once and for good, or for a `with` block.
+
+    Args:
+        name: "reference", "cpu", "cuda", "triton", or "auto" (the best that is present for the tensors' device, and the
+            default; the environment variable TOKRED_BACKEND sets another default).
+
+    A backend that is named and cannot serve a call makes that call raise RuntimeError, saying why and what would work;
+    only "auto" looks further. The choice is the process's, not the thread's.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _wanted  # noqa: PLW0603
+        self._before = _wanted
+        _wanted = _valid(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _wanted  # noqa: PLW0603
+        _wanted = self._before
+
+
+def triton_interprets() -> bool:
+    """Whether Triton's interpreter is on, so that its kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `op` on tensors of this device and dtype; None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return 'triton is not installed (pip install "tokred_kernels[triton]")'
+        if device != "cuda" and not (device == "cpu" and triton_interprets()):
+            return f"triton kernels need a GPU tensor, got one on {device} (or set TRITON_INTERPRET=1 before importing)"
+        if op not in TRITON_OPS:
+            return f"{op} has no triton kernel"
+    else:
+        if native.MODULE is None:
+            return f"the native module is not there ({native.FAILURE}); reinstall the package"
+        if backend == "cuda" and native.CUDA is None:
+            return "this build has no CUDA kernels; reinstall with nvcc on the path and TOKRED_CUDA=1"
+        if device != backend:
+            return f"{backend} kernels need a {backend} tensor, got one on {device}"
+    if dtype not in _DTYPES[backend] and not (op in ("invert", "compose")):
+        return f"{backend} kernels take {', '.join(str(d)[6:] for d in _DTYPES[backend])}, got {str(dtype)[6:]}"
+    return None
+
+
+def best(op: str, tensor: Tensor) -> str:
+    """The backend that `auto` takes."""
+    return _choose(op, AUTO, tensor)
+
+
+def choose(op: str, tensor: Tensor) -> str:
+    """The backend that serves `op` on this tensor: the one asked for, or the best.
+
+    Raises:
+        RuntimeError: the one asked for cannot, with the reason and those that can.
+    """
+    return _choose(op, _wanted, tensor)
+
+
+def _choose(op: str, wanted: str, tensor: Tensor) -> str:
+    key = (op, wanted, tensor.device.type, tensor.dtype)
+    if key not in _chosen:
+        _chosen[key] = _decide(*key)
+    return _chosen[key]
+
+
+def _decide(op: str, wanted: str, device: str, dtype: torch.dtype) -> str:
+    if wanted == AUTO:
+        for backend in PREFERENCE.get(device, ("reference",)):
+            shown_right = device == "cpu" or backend == "reference" or op in VERIFIED.get(backend, [])
+            if shown_right and reason_against(op, backend, device, dtype) is None:
+                return backend
+    reason = reason_against(op, wanted, device, dtype)
+    if reason is not None:
+        able = [name for name in BACKENDS if reason_against(op, name, device, dtype) is None]
+        raise RuntimeError(
+            f'tokred_kernels.{op}: backend "{wanted}" was asked for and cannot serve this call: {reason}. '
+            f"What can: {', '.join(able)}"
+        )
+    return wanted
+
+
+def implementation(backend: str, op: str) -> Callable[..., Any]:
+    """The function of `backend` that computes `op`; imported at first use."""
+    key = (backend, op)
+    if key not in _implementations:
+        module = importlib.import_module(f"tokred_kernels.backends.{_FAMILY[backend]}.{op}")
+        _implementations[key] = getattr(module, op)
+    return _implementations[key]
+
+
+def show_config() -> str:
+    """Print (and return) what was built, for which architectures, and what each op would use."""
+    lines = [f"tokred_kernels with torch {torch.__version__}; backend: {_wanted}"]
+    if native.MODULE is None:
+        lines.append(f"native module: missing ({native.FAILURE})")
+    else:
+        lines.append(f"cpu kernels: {native.MODULE.cpu.instruction_set()}, {torch.get_num_threads()} threads")
+        architectures = native.MODULE.cuda_architectures
+        lines.append(f"cuda kernels: {architectures or 'not built'}")
+    lines.append(f"gpu: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+    width = max(map(len, OPS))
+    for device in ("cpu", "cuda"):
+        for op in OPS:
+            against = {b: reason_against(op, b, device, torch.float32) for b in BACKENDS if b != "reference"}
+            chosen = _decide(op, AUTO, device, torch.float32)
+            why = "; ".join(f"not {b}: {r}" for b, r in against.items() if r and b == device)
+            lines.append(f"  {device:4}  {op:{width}}  auto -> {chosen}{'  (' + why + ')' if why else ''}")
+    text = "\n".join(lines)
+    print(text)
+    return text

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""The C++ and CUDA kernels, through one pybind11 module that takes addresses: one adaptor an op serves both devices."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+MODULE: ModuleType | None = None
+CUDA: ModuleType | None = None
+FAILURE = ""
+
+try:  # after torch, so that the module's OpenMP is torch's own, and one thread pool serves both
+    MODULE = importlib.import_module("tokred_kernels._native")
+    CUDA = getattr(MODULE, "cuda", None)
+except ImportError as error:  # a source tree that was never built still has the reference; show_config tells
+    FAILURE = str(error)
+
+DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+REDUCE_CODE = {"sum": 0, "mean": 1, "amax": 2}
+
+
+def kernels(tensor: Tensor) -> ModuleType:
+    """The submodule for the tensor's device."""
+    return MODULE.cuda if tensor.is_cuda else MODULE.cpu  # type: ignore[union-attr]
+
+
+def stream(tensor: Tensor) -> int:
+    """Torch's current stream on the tensor's device, 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the data starts; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The (B, N, C) tensor itself where its rows lie at one stride and their elements side by side, else a copy."""
+    _, tokens, channels = tensor.shape
+    outer, stride, inner = tensor.stride()
+    if (inner == 1 or channels == 1) and (outer == tokens * stride or tensor.shape[0] == 1) and stride >= channels:
+        return tensor
+    return tensor.contiguous()

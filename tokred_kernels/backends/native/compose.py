@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: MIT
+"""One map after another, on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokred_kernels.backends.native import kernels, stream
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """See `ops.compose`."""
+    first, second = first.contiguous(), second.contiguous()
+    batch, tokens = first.shape
+    dest = first.new_empty((batch, tokens))
+    kernels(first).compose(
+        *(first.data_ptr(), second.data_ptr(), batch, tokens, second.shape[1], dest.data_ptr(), stream(first))
+    )
+    return dest

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: MIT
+"""The second view of a map, on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokred_kernels.backends.native import kernels, stream
+
+
+def invert(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.invert`."""
+    dest = dest.contiguous()
+    batch, tokens = dest.shape
+    members = dest.new_empty(batch * tokens)
+    begin = dest.new_empty((batch, num_out))
+    count = dest.new_empty((batch, num_out))
+    views = (members.data_ptr(), begin.data_ptr(), count.data_ptr())
+    kernels(dest).invert(dest.data_ptr(), batch, tokens, num_out, *views, stream(dest))
+    return members, begin, count

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""Merge, on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, rows, stream
+
+
+def merge(
+    x: Tensor,
+    weight: Tensor | None,
+    members: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    reduce: str,
+    weight_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.merge`: y (B, N', C), and (B, N') sums of weights, or an empty tensor where they are not wanted."""
+    x = rows(x)
+    batch, num_out = begin.shape
+    channels = x.shape[2]
+    y = x.new_empty((batch, num_out, channels))
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = x.new_empty((batch, num_out) if weight_sum else (0,), dtype=accumulator)
+    kernels(x).merge(
+        *(x.data_ptr(), x.stride(1), address(weight), members.data_ptr(), begin.data_ptr(), count.data_ptr()),
+        *(y.data_ptr(), sums.data_ptr() if weight_sum else 0, batch * num_out, channels),
+        *(DTYPE_CODE[x.dtype], REDUCE_CODE[reduce], stream(x)),
+    )
+    return y, sums

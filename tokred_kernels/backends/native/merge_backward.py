@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+"""The gradients of merge, on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, rows, stream
+
+
+def merge_backward(
+    grad_y: Tensor,
+    grad_weight_sum: Tensor | None,
+    x: Tensor | None,
+    y: Tensor | None,
+    weight: Tensor | None,
+    weight_sum: Tensor | None,
+    dest: Tensor,
+    members: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    reduce: str,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.merge`: the gradients of x (B, N, C) and weight (B, N), each empty where it is not needed."""
+    grad_y = grad_y.contiguous()
+    if grad_weight_sum is not None:
+        grad_weight_sum = grad_weight_sum.contiguous()
+    if x is not None:
+        x = rows(x)
+    (batch, tokens), (_, num_out, channels) = dest.shape, grad_y.shape
+    accumulator = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    grad_x = grad_y.new_empty((batch, tokens, channels) if need_x else (0,))
+    grad_weight = grad_y.new_empty((batch, tokens) if need_weight else (0,), dtype=accumulator)
+    kernels(grad_y).merge_backward(
+        *(grad_y.data_ptr(), address(grad_weight_sum), address(x), 0 if x is None else x.stride(1), address(y)),
+        *(address(weight), address(weight_sum), dest.data_ptr()),
+        *(members.data_ptr(), begin.data_ptr(), count.data_ptr()),
+        *(grad_x.data_ptr() if need_x else 0, grad_weight.data_ptr() if need_weight else 0),
+        *(batch, tokens, num_out, channels, DTYPE_CODE[grad_y.dtype], REDUCE_CODE[reduce], stream(grad_y)),
+    )
+    return grad_x, grad_weight

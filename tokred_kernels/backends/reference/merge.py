@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""Merge as scatter-adds: what the fused kernels must equal. Its gradients are autograd's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(
+    x: Tensor, weight: Tensor | None, dest: Tensor, num_out: int, reduce: str, weight_sum: bool
+) -> tuple[Tensor, Tensor | None]:
+    """See `ops.merge`: y (B, N', C), and the (B, N') sums of weights where they are wanted."""
+    batch, _, channels = x.shape
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    slot = torch.where(dest < 0, num_out, dest).long()[..., None]  # what is dropped goes to one slot more, cut off last
+    values = x.to(accumulator)
+    if reduce == "amax":
+        empty = values.new_zeros(batch, num_out + 1, channels)
+        index = slot.expand(-1, -1, channels)
+        return empty.scatter_reduce(1, index, values, "amax", include_self=False)[:, :num_out].to(x.dtype), None
+
+    ones = values.new_ones(batch, dest.shape[1], 1)
+    column = values.new_zeros(batch, num_out + 1, 1)
+    count = column.scatter_add(1, slot, ones)[:, :num_out]
+    total = count if weight is None else column.scatter_add(1, slot, weight[..., None])[:, :num_out]
+    if weight is not None:
+        values = values * weight[..., None]
+    sums = values.new_zeros(batch, num_out + 1, channels).scatter_add(1, slot.expand(-1, -1, channels), values)
+    y = sums[:, :num_out]
+    if reduce == "mean":
+        y = y / torch.where(count > 0, total, 1.0)  # a slot without members stays 0
+    return y.to(x.dtype), total[..., 0] if weight_sum else None

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""Argument checks that several ops share: each message names the op, the argument, what is accepted and what came."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_ROWS = 2**31 - 1  # rows are numbered in int32
+
+
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape as a plain tuple, for messages."""
+    return tuple(tensor.shape)
+
+
+def check_floating(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a dense tensor of a floating dtype that the kernels know."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"tokred_kernels.{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}; "
+            "cast it first"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a dense (strided) tensor, got {value.layout}")
+
+
+def check_tokens(op: str, name: str, value: Any) -> None:
+    """Raise unless `value` is a floating (B, N, C) tensor."""
+    check_floating(op, name, value)
+    if value.dim() != 3:
+        raise ValueError(f"tokred_kernels.{op}: {name} must be (B, N, C), got shape {shape(value)}")
+
+
+def check_metric(op: str, value: Any) -> None:
+    """Raise unless `value` is a floating (B, N, D) or (B, H, N, d) tensor."""
+    check_floating(op, "metric", value)
+    if value.dim() not in (3, 4):
+        raise ValueError(f"tokred_kernels.{op}: metric must be (B, N, D) or keys (B, H, N, d), got shape {shape(value)}")
+    if value.dim() == 4 and value.shape[1] == 0:
+        raise ValueError(f"tokred_kernels.{op}: metric must have at least one head, got shape {shape(value)}")
+
+
+def check_count(op: str, name: str, value: Any, least: int = 0) -> None:
+    """Raise unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"tokred_kernels.{op}: {name} must be an int, got {type(value).__name__} ({value!r})")
+    if value < least:
+        raise ValueError(f"tokred_kernels.{op}: {name} must be at least {least}, got {value}")
+
+
+def check_same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors are on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"tokred_kernels.{op}: {name} is on {value.device} but {other_name} is on {other.device}; "
+            "move them to one device"
+        )
+
+
+def prefix_length(op: str, num_prefix: int | None, class_token: bool, distill_token: bool) -> int | None:
+    """The number of protected leading tokens where `num_prefix` says it, None where ToMe's two flags do."""
+    if num_prefix is None:
+        return None
+    check_count(op, "num_prefix", num_prefix)
+    if class_token or distill_token:
+        raise ValueError(
+            f"tokred_kernels.{op}: give num_prefix or class_token/distill_token, not both, "
+            f"got num_prefix={num_prefix}, class_token={class_token}, distill_token={distill_token}"
+        )
+    return num_prefix

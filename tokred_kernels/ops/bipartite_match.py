@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""ToMe's bipartite soft matching, and the registered match op that every selector of its kind calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.checks import check_count, check_metric, prefix_length
+from tokred_kernels.ops.library import register
+from tokred_kernels.partition import Partition, every_other
+from tokred_kernels.token_map import TokenMap
+
+
+def bipartite_match(
+    metric: Tensor,
+    r: int,
+    *,
+    class_token: bool = False,
+    distill_token: bool = False,
+    num_prefix: int | None = None,
+) -> TokenMap:
+    """Choose the `r` most similar pairs of an even token and an odd token to merge (ToMe, section 3.1, algorithm 1).
+
+    Even tokens are sources, odd ones destinations. Each source takes the destination of highest cosine similarity, in
+    float32; the `r` sources of highest similarity join theirs. Ties go to the lower index. A token of norm zero has
+    similarity 0 to all, and NaN never wins over a number. The slots are the unmerged sources, by descending similarity
+    (by index where a prefix is protected), then the destinations by index.
+
+    Args:
+        metric: (B, N, D), or the keys of all heads (B, H, N, d), whose mean is taken. Not differentiated.
+        r: how many tokens to remove, at most half of the unprotected ones: more is cut to that.
+        class_token: token 0 is never merged.
+        distill_token: token 1 is never merged, and stays second.
+        num_prefix: protects so many leading tokens, in place of the two flags: they come first in the output, in order.
+
+    Returns:
+        A TokenMap from N to N - min(r, (N - protected) // 2) slots; the identity where that is N.
+
+    Raises:
+        TypeError: `metric` is no floating tensor, or `r` no int.
+        ValueError: wrong rank, `r < 0`, or `num_prefix` together with a flag.
+        RuntimeError: the backend asked for cannot serve the call.
+
+    O(N^2 D) operations and O(N) memory in the kernels.
+    """
+    check_metric("bipartite_match", metric)
+    check_count("bipartite_match", "r", r)
+    prefix = prefix_length("bipartite_match", num_prefix, class_token, distill_token)
+    return match(metric, every_other(metric.shape[-2], r, prefix, class_token, distill_token))
+
+
+def match(metric: Tensor, partition: Partition | None) -> TokenMap:
+    """The map that `partition` gives on `metric`; None is the identity."""
+    if partition is None:
+        return TokenMap.identity(metric.shape[0], metric.shape[-2], metric.device)
+    if metric.requires_grad:
+        metric = metric.detach()
+    backend = backends.choose("bipartite_match", metric)
+    if backend == "reference":
+        return TokenMap(backends.implementation("reference", "bipartite_match")(metric, partition), partition.num_out)
+    # Field by field: unpacking through a property or a method costs as much as the whole call.
+    first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, sources, destinations = partition
+    dest, members, begin, count = _match(
+        metric,
+        *(sources, destinations, first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, backend),
+    )
+    return TokenMap(dest, first + num_src - r + num_dst, members, begin, count)
+
+
+def _implementation(
+    metric: Tensor,
+    sources: Tensor | None,
+    destinations: Tensor | None,
+    first: int,
+    stride: int,
+    num_src: int,
+    num_dst: int,
+    protected_src: int,
+    protected_dst: int,
+    sources_by_index: bool,
+    r: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    partition = Partition(
+        *(first, stride, num_src, num_dst, protected_src, protected_dst, sources_by_index, r, sources, destinations)
+    )
+    return backends.implementation(backend, "bipartite_match")(metric, partition)
+
+
+def _fake(
+    metric: Tensor,
+    sources: Tensor | None,
+    destinations: Tensor | None,
+    first: int,
+    stride: int,
+    num_src: int,
+    num_dst: int,
+    protected_src: int,
+    protected_dst: int,
+    sources_by_index: bool,
+    r: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    slots = (batch, first + num_src - r + num_dst)
+    return (
+        metric.new_empty((batch, tokens), dtype=torch.int32),
+        metric.new_empty(batch * tokens, dtype=torch.int32),
+        metric.new_empty(slots, dtype=torch.int32),
+        metric.new_empty(slots, dtype=torch.int32),
+    )
+
+
+_match = register(
+    "bipartite_match(Tensor metric, Tensor? sources, Tensor? destinations, SymInt first, SymInt stride, "
+    "SymInt num_src, SymInt num_dst, SymInt protected_src, SymInt protected_dst, bool sources_by_index, SymInt r, "
+    "str backend) -> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
+    _implementation,
+    _fake,
+)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""One token map after another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.ops.library import register
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """`dest` (B, N) of the map `first` (B, N), into N1 slots, followed by `second` (B, N1): what either drops is dropped.
+
+    As with `invert`, always on the best backend present.
+    """
+    backend = backends.best("compose", first)
+    if backend == "reference":
+        return backends.implementation("reference", "compose")(first, second)
+    return _compose(first, second, backend)
+
+
+def _implementation(first: Tensor, second: Tensor, backend: str) -> Tensor:
+    return backends.implementation(backend, "compose")(first, second)
+
+
+def _fake(first: Tensor, second: Tensor, backend: str) -> Tensor:
+    return first.new_empty(first.shape, dtype=torch.int32)
+
+
+_compose = register("compose(Tensor first, Tensor second, str backend) -> Tensor", _implementation, _fake)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""From `dest` to the members of each slot: the second view of a token map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.ops.library import register
+
+
+def invert(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`members` (B * N), `begin` (B, N') and `count` (B, N') of `dest` (B, N), all int32.
+
+    Whole numbers are the same on every backend, so this always takes the best one present: `use_backend` does not
+    govern it.
+    """
+    backend = backends.best("invert", dest)
+    if backend == "reference":
+        return backends.implementation("reference", "invert")(dest, num_out)
+    return _invert(dest, num_out, backend)
+
+
+def _implementation(dest: Tensor, num_out: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.implementation(backend, "invert")(dest, num_out)
+
+
+def _fake(dest: Tensor, num_out: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    slots = (dest.shape[0], num_out)
+    return (
+        dest.new_empty(dest.shape[0] * dest.shape[1], dtype=torch.int32),
+        dest.new_empty(slots, dtype=torch.int32),
+        dest.new_empty(slots, dtype=torch.int32),
+    )
+
+
+_invert = register(
+    "invert(Tensor dest, SymInt num_out, str backend) -> (Tensor members, Tensor begin, Tensor count)",
+    _implementation,
+    _fake,
+)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: MIT
+"""Merge: one segment reduce along a token map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.checks import check_floating, check_same_device, check_tokens, shape
+from tokred_kernels.ops.library import once, register
+from tokred_kernels.token_map import TokenMap
+
+REDUCES = ("mean", "sum", "amax")
+
+
+def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tensor | None = None) -> Tensor:
+    """Reduce the tokens that share a slot to one.
+
+    Args:
+        x: (B, N, C).
+        token_map: from N tokens to N' slots.
+        reduce: "mean", "sum" or "amax". With weights w, mean is sum(w x) / sum(w) and sum is sum(w x). Sums are kept in
+            float32 (float64 for float64) and rounded once.
+        weight: (B, N) or (B, N, 1), float32 whatever x is (other floats are converted); not with "amax".
+
+    Returns:
+        (B, N', C) in x's dtype. A slot without members is 0. NaN in, NaN out.
+
+    Differentiable once in `x` and `weight`. "amax" divides its gradient evenly between the members that tie.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: wrong shapes, an unknown `reduce`, a weight with "amax", or tensors on several devices.
+        RuntimeError: the backend asked for cannot serve the call.
+
+    One pass: reads `x` once and writes the result once.
+    """
+    check_against_map("merge", x, token_map)
+    if reduce not in REDUCES:
+        raise ValueError(f"tokred_kernels.merge: reduce must be one of {', '.join(REDUCES)}, got {reduce!r}")
+    if weight is not None:
+        if reduce == "amax":
+            raise ValueError('tokred_kernels.merge: weight must be None with reduce="amax": a maximum has no weights')
+        weight = prepare_weight("merge", "weight", weight, x)
+    return segment_reduce(x, token_map, weight, reduce, weight_sum=False)[0]
+
+
+def check_against_map(op: str, x: Any, token_map: Any) -> None:
+    """Raise unless x is (B, N, C) with the map's B, N and device."""
+    check_tokens(op, "x", x)
+    if not isinstance(token_map, TokenMap):
+        raise TypeError(f"tokred_kernels.{op}: token_map must be a TokenMap, got {type(token_map).__name__}")
+    if x.shape[:2] != token_map.dest.shape:
+        raise ValueError(
+            f"tokred_kernels.{op}: token_map must be made for x's B and N: x is {shape(x)}, "
+            f"the map is of {token_map.batch} images with {token_map.num_tokens} tokens"
+        )
+    check_same_device(op, "token_map", token_map.dest, "x", x)
+
+
+def prepare_weight(op: str, name: str, weight: Any, x: Tensor) -> Tensor:
+    """The weight as a contiguous (B, N) in the dtype that sums are kept in; differentiable."""
+    check_floating(op, name, weight)
+    if weight.shape != x.shape[:2] and weight.shape != (*x.shape[:2], 1):
+        batch, tokens, _ = shape(x)
+        raise ValueError(
+            f"tokred_kernels.{op}: {name} must be {(batch, tokens)} or {(batch, tokens, 1)} as x is {shape(x)}, "
+            f"got {shape(weight)}"
+        )
+    check_same_device(op, name, weight, "x", x)
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if weight.dtype != accumulator:
+        weight = weight.to(accumulator)
+    return weight.reshape(x.shape[:2]).contiguous()
+
+
+def segment_reduce(
+    x: Tensor, token_map: TokenMap, weight: Tensor | None, reduce: str, weight_sum: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Merge without checks: y (B, N', C), and the sum of weights (B, N') where it is wanted."""
+    backend = backends.choose("merge", x)
+    if backend == "reference":
+        reference = backends.implementation("reference", "merge")
+        return reference(x, weight, token_map.dest, token_map.num_out, reduce, weight_sum)
+    members, begin, count = token_map.views()
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        y, total = _Merge.apply(x, weight, token_map.dest, members, begin, count, reduce, weight_sum, backend)
+    else:
+        y, total = _merge(x, weight, members, begin, count, reduce, weight_sum, backend)
+    return y, total if weight_sum else None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        dest: Tensor,
+        members: Tensor,
+        begin: Tensor,
+        count: Tensor,
+        reduce: str,
+        weight_sum: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        need_weight = weight is not None and ctx.needs_input_grad[1]
+        y, total = _merge(x, weight, members, begin, count, reduce, weight_sum or weight is not None, backend)
+        keep_x = x if need_weight or reduce == "amax" else None
+        keep_y = y if (need_weight and reduce == "mean") or reduce == "amax" else None
+        keep_total = None if weight is None else total
+        ctx.save_for_backward(keep_x, keep_y, weight, keep_total, dest, members, begin, count)
+        ctx.reduce, ctx.backend, ctx.weight_sum = reduce, backend, weight_sum
+        if weight is None:
+            ctx.mark_non_differentiable(total)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, y, weight, total, dest, members, begin, count = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        if weight is None or not ctx.weight_sum:
+            grad_total = None
+        with torch.no_grad():
+            grad_x, grad_weight = _merge_backward(
+                *(grad_y, grad_total, x, y, weight, total, dest, members, begin, count),
+                *(ctx.reduce, need_x, need_weight, ctx.backend),
+            )
+        grad_x = once("merge", grad_x, grad_y) if need_x else None
+        grad_weight = once("merge", grad_weight, grad_y) if need_weight else None
+        return grad_x, grad_weight, None, None, None, None, None, None, None
+
+
+def _implementation(
+    x: Tensor,
+    weight: Tensor | None,
+    members: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    reduce: str,
+    weight_sum: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return backends.implementation(backend, "merge")(x, weight, members, begin, count, reduce, weight_sum)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    members: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    reduce: str,
+    weight_sum: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.new_empty((*begin.shape, x.shape[2]))
+    return y, x.new_empty(begin.shape if weight_sum else (0,), dtype=accumulator)
+
+
+def _backward_implementation(
+    grad_y: Tensor,
+    grad_weight_sum: Tensor | None,
+    x: Tensor | None,
+    y: Tensor | None,
+    weight: Tensor | None,
+    weight_sum: Tensor | None,
+    dest: Tensor,
+    members: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    reduce: str,
+    need_x: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return backends.implementation(backend, "merge_backward")(
+        *(grad_y, grad_weight_sum, x, y, weight, weight_sum, dest, members, begin, count, reduce, need_x, need_weight)
+    )
+
+
+def _backward_fake(
+    grad_y: Tensor,
+    grad_weight_sum: Tensor | None,
+    x: Tensor | None,
+    y: Tensor | None,
+    weight: Tensor | None,
+    weight_sum: Tensor | None,
+    dest: Tensor,
+    members: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    reduce: str,
+    need_x: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    accumulator = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    return (
+        grad_y.new_empty((*dest.shape, grad_y.shape[2]) if need_x else (0,)),
+        grad_y.new_empty(dest.shape if need_weight else (0,), dtype=accumulator),
+    )
+
+
+_merge = register(
+    "merge(Tensor x, Tensor? weight, Tensor members, Tensor begin, Tensor count, str reduce, bool weight_sum, "
+    "str backend) -> (Tensor y, Tensor weight_sum)",
+    _implementation,
+    _fake,
+)
+_merge_backward = register(
+    "merge_backward(Tensor grad_y, Tensor? grad_weight_sum, Tensor? x, Tensor? y, Tensor? weight, Tensor? weight_sum, "
+    "Tensor dest, Tensor members, Tensor begin, Tensor count, str reduce, bool need_x, bool need_weight, "
+    "str backend) -> (Tensor grad_x, Tensor grad_weight)",
+    _backward_implementation,
+    _backward_fake,
+)

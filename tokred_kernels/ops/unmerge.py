@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""Unmerge: one gather along a token map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.checks import check_same_device, check_tokens, shape
+from tokred_kernels.ops.library import once, register
+from tokred_kernels.ops.merge import _merge
+from tokred_kernels.token_map import TokenMap
+
+
+def unmerge(y: Tensor, token_map: TokenMap) -> Tensor:
+    """Give every token the value of its slot: back to N tokens, in their first order (ToMe, appendix D; ALGM, 3.4).
+
+    Args:
+        y: (B, N', C), one row a slot.
+        token_map: from N tokens to N' slots; composed by `then`, it goes back several layers at once.
+
+    Returns:
+        (B, N, C) in y's dtype; 0 where the token was dropped.
+
+    Differentiable once in `y`: the gradient is the sum over each slot's members.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: `y` is not (B, N', C) as the map says, or is on another device.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    check_tokens("unmerge", "y", y)
+    if not isinstance(token_map, TokenMap):
+        raise TypeError(f"tokred_kernels.unmerge: token_map must be a TokenMap, got {type(token_map).__name__}")
+    if y.shape[0] != token_map.dest.shape[0] or y.shape[1] != token_map.num_out:
+        raise ValueError(
+            f"tokred_kernels.unmerge: token_map must be made for y's B and N': y is {shape(y)}, "
+            f"the map is of {token_map.batch} images with {token_map.num_out} slots"
+        )
+    check_same_device("unmerge", "token_map", token_map.dest, "y", y)
+    backend = backends.choose("unmerge", y)
+    if backend == "reference":
+        return backends.implementation("reference", "unmerge")(y, token_map.dest)
+    if torch.is_grad_enabled() and y.requires_grad:
+        return _Unmerge.apply(y, token_map.dest, *token_map.views(), backend)
+    return _unmerge(y, token_map.dest, backend)
+
+
+class _Unmerge(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, dest: Tensor, members: Tensor, begin: Tensor, count: Tensor, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(members, begin, count)
+        ctx.backend = backend
+        return _unmerge(y, dest, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grad_y, _ = _merge(grad_x, None, *ctx.saved_tensors, "sum", False, ctx.backend)
+        return once("unmerge", grad_y, grad_x), None, None, None, None, None
+
+
+def _implementation(y: Tensor, dest: Tensor, backend: str) -> Tensor:
+    return backends.implementation(backend, "unmerge")(y, dest)
+
+
+def _fake(y: Tensor, dest: Tensor, backend: str) -> Tensor:
+    return y.new_empty((*dest.shape, y.shape[2]))
+
+
+_unmerge = register("unmerge(Tensor y, Tensor dest, str backend) -> Tensor", _implementation, _fake)

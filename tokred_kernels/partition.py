@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""Which tokens may join which: the one argument by which all the selectors built on the match kernel differ."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Partition(NamedTuple):
+    """Sources, destinations, what is protected, and how the slots are laid out; csrc/common/args.h has the formulas.
+
+    Either `sources` and `destinations` list tokens, (B, num_src) and (B, num_dst) int32, or both are None and they are
+    arithmetic: after `first` untouched tokens, the last of every `stride` tokens is a destination.
+    """
+
+    first: int
+    stride: int
+    num_src: int
+    num_dst: int
+    protected_src: int
+    protected_dst: int
+    sources_by_index: bool
+    r: int
+    sources: Tensor | None = None
+    destinations: Tensor | None = None
+
+    @property
+    def num_out(self) -> int:
+        """N', the number of slots."""
+        return self.first + self.num_src - self.r + self.num_dst
+
+
+def every_other(tokens: int, r: int, prefix: int | None, class_token: bool, distill_token: bool) -> Partition | None:
+    """ToMe's split into even sources and odd destinations; None where nothing can be merged.
+
+    `prefix` protects that many leading tokens; where it is None, ToMe's own two flags do.
+    """
+    if prefix is None:
+        protected_src, protected_dst, by_index = int(class_token), int(distill_token), class_token
+    else:
+        protected_src, protected_dst, by_index = (prefix + 1) // 2, prefix // 2, prefix > 0
+    r = min(r, (tokens - protected_src - protected_dst) // 2)
+    if r <= 0:
+        return None
+    num_dst = tokens // 2
+    return Partition(0, 2, tokens - num_dst, num_dst, protected_src, protected_dst, by_index, r)
+
+
+def every_kth(tokens: int, k: int, prefix: int) -> Partition:
+    """The last of every `k` tokens after the prefix is a destination, all the others join, the tail is dropped."""
+    num_dst = (tokens - prefix) // k
+    num_src = num_dst * (k - 1)
+    return Partition(prefix, k, num_src, num_dst, 0, 0, False, num_src)
