@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT
+// Maps: a counting sort and a gather of whole numbers, the same for every instruction set.
+#include "maps.h"
+
+#include <algorithm>
+
+#include "ops.h"
+
+namespace tokred::cpu {
+namespace {
+
+// Fewer tokens than this in all are not worth a second thread.
+constexpr int64_t kSerialTokens = 16 * 1024;
+
+}  // namespace
+
+void invert_image(const int32_t* dest, int64_t image, int64_t tokens, int64_t num_out, int32_t* members, int32_t* begin,
+                  int32_t* count) {
+  const int32_t row = static_cast<int32_t>(image * tokens);
+  std::fill(count, count + num_out, 0);
+  for (int64_t n = 0; n < tokens; ++n) {
+    if (dest[n] >= 0) ++count[dest[n]];
+  }
+  int32_t used = 0;
+  for (int64_t s = 0; s < num_out; ++s) {
+    begin[s] = used;  // relative for now: it walks as the slot fills
+    used += count[s];
+  }
+  for (int64_t n = 0; n < tokens; ++n) {
+    if (dest[n] >= 0) members[begin[dest[n]]++] = row + static_cast<int32_t>(n);
+  }
+  std::fill(members + used, members + tokens, -1);
+  for (int64_t s = 0; s < num_out; ++s) begin[s] += row - count[s];
+}
+
+void invert(const InvertArgs& a) {
+#pragma omp parallel for schedule(static) if (a.images * a.tokens > kSerialTokens)
+  for (int64_t b = 0; b < a.images; ++b) {
+    invert_image(a.dest + b * a.tokens, b, a.tokens, a.num_out, a.members + b * a.tokens, a.begin + b * a.num_out,
+                 a.count + b * a.num_out);
+  }
+}
+
+void compose(const ComposeArgs& a) {
+#pragma omp parallel for schedule(static) if (a.images * a.tokens > kSerialTokens)
+  for (int64_t b = 0; b < a.images; ++b) {
+    const int32_t* first = a.first + b * a.tokens;
+    const int32_t* second = a.second + b * a.middle;
+    for (int64_t n = 0; n < a.tokens; ++n) a.dest[b * a.tokens + n] = first[n] < 0 ? -1 : second[first[n]];
+  }
+}
+
+}  // namespace tokred::cpu

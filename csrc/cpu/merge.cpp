@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+// Merge: every output row is owned by one thread and summed over its members in order, so the result never depends on
+// the number of threads.
+#include <algorithm>
+#include <cmath>
+
+#include "element.h"
+
+TOKRED_KERNELS_BEGIN
+namespace {
+
+// y = x / 1: what the mean over one member comes to, whatever its weight, unless that is 0, infinite or NaN.
+template <class Sum>
+bool cancels(Sum weight) {
+  return weight != 0 && std::isfinite(weight);
+}
+
+template <class T, Reduce kReduce>
+void reduce_row(const MergeArgs& a, int64_t row) {
+  using E = Element<T>;
+  using Sum = typename E::Sum;
+  const T* x = static_cast<const T*>(a.x);
+  const Sum* weight = static_cast<const Sum*>(a.weight);
+  T* y = static_cast<T*>(a.y) + row * a.channels;
+  const int32_t* members = a.members + a.begin[row];
+  const int32_t count = a.count[row];
+
+  Sum total = 0;
+  for (int32_t m = 0; m < count; ++m) total += weight ? weight[members[m]] : Sum(1);
+  if (a.weight_sum) static_cast<Sum*>(a.weight_sum)[row] = total;
+
+  if (count == 1 && (!weight || (kReduce == Reduce::mean && cancels(total)))) {
+    std::memcpy(y, x + members[0] * a.x_stride, a.channels * sizeof(T));
+    return;
+  }
+  for (int64_t start = 0; start < a.channels; start += kChannelBlock) {
+    const int64_t n = std::min(kChannelBlock, a.channels - start);
+    Sum sums[kChannelBlock];
+    std::fill(sums, sums + n, Sum(0));
+    for (int32_t m = 0; m < count; ++m) {
+      const T* values = x + members[m] * a.x_stride + start;
+      if constexpr (kReduce == Reduce::amax) {
+        if (m == 0) {
+#pragma omp simd
+          for (int64_t c = 0; c < n; ++c) sums[c] = E::load(values[c]);
+        } else {
+#pragma omp simd
+          for (int64_t c = 0; c < n; ++c) {
+            const Sum value = E::load(values[c]);
+            // A NaN replaces a number, and no number replaces a NaN.
+            sums[c] = (value > sums[c]) | (value != value) ? value : sums[c];
+          }
+        }
+      } else if (weight) {
+        const Sum w = weight[members[m]];
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) sums[c] += w * E::load(values[c]);
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) sums[c] += E::load(values[c]);
+      }
+    }
+    const Sum divisor = kReduce == Reduce::mean && count > 0 ? total : Sum(1);
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) y[start + c] = E::store(sums[c] / divisor);
+  }
+}
+
+template <class T, Reduce kReduce>
+void merge_rows(const MergeArgs& a) {
+  const bool parallel = a.rows_out * a.channels * static_cast<int64_t>(sizeof(T)) > kSerialBytes;
+#pragma omp parallel for schedule(static) if (parallel)
+  for (int64_t row = 0; row < a.rows_out; ++row) reduce_row<T, kReduce>(a, row);
+}
+
+}  // namespace
+
+void merge(const MergeArgs& a) {
+  with_element(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    switch (a.reduce) {
+      case Reduce::sum:
+        return merge_rows<T, Reduce::sum>(a);
+      case Reduce::mean:
+        return merge_rows<T, Reduce::mean>(a);
+      case Reduce::amax:
+        return merge_rows<T, Reduce::amax>(a);
+    }
+  });
+}
+
+TOKRED_KERNELS_END

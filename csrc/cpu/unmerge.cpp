@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MIT
+// Unmerge: a gather of rows.
+#include "element.h"
+
+TOKRED_KERNELS_BEGIN
+
+void unmerge(const UnmergeArgs& a) {
+  with_element(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* y = static_cast<const T*>(a.y);
+    T* x = static_cast<T*>(a.x);
+    const int64_t rows = a.images * a.tokens;
+    const std::size_t bytes = a.channels * sizeof(T);
+    const bool parallel = rows * static_cast<int64_t>(bytes) > kSerialBytes;
+#pragma omp parallel for schedule(static) if (parallel)
+    for (int64_t row = 0; row < rows; ++row) {
+      T* out = x + row * a.channels;
+      const int32_t slot = a.dest[row];
+      if (slot < 0) {
+        std::memset(static_cast<void*>(out), 0, bytes);
+      } else {
+        std::memcpy(out, y + (row / a.tokens * a.num_out + slot) * a.y_stride, bytes);
+      }
+    }
+  });
+}
+
+TOKRED_KERNELS_END
