@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
+from tokred_kernels.backends.reference import bipartite_match as reference
 from tokred_kernels.checks import check_count, check_metric, prefix_length
 from tokred_kernels.ops.library import register
 from tokred_kernels.partition import Partition, every_other
@@ -59,7 +60,7 @@ def match(metric: Tensor, partition: Partition | None) -> TokenMap:
         metric = metric.detach()
     backend = backends.choose("bipartite_match", metric)
     if backend == "reference":
-        return TokenMap(backends.implementation("reference", "bipartite_match")(metric, partition), partition.num_out)
+        return TokenMap(reference.bipartite_match(metric, partition), partition.num_out)
     # Field by field: unpacking through a property or a method costs as much as the whole call.
     first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, sources, destinations = partition
     dest, members, begin, count = _match(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
+from tokred_kernels.backends.reference import invert as reference
 from tokred_kernels.ops.library import register
 
 
@@ -18,7 +19,7 @@ def invert(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     backend = backends.best("invert", dest)
     if backend == "reference":
-        return backends.implementation("reference", "invert")(dest, num_out)
+        return reference.invert(dest, num_out)
     return _invert(dest, num_out, backend)
 
 

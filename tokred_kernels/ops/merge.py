@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
+from tokred_kernels.backends.reference import merge as reference
 from tokred_kernels.checks import check_floating, check_same_device, check_tokens, shape
 from tokred_kernels.ops.library import once, register
 from tokred_kernels.token_map import TokenMap
@@ -83,8 +84,7 @@ def segment_reduce(
     """Merge without checks: y (B, N', C), and the sum of weights (B, N') where it is wanted."""
     backend = backends.choose("merge", x)
     if backend == "reference":
-        reference = backends.implementation("reference", "merge")
-        return reference(x, weight, token_map.dest, token_map.num_out, reduce, weight_sum)
+        return reference.merge(x, weight, token_map.dest, token_map.num_out, reduce, weight_sum)
     members, begin, count = token_map.views()
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         y, total = _Merge.apply(x, weight, token_map.dest, members, begin, count, reduce, weight_sum, backend)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
+from tokred_kernels.backends.reference import unmerge as reference
 from tokred_kernels.checks import check_same_device, check_tokens, shape
 from tokred_kernels.ops.library import once, register
 from tokred_kernels.ops.merge import _merge
@@ -43,7 +44,7 @@ def unmerge(y: Tensor, token_map: TokenMap) -> Tensor:
     check_same_device("unmerge", "token_map", token_map.dest, "y", y)
     backend = backends.choose("unmerge", y)
     if backend == "reference":
-        return backends.implementation("reference", "unmerge")(y, token_map.dest)
+        return reference.unmerge(y, token_map.dest)
     if torch.is_grad_enabled() and y.requires_grad:
         return _Unmerge.apply(y, token_map.dest, *token_map.views(), backend)
     return _unmerge(y, token_map.dest, backend)

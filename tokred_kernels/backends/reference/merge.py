@@ -16,9 +16,12 @@ def merge(
     slot = torch.where(dest < 0, num_out, dest).long()[..., None]  # what is dropped goes to one slot more, cut off last
     values = x.to(accumulator)
     if reduce == "amax":
-        empty = values.new_zeros(batch, num_out + 1, channels)
+        # From -inf, not from 0 with include_self=False: there torch counts the 0 among the ties of its gradient.
+        lowest = values.new_full((batch, num_out + 1, channels), -torch.inf)
         index = slot.expand(-1, -1, channels)
-        return empty.scatter_reduce(1, index, values, "amax", include_self=False)[:, :num_out].to(x.dtype), None
+        y = lowest.scatter_reduce(1, index, values, "amax", include_self=True)[:, :num_out]
+        filled = torch.zeros_like(lowest[..., :1]).scatter(1, slot, 1.0)[:, :num_out]
+        return torch.where(filled > 0, y, 0.0).to(x.dtype), None
 
     ones = values.new_ones(batch, dest.shape[1], 1)
     column = values.new_zeros(batch, num_out + 1, 1)
