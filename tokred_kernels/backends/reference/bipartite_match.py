@@ -88,4 +88,11 @@ def build_dest(best: Tensor, index: Tensor, num_tokens: int, partition: Partitio
 
 def descending(scores: Tensor) -> Tensor:
     """The order (B, n) of scores from high to low, ties by index."""
-    return scores.argsort(dim=1, descending=True, stable=True)
+    if not torch.compiler.is_exporting():
+        return scores.argsort(dim=1, descending=True, stable=True)
+    # ONNX has no stable sort. Here a score's rank is the number of those that go before it, so ties are by index in
+    # whatever runtime the graph comes to; the same order, for O(n^2) comparisons.
+    index = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None, :]
+    before = (other > mine) | ((other == mine) & (index < index[:, None]))
+    return torch.zeros_like(scores, dtype=torch.int64).scatter(1, before.sum(-1), index.expand(scores.shape))

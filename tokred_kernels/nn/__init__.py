@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Modules and layer functions of the token-reduction systems, made of the package's ops."""
