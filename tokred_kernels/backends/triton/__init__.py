@@ -30,7 +30,7 @@ def narrow(value, dtype: tl.constexpr):
     """A float32 tile rounded to `dtype`, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
         value = tl.where(value != value, value, rounded)
     return value.to(dtype)
 
