@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: MIT
+// How a match is cut into tiles and launches: a pure function of shape, dtype and shared memory.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "partition.h"
+
+namespace tokred {
+
+// A block's tile of scores. 128 x 128 lets a ViT of 197 tokens be one tile, its metric read once, and leaves each of
+// 512 threads 32 accumulators.
+constexpr int kTileSources = 128;
+constexpr int kTileDestinations = 128;
+constexpr int kTileRows = kTileSources + kTileDestinations;
+constexpr int kMatchThreads = 512;
+
+// The 16-byte unit of a load, and of a row in shared memory.
+constexpr int kUnitBytes = 16;
+// Units of a row that are loaded at a time: eight lanes read 128 bytes, a whole line.
+constexpr int kChunkUnits = 8;
+// One step of the tensor cores (16 halves, or 8 floats) is this many units deep, whatever the dtype.
+constexpr int kStepUnits = 2;
+// Chunks in shared memory when the metric is streamed: one is multiplied while the next is on its way.
+constexpr int kStages = 2;
+
+// Rows are an odd number of units apart, so that eight rows of one column lie in different banks.
+constexpr int pitch_bytes(int units) { return (units | 1) * kUnitBytes; }
+constexpr int kStagePitch = pitch_bytes(kChunkUnits);
+constexpr int kStageBytes = kTileRows * kStagePitch;
+
+// Warps side by side over a tile's destinations; each brings its own best to the block's.
+constexpr int kWarpColumns = 4;
+
+// Up to here one block does an image in one launch: 1,024 patches and what tokens lead them.
+constexpr int64_t kMaxFusedTokens = 1088;
+// The tiled match cuts the destinations until there are this many blocks: two for each multiprocessor of an H100.
+constexpr int64_t kTargetBlocks = 264;
+// Candidates per source that the ranking launch then has to combine.
+constexpr int64_t kMaxSplits = 16;
+// Sources that a block of the ranking launch ranks, one a thread.
+constexpr int kRankThreads = 256;
+
+constexpr std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
+constexpr int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
+
+inline int element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    case DType::f32:
+      return 4;
+    case DType::f64:
+      return 8;
+  }
+  return 0;
+}
+
+struct MatchConfig {
+  bool fused;          // one launch, an image a block; else match, rank and map in three
+  bool resident;       // the whole metric of an image stays in shared memory; else it is streamed in chunks
+  int row_units;       // 16-byte units of a row that are multiplied: D rounded up to a step
+  int pitch;           // bytes between rows in shared memory
+  int norms_offset;    // bytes into shared memory: inverse norms, a float each
+  int partial_offset;  // the warps' candidates of a tile
+  int best_offset;     // fused: each source's key, padded to whole 16 bytes, then its destination
+  int shared_bytes;    // of the match kernel
+  int64_t tiles;       // source tiles of an image
+  int64_t splits;      // cuts of the destinations, each with a candidate per source; 1 when fused
+};
+
+// Keys are read four at a time, so their array is padded to whole 16 bytes.
+constexpr int padded_keys(int num_src) { return static_cast<int>(round_up(num_src, kUnitBytes / sizeof(uint32_t))); }
+
+namespace detail {
+
+// Offsets of a layout whose operands take `operand_bytes` and whose rows with a norm number `rows`.
+inline MatchConfig layout(MatchConfig c, std::size_t operand_bytes, std::size_t rows, int num_src) {
+  std::size_t offset = round_up(operand_bytes, kUnitBytes);
+  c.norms_offset = static_cast<int>(offset);
+  offset = round_up(offset + rows * sizeof(float), kUnitBytes);
+  c.partial_offset = static_cast<int>(offset);
+  offset += sizeof(uint64_t) * kWarpColumns * kTileSources;
+  c.best_offset = static_cast<int>(offset);
+  if (c.fused) offset += (sizeof(uint32_t) + sizeof(int32_t)) * padded_keys(num_src);
+  c.shared_bytes = static_cast<int>(offset);
+  return c;
+}
+
+}  // namespace detail
+
+// `shared_limit` is the most dynamic shared memory of a block, in bytes.
+inline MatchConfig match_config(const MatchArgs& args, int64_t shared_limit) {
+  const Partition& p = args.partition;
+  MatchConfig c{};
+  c.row_units =
+      static_cast<int>(round_up(args.channels * element_bytes(args.dtype), kStepUnits * kUnitBytes) / kUnitBytes);
+  c.tiles = divide_up(p.num_src, kTileSources);
+  c.splits = 1;
+
+  c.fused = args.tokens <= kMaxFusedTokens;
+  if (c.fused) {
+    const std::size_t rows = static_cast<std::size_t>(p.num_src) + p.num_dst;
+    // Once matched, the operands' place holds the map under construction: ranks, slots and cursors.
+    const std::size_t map_bytes = sizeof(int32_t) * (static_cast<std::size_t>(p.num_src) + args.tokens + num_slots(p));
+    c.resident = true;
+    c.pitch = pitch_bytes(c.row_units);
+    // A long metric must not overflow the offsets; it is streamed anyway.
+    if (rows * c.pitch <= static_cast<std::size_t>(shared_limit)) {
+      const MatchConfig whole = detail::layout(c, std::max(rows * c.pitch, map_bytes), rows, p.num_src);
+      if (whole.shared_bytes <= shared_limit) return whole;
+    }
+    c.resident = false;
+    c.pitch = kStagePitch;
+    const MatchConfig streamed =
+        detail::layout(c, std::max<std::size_t>(kStages * kStageBytes, map_bytes), kTileRows, p.num_src);
+    if (streamed.shared_bytes <= shared_limit) return streamed;
+    c.fused = false;
+  }
+  c.pitch = kStagePitch;
+  const int64_t blocks = std::max<int64_t>(c.tiles * args.images, 1);
+  const int64_t most = std::max<int64_t>(std::min(divide_up(p.num_dst, kTileDestinations), kMaxSplits), 1);
+  c.splits = std::min(most, divide_up(kTargetBlocks, blocks));
+  return detail::layout(c, kStages * kStageBytes, kTileRows, p.num_src);
+}
+
+// What the tiled path keeps between its launches, in device memory.
+struct MatchWorkspace {
+  uint64_t* candidates;  // (B, splits, num_src): see pack_candidate
+  int32_t* rank;         // (B, num_src)
+  int32_t* best;         // (B, num_src)
+};
+
+inline std::size_t workspace_bytes(const MatchConfig& c, int64_t images, int64_t num_src) {
+  if (c.fused) return 0;
+  return static_cast<std::size_t>(images * num_src) * (sizeof(uint64_t) * c.splits + 2 * sizeof(int32_t));
+}
+
+TOKRED_HD MatchWorkspace workspace_at(void* memory, const MatchConfig& c, int64_t images, int64_t num_src) {
+  MatchWorkspace w{};
+  w.candidates = static_cast<uint64_t*>(memory);
+  w.rank = reinterpret_cast<int32_t*>(w.candidates + images * c.splits * num_src);
+  w.best = w.rank + images * num_src;
+  return w;
+}
+
+}  // namespace tokred
