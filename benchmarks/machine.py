@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""What the numbers were taken on: without it a row means nothing."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokred_kernels as tk
+from tokred_kernels.backends import native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe() -> dict[str, Any]:
+    """CPU, threads, GPU, driver, versions, commit, whether the tree was dirty, and the date."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "tokred_kernels": tk.__version__,
+        "native": native.MODULE.cpu.instruction_set() if native.MODULE is not None else None,
+        "commit": _output("git", "rev-parse", "HEAD"),
+        # Results themselves do not make a tree dirty.
+        "dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton  # noqa: PLC0415  (optional)
+
+    return triton.__version__
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
