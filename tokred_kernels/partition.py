@@ -42,9 +42,10 @@ def every_other(tokens: int, r: int, prefix: int | None, class_token: bool, dist
     else:
         protected_src, protected_dst, by_index = (prefix + 1) // 2, prefix // 2, prefix > 0
     r = min(r, (tokens - protected_src - protected_dst) // 2)
-    if r <= 0:
-        return None
     num_dst = tokens // 2
+    # Three tokens with a distillation token alone: by ToMe's count one may go, but no destination may be joined.
+    if r <= 0 or num_dst <= protected_dst:
+        return None
     return Partition(0, 2, tokens - num_dst, num_dst, protected_src, protected_dst, by_index, r)
 
 

@@ -32,6 +32,8 @@ def best_destination(metric: Tensor, partition: Partition, dtype: torch.dtype = 
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if partition.protected_dst:
         scores = scores[..., partition.protected_dst :]
+    if scores.shape[-1] == 0:  # nothing to join: such a partition has r = 0
+        return scores.new_full(source.shape, -torch.inf), torch.zeros_like(source)
     best, index = scores.max(-1).values, scores.argmax(-1)
     return best, index + partition.protected_dst
 

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import tokred_kernels as tk
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device on this machine")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, alone or in the suite, and starts and ends on the default backend."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    with tk.use_backend("auto"):
+        yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("triton", marks=pytest.mark.gpu)])
+def backend(request):
+    """Each compiled backend in turn; yields the device its tensors live on."""
+    with tk.use_backend(request.param):
+        yield "cpu" if request.param == "cpu" else "cuda"

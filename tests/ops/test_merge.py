@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+import itertools
+
+import pytest
+import torch
+from support import DTYPES, assert_sum_close, golden, random_map
+
+import tokred_kernels as tk
+
+REDUCES = ("sum", "mean", "amax")
+
+
+def exact(x, token_map, reduce, weight=None):
+    """The reference in float64."""
+    with tk.use_backend("reference"):
+        return tk.merge(x.double(), token_map, reduce=reduce, weight=None if weight is None else weight.double())
+
+
+@pytest.mark.parametrize("name", ["tome_0.npz", "tome_1.npz", "tome_2.npz"])
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_reproduces_the_authors_code(name, which, reduce):
+    arrays, params = golden(name)
+    with tk.use_backend(which):
+        token_map = tk.bipartite_match(arrays["metric"], **params)
+        torch.testing.assert_close(tk.merge(arrays["x"], token_map, reduce=reduce), arrays[f"merged_{reduce}"])
+
+
+# (tokens, slots): one each way, all into one, more slots than tokens, odd, one short of and one past a power of two.
+MAPS = [(1, 1), (2, 1), (3, 2), (5, 9), (17, 1), (197, 181), (198, 99), (577, 64), (1024, 1023)]
+
+
+@pytest.mark.parametrize("tokens,slots", MAPS)
+@pytest.mark.parametrize("channels", [1, 2, 33, 256, 257, 384])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_equals_float64(backend, tokens, slots, channels, dtype):
+    if dtype == torch.float64 and backend != "cpu":
+        pytest.skip("float64 is for the reference and the CPU")
+    x = torch.randn(2, tokens, channels).to(dtype)
+    token_map = random_map(2, tokens, slots, dropped=0.2)
+    weight = torch.rand(2, tokens) + 0.5
+    on_device = token_map.to(backend)
+    for reduce, weighted in itertools.product(REDUCES, (False, True)):
+        if reduce == "amax" and weighted:
+            continue
+        w = weight if weighted else None
+        y = tk.merge(x.to(backend), on_device, reduce=reduce, weight=None if w is None else w.to(backend)).cpu()
+        assert y.dtype == dtype
+        expected = exact(x, token_map, reduce, w)
+        if reduce == "amax":
+            assert torch.equal(y.double(), expected)
+        else:
+            magnitude = exact(x.abs(), token_map, reduce, w)
+            assert_sum_close(y, expected, int(token_map.count.max()), magnitude)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens,channels", [(577, 1280), (4096, 384)])
+def test_equals_float64_where_models_are(backend, dtype, tokens, channels):
+    x = torch.randn(2, tokens, channels).to(dtype)
+    token_map = tk.bipartite_match(torch.randn(2, tokens, 16, device=backend), tokens // 3, class_token=True)
+    y = tk.merge(x.to(backend), token_map).cpu()
+    on_cpu = token_map.to("cpu")
+    assert_sum_close(y, exact(x, on_cpu, "mean"), int(on_cpu.count.max()), exact(x.abs(), on_cpu, "mean"))
+
+
+def test_reads_strided_tokens(backend):
+    token_map = random_map(2, 9, 4, device=backend)
+    base = torch.randn(2, 9, 3, 8, device=backend)
+    views = {
+        "rows apart": base[:, :, 1],
+        "channels apart": base[:, :, :, ::2].flatten(2)[:, :, ::3],
+        "transposed": torch.randn(2, 8, 9, device=backend).transpose(1, 2),
+        "expanded": torch.randn(2, 1, 8, device=backend).expand(2, 9, 8),
+        "images swapped": torch.randn(9, 2, 8, device=backend).transpose(0, 1),
+        "sliced": torch.randn(2, 12, 8, device=backend)[:, 3:],
+    }
+    for name, x in views.items():
+        assert torch.equal(tk.merge(x, token_map), tk.merge(x.clone(memory_format=torch.contiguous_format), token_map)), name
+
+
+def test_a_slot_without_members_is_zero(backend):
+    token_map = tk.TokenMap.from_dest(torch.tensor([[0, 0, -1]]), 3).to(backend)
+    x = torch.ones(1, 3, 2, device=backend)
+    for reduce in REDUCES:
+        assert (tk.merge(x, token_map, reduce=reduce)[0, 1:] == 0).all()
+
+
+def test_nan_stays_in_its_slot(backend):
+    token_map = tk.TokenMap.from_dest(torch.tensor([[0, 1, 0, 1, -1]])).to(backend)
+    x = torch.ones(1, 5, 3, device=backend)
+    x[0, 0, 1] = float("nan")
+    x[0, 4] = float("nan")  # dropped
+    for reduce in REDUCES:
+        y = tk.merge(x, token_map, reduce=reduce)[0]
+        assert y.isnan().tolist() == [[False, True, False], [False, False, False]], reduce
+
+
+def test_nan_wins_a_maximum_from_either_side(backend):
+    token_map = tk.TokenMap.from_dest(torch.zeros(1, 3, dtype=torch.int64)).to(backend)
+    for place in range(3):
+        x = torch.ones(1, 3, 1, device=backend)
+        x[0, place] = float("nan")
+        assert tk.merge(x, token_map, reduce="amax").isnan().all()
+
+
+def test_weights_may_carry_a_last_dimension_and_other_floats(backend):
+    x = torch.randn(2, 6, 4, device=backend)
+    token_map = random_map(2, 6, 3, device=backend)
+    weight = torch.rand(2, 6, device=backend).half().float()
+    expected = tk.merge(x, token_map, weight=weight)
+    assert torch.equal(tk.merge(x, token_map, weight=weight[..., None]), expected)
+    assert torch.equal(tk.merge(x, token_map, weight=weight.half()), expected)
+    assert torch.equal(tk.merge(x, token_map, weight=weight.double()), expected)
+
+
+def test_half_precision_sums_in_float32(backend):
+    # 300 ones in float16 and 300 in bfloat16, where 256 + 1 = 256.
+    token_map = tk.TokenMap.from_dest(torch.zeros(1, 300, dtype=torch.int64)).to(backend)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.ones(1, 300, 2, dtype=dtype, device=backend)
+        assert (tk.merge(x, token_map, reduce="mean") == 1).all()
+        assert (tk.merge(x, token_map, reduce="sum") == 300).all()
+
+
+def test_every_element_is_written(backend, monkeypatch):
+    x = torch.randn(2, 20, 7, device=backend)
+    token_map = random_map(2, 20, 9, dropped=0.3, device=backend)
+    expected = {reduce: tk.merge(x, token_map, reduce=reduce) for reduce in REDUCES}
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(-77))
+    for reduce in REDUCES:
+        assert torch.equal(tk.merge(x, token_map, reduce=reduce), expected[reduce])
+
+
+def test_empty_batch_no_tokens_and_no_channels(backend):
+    for batch, tokens, slots, channels in ((0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 3, 0), (2, 5, 0, 4)):
+        x = torch.randn(batch, tokens, channels, device=backend, requires_grad=True)
+        y = tk.merge(x, random_map(batch, tokens, slots, device=backend))
+        assert y.shape == (batch, slots, channels)
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert (x.grad == 0).all()
+
+
+def test_two_runs_are_equal_bit_by_bit(backend):
+    x = torch.randn(4, 577, 384, device=backend, requires_grad=True)
+    weight = torch.rand(4, 577, device=backend, requires_grad=True)
+    token_map = random_map(4, 577, 40, device=backend)
+    runs = []
+    for _ in range(2):
+        y = tk.merge(x, token_map, weight=weight)
+        runs.append((y, *torch.autograd.grad(y.sin().sum(), (x, weight))))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+def test_gradcheck(reduce, dropped):
+    token_map = random_map(2, 9, 5, dropped=dropped)
+    x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    weight = (torch.rand(2, 9, 1, dtype=torch.float64) + 0.5).requires_grad_()
+    for which in ("cpu", "reference"):
+        with tk.use_backend(which):
+            assert torch.autograd.gradcheck(lambda x: tk.merge(x, token_map, reduce=reduce), x)
+            if reduce != "amax":
+                assert torch.autograd.gradcheck(
+                    lambda x, w: tk.merge(x, token_map, reduce=reduce, weight=w), (x, weight)
+                )
+                assert torch.autograd.gradcheck(lambda w: tk.merge(x.detach(), token_map, reduce=reduce, weight=w), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduce,weighted", [("sum", True), ("mean", True), ("mean", False), ("amax", False)])
+@pytest.mark.parametrize("channels", [1, 33, 384])
+def test_gradients_equal_float64(backend, dtype, reduce, weighted, channels):
+    token_map = random_map(2, 50, 11, dropped=0.1)
+    x = torch.randn(2, 50, channels).to(dtype)
+    weight = torch.rand(2, 50) + 0.5 if weighted else None
+    grad = torch.randn(2, 11, channels).to(dtype)
+
+    def gradients(x, weight, grad, token_map):
+        x = x.detach().requires_grad_()
+        inputs = (x,) if weight is None else (x, weight.detach().requires_grad_())
+        y = tk.merge(x, token_map, reduce=reduce, weight=None if weight is None else inputs[1])
+        return torch.autograd.grad(y, inputs, grad)
+
+    got = gradients(x.to(backend), None if weight is None else weight.to(backend), grad.to(backend), token_map.to(backend))
+    with tk.use_backend("reference"):
+        want = gradients(x.double(), None if weight is None else weight.double(), grad.double(), token_map)
+    assert got[0].dtype == dtype
+    assert_sum_close(got[0].cpu(), want[0], 4)
+    if weight is not None:
+        assert got[1].dtype == torch.float32
+        # y comes back rounded to its dtype, and a dot product adds a rounding a channel.
+        scale = torch.finfo(dtype).eps * (x.abs().amax() + 1) * grad.abs().sum(-1).amax()
+        assert (got[1].cpu() - want[1]).abs().max() <= float(scale)
+
+
+def test_the_maximum_divides_its_gradient_between_ties(backend):
+    token_map = tk.TokenMap.from_dest(torch.tensor([[0, 0, 0, 1]])).to(backend)
+    x = torch.tensor([[[0.0, 2.0], [0.0, 1.0], [0.0, 2.0], [5.0, 5.0]]], device=backend, requires_grad=True)
+    (grad,) = torch.autograd.grad(tk.merge(x, token_map, reduce="amax").sum(), x)
+    third = 1 / 3
+    torch.testing.assert_close(grad.cpu(), torch.tensor([[[third, 0.5], [third, 0], [third, 0.5], [1, 1]]]))
+
+
+def test_merge_and_its_gradient_are_adjoint():
+    token_map = random_map(3, 40, 13, dropped=0.2)
+    x, y = torch.randn(3, 40, 6, dtype=torch.float64), torch.randn(3, 13, 6, dtype=torch.float64)
+    forward = (tk.merge(x, token_map, reduce="sum") * y).sum()
+    backward = (x * tk.unmerge(y, token_map)).sum()
+    torch.testing.assert_close(forward, backward)
+
+
+def test_second_derivatives_raise():
+    x = torch.randn(1, 4, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(tk.merge(x, random_map(1, 4, 2)).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="merge: second derivatives are not supported"):
+        grad.sum().backward()
+
+
+def test_only_asked_gradients_are_made(backend):
+    x = torch.randn(1, 4, 2, device=backend)
+    weight = torch.rand(1, 4, device=backend, requires_grad=True)
+    tk.merge(x, random_map(1, 4, 2, device=backend), weight=weight).sum().backward()
+    assert weight.grad is not None
+    assert x.grad is None
+
+
+A_MAP = tk.TokenMap.identity(2, 9)
+
+
+@pytest.mark.parametrize(
+    "call,error,words",
+    [
+        (lambda x: tk.merge(x[0], A_MAP), ValueError, r"x must be \(B, N, C\), got shape \(9, 4\)"),
+        (lambda x: tk.merge(x[:1], A_MAP), ValueError, r"token_map must be made for x's B and N: x is \(1, 9, 4\)"),
+        (lambda x: tk.merge(x[:, :5], A_MAP), ValueError, r"the map is of 2 images with 9 tokens"),
+        (lambda x: tk.merge(x.int(), A_MAP), TypeError, "x must be float32.*int32"),
+        (lambda x: tk.merge(x.to_sparse(), A_MAP), TypeError, "dense"),
+        (lambda x: tk.merge(x, A_MAP.dest), TypeError, "token_map must be a TokenMap, got Tensor"),
+        (lambda x: tk.merge(x, A_MAP, reduce="max"), ValueError, "reduce must be one of mean, sum, amax, got 'max'"),
+        (lambda x: tk.merge(x, A_MAP, reduce="amax", weight=x[..., 0]), ValueError, "weight must be None"),
+        (lambda x: tk.merge(x, A_MAP, weight=x), ValueError, r"weight must be \(2, 9\) or \(2, 9, 1\).*\(2, 9, 4\)"),
+        (lambda x: tk.merge(x, A_MAP, weight=x[..., 0].int()), TypeError, "weight must be float32"),
+        (lambda x: tk.merge(x.to("meta"), A_MAP), ValueError, "token_map is on cpu but x is on meta"),
+        (lambda x: tk.merge(x, A_MAP, weight=x[..., 0].to("meta")), ValueError, "weight is on meta but x is on cpu"),
+    ],
+)
+def test_bad_input_names_the_argument(call, error, words):
+    with pytest.raises(error, match=words):
+        call(torch.randn(2, 9, 4))

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+import pytest
+import torch
+from support import DTYPES, assert_sum_close, golden, random_map
+
+import tokred_kernels as tk
+
+
+@pytest.mark.parametrize("name", ["tome_0.npz", "tome_1.npz", "tome_2.npz"])
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+def test_reproduces_the_authors_code(name, which):
+    arrays, params = golden(name)
+    with tk.use_backend(which):
+        token_map = tk.bipartite_match(arrays["metric"], **params)
+        x, size = tk.merge_wavg(arrays["x"], token_map, arrays["size"])
+    torch.testing.assert_close(x, arrays["merged_wavg"])
+    torch.testing.assert_close(size, arrays["merged_size"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens,slots", [(1, 1), (3, 2), (197, 181), (577, 30)])
+def test_equals_float64(backend, dtype, tokens, slots):
+    x = torch.randn(2, tokens, 48).to(dtype)
+    size = torch.randint(1, 30, (2, tokens, 1)).float()
+    token_map = random_map(2, tokens, slots, dropped=0.1)
+    y, total = tk.merge_wavg(x.to(backend), token_map.to(backend), size.to(backend))
+    with tk.use_backend("reference"):
+        want, want_total = tk.merge_wavg(x.double(), token_map, size.double())
+        magnitude, _ = tk.merge_wavg(x.double().abs(), token_map, size.double())
+    assert y.dtype == dtype
+    assert total.dtype == torch.float32
+    assert_sum_close(y.cpu(), want, int(token_map.count.max()), magnitude)
+    assert torch.equal(total.cpu().double(), want_total)
+
+
+def test_sizes_stay_float32_and_count(backend):
+    x = torch.randn(1, 300, 4, device=backend, dtype=torch.bfloat16)
+    token_map = tk.TokenMap.from_dest(torch.zeros(1, 300, dtype=torch.int64)).to(backend)
+    _, size = tk.merge_wavg(x, token_map)
+    assert size.dtype == torch.float32
+    assert size.shape == (1, 1, 1)
+    assert size.item() == 300
+
+
+def test_the_size_keeps_its_rank(backend):
+    x = torch.randn(2, 6, 4, device=backend)
+    token_map = random_map(2, 6, 3, device=backend)
+    flat = tk.merge_wavg(x, token_map, torch.ones(2, 6, device=backend))
+    column = tk.merge_wavg(x, token_map, torch.ones(2, 6, 1, device=backend))
+    none = tk.merge_wavg(x, token_map)
+    assert flat[1].shape == (2, 3)
+    assert column[1].shape == none[1].shape == (2, 3, 1)
+    assert torch.equal(flat[0], column[0])
+    assert torch.equal(flat[0], none[0])
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_gradcheck_in_x_and_size(which):
+    token_map = random_map(2, 9, 5, dropped=0.2)
+    x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    size = (torch.rand(2, 9, 1, dtype=torch.float64) + 0.5).requires_grad_()
+    with tk.use_backend(which):
+        assert torch.autograd.gradcheck(lambda x, s: tk.merge_wavg(x, token_map, s), (x, size))
+        assert torch.autograd.gradcheck(lambda s: tk.merge_wavg(x.detach(), token_map, s)[1], size)
+
+
+def test_gradients_through_two_merges_equal_the_reference(backend):
+    x = torch.randn(2, 24, 8, device=backend, requires_grad=True)
+    size = (torch.rand(2, 24, 1, device=backend) + 0.5).requires_grad_()
+    first, second = random_map(2, 24, 12, device=backend), random_map(2, 12, 6, device=backend)
+
+    def gradients():
+        y, s = tk.merge_wavg(x, first, size)
+        y, s = tk.merge_wavg(y.sin(), second, s)
+        return torch.autograd.grad(y.pow(2).sum() + s.log1p().sum(), (x, size))
+
+    got = gradients()
+    with tk.use_backend("reference"):
+        want = gradients()
+    torch.testing.assert_close(got, want)
+
+
+def test_bad_input_names_the_argument():
+    x, token_map = torch.randn(2, 9, 4), tk.TokenMap.identity(2, 9)
+    with pytest.raises(ValueError, match=r"merge_wavg: size must be \(2, 9\) or \(2, 9, 1\).*got \(2, 8\)"):
+        tk.merge_wavg(x, token_map, torch.ones(2, 8))
+    with pytest.raises(TypeError, match=r"merge_wavg: size must be float32.*int64"):
+        tk.merge_wavg(x, token_map, torch.ones(2, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"merge_wavg: token_map must be made for x's B and N"):
+        tk.merge_wavg(x, tk.TokenMap.identity(2, 8))

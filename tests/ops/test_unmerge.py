@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+import pytest
+import torch
+from support import DTYPES, assert_sum_close, golden, random_map
+
+import tokred_kernels as tk
+
+
+@pytest.mark.parametrize("name", ["tome_0.npz", "tome_1.npz"])
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+def test_reproduces_the_authors_code(name, which):
+    arrays, params = golden(name)
+    with tk.use_backend(which):
+        token_map = tk.bipartite_match(arrays["metric"], **params)
+        assert torch.equal(tk.unmerge(arrays["merged_wavg"], token_map), arrays["unmerged"])
+
+
+@pytest.mark.parametrize("tokens,slots", [(1, 1), (2, 1), (3, 2), (5, 9), (197, 181), (577, 64), (4096, 1000)])
+@pytest.mark.parametrize("channels", [1, 2, 33, 384])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_moves_rows_exactly(backend, tokens, slots, channels, dtype):
+    if dtype == torch.float64 and backend != "cpu":
+        pytest.skip("float64 is for the reference and the CPU")
+    y = torch.randn(2, slots, channels).to(dtype)
+    token_map = random_map(2, tokens, slots, dropped=0.2)
+    x = tk.unmerge(y.to(backend), token_map.to(backend)).cpu()
+    dest = token_map.dest.long()
+    expected = torch.stack([y[b][dest[b]] for b in range(2)])
+    expected[dest < 0] = 0
+    assert torch.equal(x, expected)
+
+
+def test_reads_strided_slots(backend):
+    token_map = random_map(2, 9, 4, device=backend)
+    base = torch.randn(2, 4, 3, 8, device=backend)
+    for y in (base[:, :, 1], base[:, :, 0, ::2], torch.randn(2, 8, 4, device=backend).transpose(1, 2)):
+        assert torch.equal(tk.unmerge(y, token_map), tk.unmerge(y.contiguous(), token_map))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_is_the_sum_over_members(backend, dtype):
+    token_map = random_map(2, 60, 7, dropped=0.1)
+    y = torch.randn(2, 7, 33, dtype=dtype, device=backend, requires_grad=True)
+    grad = torch.randn(2, 60, 33).to(dtype)
+    (got,) = torch.autograd.grad(tk.unmerge(y, token_map.to(backend)), y, grad.to(backend))
+    with tk.use_backend("reference"):
+        want = tk.merge(grad.double(), token_map, reduce="sum")
+        magnitude = tk.merge(grad.double().abs(), token_map, reduce="sum")
+    assert_sum_close(got.cpu(), want, int(token_map.count.max()), magnitude)
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_gradcheck(which):
+    y = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    token_map = random_map(2, 9, 5, dropped=0.2)
+    with tk.use_backend(which):
+        assert torch.autograd.gradcheck(lambda y: tk.unmerge(y, token_map), y)
+
+
+def test_second_derivatives_raise():
+    y = torch.randn(1, 2, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(tk.unmerge(y, random_map(1, 4, 2)).pow(2).sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="unmerge: second derivatives are not supported"):
+        grad.sum().backward()
+
+
+def test_empty(backend):
+    for batch, tokens, slots, channels in ((0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 3, 0), (2, 5, 0, 4)):
+        y = torch.randn(batch, slots, channels, device=backend, requires_grad=True)
+        x = tk.unmerge(y, random_map(batch, tokens, slots, device=backend))
+        assert x.shape == (batch, tokens, channels)
+        x.sum().backward()
+        assert y.grad.shape == y.shape
+
+
+A_MAP = tk.TokenMap.from_dest(torch.zeros(2, 9, dtype=torch.int64), 3)
+
+
+@pytest.mark.parametrize(
+    "call,error,words",
+    [
+        (lambda y: tk.unmerge(y[0], A_MAP), ValueError, r"y must be \(B, N, C\), got shape \(3, 4\)"),
+        (lambda y: tk.unmerge(y[:, :2], A_MAP), ValueError, r"y is \(2, 2, 4\), the map is of 2 images with 3 slots"),
+        (lambda y: tk.unmerge(y[:1], A_MAP), ValueError, r"token_map must be made for y's B and N'"),
+        (lambda y: tk.unmerge(y.long(), A_MAP), TypeError, "y must be float32.*int64"),
+        (lambda y: tk.unmerge(y, None), TypeError, "token_map must be a TokenMap, got NoneType"),
+        (lambda y: tk.unmerge(y.to("meta"), A_MAP), ValueError, "token_map is on cpu but y is on meta"),
+    ],
+)
+def test_bad_input_names_the_argument(call, error, words):
+    with pytest.raises(error, match=words):
+        call(torch.randn(2, 3, 4))
