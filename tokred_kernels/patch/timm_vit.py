@@ -93,7 +93,7 @@ class PatchedAttention(Patched, Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop.p if self.training else 0.0
         y = proportional_attention(q, k, v, size, dropout=dropout, fused=self.fused_attn)
-        y = self.norm(y.transpose(1, 2).reshape(batch, tokens, -1))
+        y = self.norm(y.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y)), k

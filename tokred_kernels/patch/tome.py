@@ -51,6 +51,12 @@ class ToMeBlock(Patched, Block):
         """How many of `tokens` tokens leave this block."""
         return tokens - self.tokred_step.joining(tokens)
 
+    def match_flops(self, tokens: int) -> int:
+        """The floating-point operations of choosing, an image: the product of sources and destinations, if any."""
+        if self.tokred_step.joining(tokens) == 0:
+            return 0
+        return 2 * (tokens - tokens // 2) * (tokens // 2) * self.attn.head_dim
+
 
 def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> None:
     """See `patch`."""

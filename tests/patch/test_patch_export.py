@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""Patched models through torch.compile, torch.export and ONNX."""
+
+import pytest
+import torch
+from torch import nn
+
+from tokred_kernels import unmerge, use_backend
+from tokred_kernels.patch import patch
+from tokred_kernels.patch.timm_import import import_timm
+
+timm = import_timm()
+VisionTransformer = timm.models.vision_transformer.VisionTransformer
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for more
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(r=(3, -1), **more):
+    model = VisionTransformer(**{**TINY, **more}).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return patch(model, "tome", r=r)
+
+
+def images(batch=2, size=32):
+    return torch.randn(batch, 3, size, size)
+
+
+# aot_eager traces forward and backward as any compiler does, and spares the minutes of C++ that inductor takes.
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_compiles_whole_and_once(backend, pool):
+    model = make(global_pool=pool)
+    with use_backend(backend):
+        x = images()
+        expected = model(x)
+        expected.square().sum().backward()
+        gradients, expected_map = [p.grad.clone() for p in model.parameters()], model.token_map
+        model.zero_grad()
+
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+        y = compiled(x)
+        y.square().sum().backward()
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.token_map.dest, expected_map.dest)
+
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                x = images()
+                compiled(x).sum().backward()
+                compiled_map, sizes = model.token_map, model.token_sizes
+                model(x)
+                assert torch.equal(compiled_map.dest, model.token_map.dest)  # of the last call, not of the first
+                assert torch.equal(sizes, model.token_sizes)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    model, x = make(), images()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_with_dynamic_image_sizes():
+    model = make(r=3, dynamic_img_size=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, size in ((2, 48), (3, 64), (4, 80)):
+            x = images(batch, size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_torch_export(backend, strict):
+    model = make(global_pool="avg", class_token=False, reg_tokens=2)
+    with use_backend(backend), torch.no_grad():
+        program = torch.export.export(model, (images(),), strict=strict)
+        for _ in range(2):
+            x = images()
+            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Grid(nn.Module):
+    """Tokens brought back to their places, as a dense head takes them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return unmerge(self.model.forward_features(x), self.model.token_map)
+
+
+def test_the_map_is_there_inside_an_exported_model():
+    grid, x = Grid(make()), images()
+    with torch.no_grad():
+        expected = grid(x)
+        program = torch.export.export(grid, (images(),))
+        torch.testing.assert_close(program.module()(x), expected, rtol=1e-5, atol=1e-5)
+        grid.model(x)
+        assert not torch.equal(grid.model.token_map.dest, torch.zeros(2, 17))  # a real one again
+
+
+class Head(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).softmax(-1)
+
+
+def test_exporting_leaves_no_record_of_unreal_tensors():
+    head = Head(make())
+    torch.export.export(head, (images(),))
+    with pytest.raises(RuntimeError, match="has run none yet"):
+        _ = head.model.token_map
+
+
+@pytest.mark.parametrize("settings", [{}, {"class_token": False, "global_pool": "avg"}], ids=["class token", "mean"])
+def test_onnx_runtime_gives_the_same(settings, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, path = make(**settings), tmp_path / "model.onnx"
+    with use_backend("reference"), torch.no_grad():
+        torch.onnx.export(model, (images(),), path, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(path)
+        name = session.get_inputs()[0].name
+        for x in (images(), torch.ones(2, 3, 32, 32)):  # the second: nothing but ties
+            expected = model(x)
+            (got,) = session.run(None, {name: x.numpy()})
+            torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_exported_order_is_the_eager_one():
+    from tokred_kernels.backends.reference.bipartite_match import descending
+
+    class Order(nn.Module):
+        def forward(self, scores):
+            return descending(scores)
+
+    scores = torch.randint(-3, 3, (4, 33)).float()
+    scores[1, ::3] = -torch.inf
+    program = torch.export.export(Order(), (scores,))
+    assert torch.equal(program.module()(scores), descending(scores))
+    assert "sort" not in str(program.graph)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""The analytic counts against torch's own counter, on the models as they run."""
+
+import pytest
+import torch
+
+from tokred_kernels import flops, use_backend
+from tokred_kernels.patch import patch, unpatch
+from tokred_kernels.patch.timm_import import import_timm
+
+timm = import_timm()
+VisionTransformer = timm.models.vision_transformer.VisionTransformer
+VisionTransformerDistilled = timm.models.deit.VisionTransformerDistilled
+
+TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 10}
+MODELS = {
+    "vit": (VisionTransformer, {}),
+    "distilled": (VisionTransformerDistilled, {}),
+    "registers, no class token": (VisionTransformer, {"reg_tokens": 4, "class_token": False, "global_pool": "avg"}),
+    "attention pool": (VisionTransformer, {"class_token": False, "global_pool": "map"}),
+    "no pooling": (VisionTransformer, {"global_pool": ""}),
+    "oblong": (VisionTransformer, {"img_size": (64, 40)}),
+}
+
+
+def make(name):
+    kind, settings = MODELS[name]
+    # torch's counter cannot follow a parameter that is a view under no_grad, as in the attention pool.
+    return kind(**{**TINY, **settings}).eval().requires_grad_(False)
+
+
+def counted(model, batch=2):
+    images = torch.zeros(batch, 3, *model.patch_embed.img_size)
+    with flops.counter(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / batch
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("r", [None, 0, 5, (6, -1), 100])
+@pytest.mark.parametrize("name", MODELS)
+def test_count_agrees_with_torchs_counter(name, r, backend):
+    model = make(name)
+    if r is not None:
+        patch(model, "tome", r=r)
+    with use_backend(backend):
+        assert flops.count(model).total == pytest.approx(counted(model), rel=0.01)
+
+
+def test_tokens_are_those_that_the_model_has():
+    model = patch(make("vit"), "tome", r=[7, 0, 60])
+    model(torch.zeros(1, 3, 64, 64))
+    # 65 tokens, of which 64 may merge; then 58, of which at most (58 - 1) // 2 merge.
+    assert flops.count(model).tokens == (65, 58, 58, 30)
+    assert flops.count(model).tokens[-1] == model.token_map.num_out
+
+
+def test_a_real_model():
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    unpatched = flops.count(model)
+    assert unpatched.macs / 1e9 == pytest.approx(4.6, abs=0.05)  # as the DeiT paper has it
+    assert unpatched.tokens == (197,) * 13
+    patched = flops.count(patch(model, "tome", r=13))
+    assert patched.macs / 1e9 == pytest.approx(2.7, abs=0.06)  # as the ToMe paper has it
+    assert len(patched.per_block) == 12
+    assert patched.total == sum(patched.per_block) + patched.patch_embed + patched.head
+    assert flops.count(unpatch(model)) == unpatched
+
+
+def test_given_tokens_and_image_size():
+    model = VisionTransformer(**TINY, dynamic_img_size=True).eval()
+    assert flops.count(model, 32).tokens == (17,) * 4
+    assert flops.count(model, (32, 64)).tokens == (33,) * 4
+    assert flops.count(model, tokens=[60, 50, 40]).tokens == (65, 60, 50, 40)
+    # Half of the tokens in the last MLP, and nothing else, is saved.
+    saved = flops.count(model).total - flops.count(model, tokens=[65, 65, 45]).total
+    assert saved == 20 * 2 * 2 * 64 * 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"img_size": 32}, ValueError, "takes images of"),
+        ({"img_size": 0}, ValueError, "img_size must be at least 1"),
+        ({"img_size": 1.5}, TypeError, "img_size must be an int"),
+        ({"img_size": (1, 2, 3)}, ValueError, "one number or"),
+        ({"tokens": [1]}, ValueError, "one number for each of 3 blocks"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        flops.count(make("vit"), **arguments)
+
+
+def test_other_models():
+    with pytest.raises(NotImplementedError, match="Linear is not supported"):
+        flops.count(torch.nn.Linear(2, 2))

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""How many floating-point operations a vision transformer takes, block by block, as its tokens get fewer.
+
+Counted as torch.utils.flop_counter counts: matrix products, convolutions and attention, a multiply-add being two
+operations; not norms, activations, softmax, nor the moving of tokens. Papers on vision transformers mostly call one
+multiply-add one FLOP: that number is `Flops.macs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from tokred_kernels.checks import check_count
+
+
+class Flops(NamedTuple):
+    """Operations for one image.
+
+    Attributes:
+        per_block: of each block, its match included.
+        patch_embed: of the patch embedding.
+        head: of pooling and head.
+        tokens: how many tokens enter each block, and, last, how many leave: one more than there are blocks.
+    """
+
+    per_block: tuple[int, ...]
+    patch_embed: int
+    head: int
+    tokens: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.per_block) + self.patch_embed + self.head
+
+    @property
+    def gflops(self) -> float:
+        """`total` in units of 10^9."""
+        return self.total / 1e9
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds: half of `total`, what papers on vision transformers print as FLOPs."""
+        return self.total // 2
+
+
+def count(
+    model: nn.Module,
+    img_size: int | tuple[int, int] | None = None,
+    *,
+    tokens: Sequence[int] | None = None,
+) -> Flops:
+    """The operations of a timm VisionTransformer for one image, patched or not, from its shapes alone.
+
+    Args:
+        model: a VisionTransformer of timm's own blocks, as `patch` takes it.
+        img_size: pixels, (height, width) or one number for both; default the model's own.
+        tokens: how many tokens leave each block. Default: what the patch's schedule says, or, unpatched, all of them.
+            Give it for methods whose counts depend on the image.
+
+    Raises:
+        TypeError, ValueError: a wrong `img_size` or `tokens`.
+        NotImplementedError: a model of other parts.
+        ImportError: timm is not installed.
+    """
+    from tokred_kernels.patch import timm_vit  # noqa: PLC0415  (timm is optional)
+
+    unpatched = type(model) in timm_vit.PATCHED
+    if unpatched:
+        timm_vit.check(model)
+    elif not isinstance(model, timm_vit.PatchedVisionTransformer):
+        raise NotImplementedError(
+            f"tokred_kernels.flops.count: {type(model).__name__} is not supported; {timm_vit.SUPPORTED} are"
+        )
+    return _count(model, _grid(model, img_size), tokens)
+
+
+def counter(**settings: Any) -> FlopCounterMode:
+    """torch's FlopCounterMode, with the ops it does not know: attention on the CPU, and this package's match.
+
+    torch 2.13 has formulas for its attention kernels on GPUs alone, so that on a CPU it finds no operations in
+    attention at all.
+
+    Args:
+        **settings: FlopCounterMode's own, such as `display=False`.
+    """
+    aten = torch.ops.aten
+    known = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.tokred.bipartite_match: _match,
+    }
+    return FlopCounterMode(custom_mapping={**known, **settings.pop("custom_mapping", {})}, **settings)
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _match(metric: Any, sources: Any, destinations: Any, first: int, stride: int, *rest: Any, **_: Any) -> int:
+    num_src, num_dst = rest[0], rest[1]
+    return 2 * metric[0] * num_src * num_dst * metric[-1]
+
+
+def _grid(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Patches down and across."""
+    embed = model.patch_embed
+    if img_size is None:
+        return embed.dynamic_feat_size(embed.img_size)
+    size = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else tuple(img_size)
+    if len(size) != 2:
+        raise ValueError(f"tokred_kernels.flops.count: img_size must be one number or (height, width), got {img_size}")
+    for length in size:
+        check_count("flops.count", "img_size", length, least=1)
+    if embed.strict_img_size and size != tuple(embed.img_size):
+        raise ValueError(
+            f"tokred_kernels.flops.count: the model takes images of {tuple(embed.img_size)} pixels only, got {size}; "
+            "make it with dynamic_img_size=True, or call its set_input_size"
+        )
+    return embed.dynamic_feat_size(size)
+
+
+def _count(model: Any, grid: tuple[int, int], tokens: Sequence[int] | None) -> Flops:
+    patches, depth = grid[0] * grid[1], len(model.blocks)
+    if tokens is not None and len(tokens) != depth:
+        raise ValueError(
+            f"tokred_kernels.flops.count: tokens must have one number for each of {depth} blocks, got {len(tokens)}"
+        )
+    entering = [patches + model.num_prefix_tokens]
+    per_block = []
+    for index, block in enumerate(model.blocks):
+        before = entering[-1]
+        after = tokens[index] if tokens is not None else getattr(block, "tokens_after", int)(before)
+        match = block.match_flops(before) if hasattr(block, "match_flops") else 0
+        per_block.append(_self_attention(block.attn, before) + match + after * _linear(block.mlp))
+        entering.append(after)
+    embed = patches * 2 * model.patch_embed.proj.weight.numel()
+    return Flops(tuple(per_block), embed, _head(model, entering[-1]), tuple(entering))
+
+
+def _linear(module: nn.Module) -> int:
+    """Of all linear layers inside, for one token."""
+    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def _self_attention(attention: Any, tokens: int) -> int:
+    """Projections, and two products of (N, d) with (N, d) for each head."""
+    return tokens * _linear(attention) + 4 * tokens * tokens * attention.num_heads * attention.head_dim
+
+
+def _head(model: Any, tokens: int) -> int:
+    per_image = _linear(model.head) + (_linear(model.head_dist) if hasattr(model, "head_dist") else 0)
+    pool = model.attn_pool
+    if pool is None:
+        # Without pooling the head runs on every token.
+        return per_image * (1 if model.global_pool else tokens)
+    pooled = tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
+    latents = pool.latent_len
+    attended = pooled * _linear(pool.kv) + 4 * latents * pooled * pool.num_heads * pool.head_dim
+    return per_image + attended + latents * (_linear(pool) - _linear(pool.kv))
