@@ -40,7 +40,7 @@ def markdown(rows: list[Row]) -> str:
     parts = []
     micro = [row for row in rows if row["suite"] == "micro"]
     if micro:
-        parts.append(_table(
+        parts.append(table(
             "Case|Provider|Median, us|20% to 80%|x published|x compiled|Copy share|Floor, us|Launches|Peak, MB|Targets",
             [
                 [
@@ -55,7 +55,7 @@ def markdown(rows: list[Row]) -> str:
         ))  # fmt: skip
     models = [row for row in rows if row["suite"] == "model"]
     if models:
-        parts.append(_table(
+        parts.append(table(
             "Case|Provider|Images/s|20% to 80%|GFLOPs|Speed ratio|FLOPs ratio|Efficiency|Peak, MB|Targets",
             [
                 [
@@ -112,7 +112,7 @@ def plot(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _table(header: str, lines: list[list[str]]) -> str:
+def table(header: str, lines: list[list[str]]) -> str:
     names = header.split("|")
     rule = ["---"] * len(names)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [names, rule, *lines]) + "\n"

@@ -30,7 +30,7 @@ class Budget(NamedTuple):
     case_seconds: float
 
 
-FULL = Budget(rounds=60, turn_seconds=5e-3, case_seconds=60)
+FULL = Budget(rounds=60, turn_seconds=5e-3, case_seconds=20)
 QUICK = Budget(rounds=15, turn_seconds=2e-3, case_seconds=4)
 
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""Writes the README's table of results from the newest complete run of each device, so that no figure is typed.
+
+python benchmarks/table.py            rewrites the part between the markers
+python benchmarks/table.py --check    fails where the README says anything else than the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import report
+from benchmarks.cases import CASES, MODEL_CASES, Case, ModelCase, Target
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU (targets are for an H100)"}
+ABSENT = {"cpu": "not measured yet", "cuda": "not measured yet: no GPU at hand"}
+DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+REACHED = {
+    "speedup_published": "{:.1f}x",
+    "speedup_compiled": "{:.1f}x",
+    "copy_share": "{:.0%}",
+    "flops_efficiency": "{:.2f}",
+    "times_clone": "{:.2f}x",
+    "median_us": "{:.1f} us",
+}
+
+
+class Run:
+    """One recorded run, by case and provider."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.result = report.read_json(path)
+        self.settings: dict[str, Any] = self.result["settings"]
+        self.machine: dict[str, Any] = self.result["machine"]
+
+    def row(self, case: str, provider: str) -> report.Row | None:
+        """The row of one provider."""
+        rows = self.result["rows"]
+        return next((row for row in rows if (row["case"], row["provider"]) == (case, provider)), None)
+
+    def ours(self, case: str) -> report.Row | None:
+        """The fastest row of those that targets are asked of."""
+        kernels = ("cpu", "cuda", "triton")
+        rows = [row for row in self.result["rows"] if row["case"] == case and row["provider"] in kernels]
+        return min(rows, key=lambda row: row["median_us"], default=None)
+
+    def describe(self, root: Path) -> str:
+        """The machine, and the file that says so."""
+        m = self.machine
+        name = f"{m['gpu']}, driver {m['driver']}" if self.settings["device"] == "cuda" else m["cpu"]
+        threads = f", {m['threads']} threads" if self.settings["device"] == "cpu" else ""
+        commit = (m["commit"] or "unknown")[:9] + (" and changes" if m["dirty"] else "")
+        path = self.path.resolve()
+        link = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        return f"{name}{threads}, torch {m['torch']}, commit {commit}, {m['date'][:10]}: [{path.name}]({link})"
+
+
+def newest(folder: Path, device: str, suite: str) -> Run | None:
+    """The newest run of all of a suite's cases on a device."""
+    runs = [Run(path) for path in sorted(folder.glob("*.json"))]
+    fitting = [
+        run for run in runs
+        if run.settings["complete"] and run.settings["device"] == device and run.settings["suite"] in (suite, "all")
+    ]  # fmt: skip
+    return max(fitting, key=lambda run: run.machine["date"], default=None)
+
+
+def build(folder: Path, root: Path) -> str:
+    """The Markdown that stands between the markers."""
+    parts = []
+    for device, title in DEVICES.items():
+        micro, model = newest(folder, device, "micro"), newest(folder, device, "model")
+        parts.append(f"**{title}**")
+        files = dict.fromkeys(run.describe(root) for run in (micro, model) if run is not None)
+        parts += files or [ABSENT[device][0].upper() + ABSENT[device][1:] + "."]
+        ops = [case for case in CASES if case.device == device and case.targets]
+        parts.append(_rows(
+            "Op|Shape|Published|Compiled|Ours|Reached|Target|Met",
+            [_op_cells(case, target, micro) for case in ops for target in case.targets],
+        ))  # fmt: skip
+        models = [case for case in MODEL_CASES if case.device == device and (model or case.targets)]
+        parts.append(_rows(
+            "Model, ToMe|Unpatched, images/s|Patched, images/s|Speed|FLOPs|Speed over FLOPs|Target|Met",
+            [_model_cells(case, model) for case in models],
+        ) if models else "")  # fmt: skip
+    parts.append("Medians, all providers in turns in one run. Published: the chain of torch ops of the authors' code.")
+    return "\n\n".join(filter(None, parts))
+
+
+def _op_cells(case: Case, target: Target, run: Run | None) -> list[str]:
+    title = f"`{case.op}`" + (", what a call costs the host" if case.host else "")
+    shape = f"{case.label}, {DTYPE_NAMES[case.dtype]}"
+    ours = run.ours(case.name) if run else None
+    if run is None or ours is None:
+        return [title, shape, "-", "-", "-", "-", str(target), ABSENT[case.device]]
+    # A target that the recorded run did not judge (it came later) is not judged here either.
+    judged = next((t for t in ours["targets"] if t["target"] == str(target)), None)
+    value = judged["value"] if judged else None
+    reached = "-" if value is None else REACHED[target.measure].format(value)
+    met = report.verdict(judged["met"] if judged else None)
+    times = [_time(run.row(case.name, name)) for name in ("published", "compiled")]
+    return [title, shape, *times, f"{_time(ours)} ({ours['provider']})", reached, str(target), met]
+
+
+def _model_cells(case: ModelCase, run: Run | None) -> list[str]:
+    title = f"{case.model}, batch {case.batch}, r {case.r}, {DTYPE_NAMES[case.dtype]}"
+    target = "; ".join(map(str, case.targets)) or "-"
+    ours, plain = (run.ours(case.name), run.row(case.name, "unpatched")) if run else (None, None)
+    if ours is None or plain is None:
+        return [title, "-", "-", "-", "-", "-", target, ABSENT[case.device]]
+    met = "; ".join(report.verdict(t["met"]) for t in ours["targets"]) or "-"
+    return [
+        title,
+        report.number(plain["images_per_second"]),
+        f"{report.number(ours['images_per_second'])} ({ours['provider']})",
+        f"{ours['speed_ratio']:.2f}x", f"{ours['flops_ratio']:.2f}x", f"{ours['flops_efficiency']:.2f}",
+        target, met,
+    ]  # fmt: skip
+
+
+def _time(row: report.Row | None) -> str:
+    if row is None:
+        return "-"
+    microseconds = row["median_us"]
+    return f"{report.number(microseconds)} us" if microseconds < 1000 else f"{report.number(microseconds / 1000)} ms"
+
+
+def _rows(header: str, lines: list[list[str]]) -> str:
+    return report.table(header, lines).rstrip()
+
+
+def replace(text: str, table: str) -> str:
+    """`text` with `table` between its markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"there is no {BEGIN} followed by {END}")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where it would change")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text()
+    try:
+        wanted = replace(text, build(options.results, options.readme.resolve().parent))
+    except ValueError as error:
+        parser.error(f"{options.readme}: {error}")
+    if options.check:
+        if text != wanted:
+            print(f"{options.readme} is not what {options.results} says: run python benchmarks/table.py")
+        return int(text != wanted)
+    options.readme.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
