@@ -41,12 +41,14 @@ def every_other(tokens: int, r: int, prefix: int | None, class_token: bool, dist
         protected_src, protected_dst, by_index = int(class_token), int(distill_token), class_token
     else:
         protected_src, protected_dst, by_index = (prefix + 1) // 2, prefix // 2, prefix > 0
-    r = min(r, (tokens - protected_src - protected_dst) // 2)
+    limit = (tokens - protected_src - protected_dst) // 2
+    if r > limit:  # and not min(): where tokens is symbolic, a branch leaves r a plain number
+        r = limit
     num_dst = tokens // 2
     # Three tokens with a distillation token alone: by ToMe's count one may go, but no destination may be joined.
     if r <= 0 or num_dst <= protected_dst:
         return None
-    return Partition(0, 2, tokens - num_dst, num_dst, protected_src, protected_dst, by_index, r)
+    return Partition(0, 2, (tokens + 1) // 2, num_dst, protected_src, protected_dst, by_index, r)
 
 
 def every_kth(tokens: int, k: int, prefix: int) -> Partition:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tokred_kernels.checks import MAX_ROWS, check_count, shape
+from tokred_kernels.ops.compose import compose
+from tokred_kernels.ops.invert import invert
 
 
 class TokenMap:
@@ -113,8 +115,6 @@ class TokenMap:
     def views(self) -> tuple[Tensor, Tensor, Tensor]:
         """`members`, `begin` and `count`, made from `dest` if no kernel has written them yet."""
         if self._members is None or self._begin is None or self._count is None:
-            from tokred_kernels.ops.invert import invert  # noqa: PLC0415  (the ops import this module)
-
             self._members, self._begin, self._count = invert(self.dest, self.num_out)
         return self._members, self._begin, self._count
 
@@ -125,8 +125,6 @@ class TokenMap:
             TypeError: `after` is no TokenMap.
             ValueError: `after` does not take this map's slots (another B or N), or is on another device.
         """
-        from tokred_kernels.ops.compose import compose  # noqa: PLC0415  (the ops import this module)
-
         if not isinstance(after, TokenMap):
             raise TypeError(f"TokenMap.then: after must be a TokenMap, got {type(after).__name__}")
         if after.batch != self.batch or after.num_tokens != self.num_out:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 # GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
 VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
 
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _FAMILY = {"reference": "reference", "cpu": "native", "cuda": "native", "triton": "triton"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS, "triton": _FLOATS}
@@ -75,7 +77,7 @@ def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> st
     if backend == "reference":
         return None
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _TRITON_FOUND:
             return 'triton is not installed (pip install "tokred_kernels[triton]")'
         if device != "cuda" and not (device == "cpu" and triton_interprets()):
             return f"triton kernels need a GPU tensor, got one on {device} (or set TRITON_INTERPRET=1 before importing)"
@@ -109,6 +111,8 @@ def choose(op: str, tensor: Tensor) -> str:
 
 def _choose(op: str, wanted: str, tensor: Tensor) -> str:
     key = (op, wanted, tensor.device.type, tensor.dtype)
+    if torch.compiler.is_compiling():  # the cache would become a guard of the graph, and its growth a recompilation
+        return _decide(*key)
     if key not in _chosen:
         _chosen[key] = _decide(*key)
     return _chosen[key]

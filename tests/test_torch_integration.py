@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""torch.library.opcheck, torch.compile, torch.export, ONNX, autocast and vmap."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from support import random_map
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import tokred_kernels as tk
+
+OPS = torch.ops.tokred
+SAMPLES = 44
+
+
+def samples():
+    """Calls of each registered op: contiguous and permuted, odd N, empty."""
+    for batch, tokens, channels in ((2, 17, 5), (1, 1, 1), (0, 4, 3), (2, 6, 0)):
+        x = torch.randn(batch, tokens, channels)
+        token_map = random_map(batch, tokens, 3, dropped=0.2)
+        views, dest = token_map.views(), token_map.dest
+        permuted = torch.randn(channels, batch, tokens).permute(1, 2, 0)
+        weight = torch.rand(batch, tokens) + 0.5
+        arithmetic = (None, None, 0, 2, tokens - tokens // 2, tokens // 2, 0, 0, False, min(1, tokens // 2), "cpu")
+        yield OPS.bipartite_match.default, (x, *arithmetic)
+        yield OPS.bipartite_match.default, (torch.randn(batch, tokens, 2, 4).transpose(1, 2), *arithmetic)
+        for values in (x, permuted):
+            yield OPS.merge.default, (values, None, *views, "mean", False, "cpu")
+            yield OPS.merge.default, (values, weight, *views, "sum", True, "cpu")
+        y, total = OPS.merge.default(x, weight, *views, "mean", True, "cpu")
+        yield OPS.unmerge.default, (y, dest, "cpu")
+        common = (dest, *views)
+        yield (
+            OPS.merge_backward.default,
+            (y, total, x, y, weight, total, *common, "mean", True, True, "cpu"),
+        )
+        yield OPS.merge_backward.default, (y, None, x, y, None, None, *common, "amax", True, False, "cpu")
+        yield OPS.invert.default, (dest, 3, "cpu")
+        yield OPS.compose.default, (dest, random_map(batch, 3, 2).dest, "cpu")
+
+
+@pytest.mark.parametrize("number", range(SAMPLES))
+def test_opcheck(number):
+    op, arguments = list(samples())[number]
+    torch.library.opcheck(op, arguments)
+
+
+def test_every_op_is_sampled():
+    names = {op.name() for op, _ in samples()}
+    assert names == {f"tokred::{name}" for name in (*tk.backends.OPS,)}
+    assert len(list(samples())) == SAMPLES
+
+
+def reduce_twice(x, size, keys):
+    first = tk.bipartite_merge(x, 4, metric=keys, size=size, class_token=True)
+    second = tk.bipartite_merge(first.x.sin(), 3, size=first.size, num_prefix=2)
+    token_map = first.token_map.then(second.token_map)
+    return tk.unmerge(second.x, token_map), second.size, tk.merge(x, token_map, reduce="amax"), token_map
+
+
+def inputs(tokens):
+    x = torch.randn(2, tokens, 8, requires_grad=True)
+    size = (torch.rand(2, tokens, 1) + 0.5).requires_grad_()
+    return x, size, torch.randn(2, 3, tokens, 4)
+
+
+def loss(outputs):
+    back, size, highest, _ = outputs
+    return back.pow(2).sum() + size.log().sum() + highest.sum()
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_compiles_whole_forward_and_backward(which):
+    with tk.use_backend(which):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(reduce_twice, fullgraph=True, dynamic=False, backend=counter)
+        for _ in range(3):  # a fixed schedule: one compilation serves every call
+            arguments = inputs(21)
+            got, want = compiled(*arguments), reduce_twice(*arguments)
+            assert torch.equal(got[3].dest, want[3].dest)
+            for g, w in zip(got[:3], want[:3], strict=True):
+                torch.testing.assert_close(g, w)
+            grads = (torch.autograd.grad(loss(o), arguments[:2]) for o in (got, want))
+            for g, w in zip(*grads, strict=True):
+                torch.testing.assert_close(g, w)
+        assert counter.frame_count == 1
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    arguments = inputs(17)
+    compiled = torch.compile(reduce_twice, fullgraph=True, dynamic=False)
+    got, want = compiled(*arguments), reduce_twice(*arguments)
+    grads = (torch.autograd.grad(loss(o), arguments[:2]) for o in (got, want))
+    for g, w in zip(*grads, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_compiles_once_for_any_number_of_tokens(which):
+    with tk.use_backend(which):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(reduce_twice, fullgraph=True, dynamic=True, backend=counter)
+        for tokens in (21, 22, 40, 33, 197):
+            arguments = inputs(tokens)
+            got = compiled(*arguments)
+            torch.testing.assert_close(got[0], reduce_twice(*arguments)[0])
+            loss(got).backward()
+        assert counter.frame_count == 1
+
+
+class Reducer(torch.nn.Module):
+    def forward(self, x, keys):
+        out = tk.bipartite_merge(x, 4, metric=keys, class_token=True)
+        return out.x, out.size, tk.unmerge(out.x, out.token_map), tk.merge(x, out.token_map, reduce="amax")
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_exports(which):
+    x, keys = torch.randn(2, 17, 8), torch.randn(2, 3, 17, 4)
+    tokens = torch.export.Dim("tokens", min=16, max=4096)
+    with tk.use_backend(which):
+        program = torch.export.export(Reducer(), (x, keys), dynamic_shapes=({1: tokens}, {2: tokens}))
+        for number in (17, 30):
+            x, keys = torch.randn(2, number, 8), torch.randn(2, 3, number, 4)
+            for got, want in zip(program.module()(x, keys), Reducer()(x, keys), strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def test_exports_a_map():
+    class Match(torch.nn.Module):
+        def forward(self, metric):
+            return tk.bipartite_match(metric, 3)
+
+    metric = torch.randn(2, 17, 8)
+    token_map = torch.export.export(Match(), (metric,)).module()(metric)
+    assert isinstance(token_map, tk.TokenMap)
+    assert torch.equal(token_map.dest, tk.bipartite_match(metric, 3).dest)
+
+
+def test_runs_in_onnxruntime():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x, keys = torch.randn(2, 17, 8), torch.randn(2, 3, 17, 4)
+    keys[0, :, 5] = keys[0, :, 3]  # a tie
+    buffer = io.BytesIO()
+    with tk.use_backend("reference"):
+        torch.onnx.export(Reducer(), (x, keys), dynamo=True, verbose=False).save(buffer)
+        want = Reducer()(x, keys)
+    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    got = session.run(None, dict(zip(names, (x.numpy(), keys.numpy()), strict=True)))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_works_under_autocast():
+    x, size = torch.randn(2, 17, 8, requires_grad=True), torch.ones(2, 17, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        keys = torch.nn.functional.linear(x, torch.randn(4, 8))
+        assert keys.dtype == torch.bfloat16
+        out = tk.bipartite_merge(x, 4, metric=keys, size=size, class_token=True)
+    assert out.x.dtype == torch.float32
+    assert out.size.dtype == torch.float32
+    out.x.sum().backward()
+    assert x.grad is not None
+
+
+def test_vmap_is_refused_in_words():
+    token_map = random_map(2, 9, 4)
+    with pytest.raises(NotImplementedError, match=r"merge has no torch.func.vmap rule"):
+        torch.func.vmap(lambda x: tk.merge(x, token_map))(torch.randn(3, 2, 9, 4))
+
+
+@pytest.mark.gpu
+def test_replays_in_a_cuda_graph():
+    with tk.use_backend("cuda"):
+        x, keys = torch.randn(4, 197, 384, device="cuda"), torch.randn(4, 6, 197, 64, device="cuda")
+        tk.bipartite_merge(x, 16, metric=keys, class_token=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = tk.bipartite_merge(x, 16, metric=keys, class_token=True)
+        x.normal_()
+        keys.normal_()
+        graph.replay()
+        again = tk.bipartite_merge(x, 16, metric=keys, class_token=True)
+        assert torch.equal(out.x, again.x)
+        assert torch.equal(out.token_map.dest, again.token_map.dest)
