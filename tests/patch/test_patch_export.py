@@ -74,13 +74,25 @@ def test_compiles_with_inductor():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_with_dynamic_image_sizes():
-    model = make(r=3, dynamic_img_size=True)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for batch, size in ((2, 48), (3, 64), (4, 80)):
-            x = images(batch, size)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_compiles_once_for_all_batches_and_token_counts(backend):
+    model = make(r=3)
+    block = model.blocks[0]
+    with use_backend(backend), torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        model(images())
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for batch in (2, 3, 5):
+            x = images(batch)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        # timm itself is compiled anew for each image size, so other token counts go to a block alone.
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+        for batch, tokens in ((2, 65), (3, 48), (4, 100)):
+            x, size = torch.randn(batch, tokens, 32), torch.rand(batch, tokens, 1) + 1
+            y, sizes, token_map = compiled(x, size)
+            expected = block(x, size)
+            torch.testing.assert_close(y, expected[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(sizes, expected[1])
+            assert torch.equal(token_map.dest, expected[2].dest)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
