@@ -58,8 +58,16 @@ tokred::MatchArgs match_args(Address metric, int64_t stride_b, int64_t stride_h,
   a.stride_b = stride_b, a.stride_h = stride_h, a.stride_n = stride_n;
   a.images = images, a.heads = heads, a.tokens = tokens, a.channels = channels;
   a.dtype = static_cast<DType>(dtype);
-  a.partition = {pointer<int32_t>(sources), pointer<int32_t>(destinations), first, stride, num_src, num_dst,
-                 protected_src, protected_dst, sources_by_index, r};
+  a.partition = {pointer<int32_t>(sources),
+                 pointer<int32_t>(destinations),
+                 first,
+                 stride,
+                 num_src,
+                 num_dst,
+                 protected_src,
+                 protected_dst,
+                 sources_by_index,
+                 r};
   return a;
 }
 
@@ -68,11 +76,10 @@ template <class Device>
 void bind_ops(py::module_ m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def(
-      "match_workspace_bytes",
-      [](Address metric, int64_t stride_b, int64_t stride_h, int64_t stride_n, int64_t images, int64_t heads,
-         int64_t tokens, int64_t channels, int dtype, Address sources, Address destinations, int32_t first,
-         int32_t stride, int32_t num_src, int32_t num_dst, int32_t protected_src, int32_t protected_dst,
-         int32_t sources_by_index, int32_t r) {
+      "match_workspace_bytes", [](Address metric, int64_t stride_b, int64_t stride_h, int64_t stride_n, int64_t images,
+                                  int64_t heads, int64_t tokens, int64_t channels, int dtype, Address sources,
+                                  Address destinations, int32_t first, int32_t stride, int32_t num_src, int32_t num_dst,
+                                  int32_t protected_src, int32_t protected_dst, int32_t sources_by_index, int32_t r) {
         return Device::match_workspace_bytes(match_args(metric, stride_b, stride_h, stride_n, images, heads, tokens,
                                                         channels, dtype, sources, destinations, first, stride, num_src,
                                                         num_dst, protected_src, protected_dst, sources_by_index, r));

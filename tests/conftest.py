@@ -27,7 +27,9 @@ def seeded():
         yield
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("triton", marks=pytest.mark.gpu)]
+)
 def backend(request):
     """Each compiled backend in turn; yields the device its tensors live on."""
     with tk.use_backend(request.param):

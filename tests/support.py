@@ -65,7 +65,7 @@ def assert_valid_match(token_map, metric, r, *, prefix=None, class_token=False, 
         free = ~joined
         free[: partition.protected_src] = False
         if free.any():
-            assert best[image][joined].min() >= best[image][free].max() - band, "joined a source that is not among the r best"
+            assert best[image][joined].min() >= best[image][free].max() - band, "joined none of the r best"
             slots = dest[image, source[image][free]]
             order = best[image][free][slots.argsort()]
             if partition.sources_by_index:

@@ -37,9 +37,11 @@ def test_unknown_backend():
         tk.use_backend("gpu")
 
 
-@pytest.mark.parametrize("call", [lambda: tk.merge(X, A_MAP), lambda: tk.unmerge(X, A_MAP), lambda: tk.bipartite_match(X, 2)])
+@pytest.mark.parametrize(
+    "call", [lambda: tk.merge(X, A_MAP), lambda: tk.unmerge(X, A_MAP), lambda: tk.bipartite_match(X, 2)]
+)
 def test_a_named_backend_that_cannot_serve_raises(call):
-    with tk.use_backend("cuda"), pytest.raises(RuntimeError, match='"cuda" was asked for.*What can: reference, cpu'):
+    with tk.use_backend("cuda"), pytest.raises(RuntimeError, match=r'"cuda" was asked for.*What can: reference, cpu'):
         call()
 
 

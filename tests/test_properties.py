@@ -59,9 +59,7 @@ def reversed_arguments(merged, token_map):
 
 
 @settings(deadline=None, max_examples=80)
-@given(
-    st.integers(1, 40), st.integers(0, 40), st.integers(0, 5), st.integers(1, 4), st.integers(0, 2**31 - 1)
-)
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 5), st.integers(1, 4), st.integers(0, 2**31 - 1))
 def test_sizes_sum_to_the_tokens(tokens, r, prefix, channels, seed):
     x = torch.randn(2, tokens, channels, generator=torch.Generator().manual_seed(seed))
     out = tk.bipartite_merge(x, r, num_prefix=min(prefix, tokens))

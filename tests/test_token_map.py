@@ -53,7 +53,9 @@ def test_identity():
     assert torch.equal(token_map.source(), torch.eye(4).expand(2, 4, 4))
     other = random_map(2, 4, 3)
     assert torch.equal(token_map.then(other).dest, other.dest)
-    assert all(torch.equal(a, b) for a, b in zip(token_map.views(), tk.TokenMap(token_map.dest, 4).views(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(token_map.views(), tk.TokenMap(token_map.dest, 4).views(), strict=True)
+    )
 
 
 def test_from_dest_takes_any_integers_and_counts_slots():

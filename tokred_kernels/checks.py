@@ -42,7 +42,9 @@ def check_metric(op: str, value: Any) -> None:
     """Raise unless `value` is a floating (B, N, D) or (B, H, N, d) tensor."""
     check_floating(op, "metric", value)
     if value.dim() not in (3, 4):
-        raise ValueError(f"tokred_kernels.{op}: metric must be (B, N, D) or keys (B, H, N, d), got shape {shape(value)}")
+        raise ValueError(
+            f"tokred_kernels.{op}: metric must be (B, N, D) or keys (B, H, N, d), got shape {shape(value)}"
+        )
     if value.dim() == 4 and value.shape[1] == 0:
         raise ValueError(f"tokred_kernels.{op}: metric must have at least one head, got shape {shape(value)}")
 

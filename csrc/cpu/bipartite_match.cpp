@@ -50,12 +50,12 @@ class Scratch {
 // One image's metric, ready for the tiles, and what the tiles find.
 struct Problem {
   int64_t channels, sources, destinations;  // destinations: those that may be joined
-  float* source;       // (sources rounded up, D)
-  float* destination;  // panels of kLanes: (panel, D, lane)
-  float* inverse_src;  // (sources rounded up)
-  float* inverse_dst;  // (destinations rounded up): NaN where there is none, so that it never wins
-  float* best;         // (sources)
-  int32_t* index;      // (sources)
+  float* source;                            // (sources rounded up, D)
+  float* destination;                       // panels of kLanes: (panel, D, lane)
+  float* inverse_src;                       // (sources rounded up)
+  float* inverse_dst;                       // (destinations rounded up): NaN where there is none, so that it never wins
+  float* best;                              // (sources)
+  int32_t* index;                           // (sources)
 };
 
 // Token n's metric as floats; the mean over heads is rounded to the metric's own dtype.
@@ -214,8 +214,8 @@ void match_image(const MatchArgs& a, int64_t image, bool parallel) {
   const int64_t source_floats = round_up(sources * p.channels, kLanes);
 
   thread_local Scratch scratch;
-  float* memory = scratch.take(source_floats + destinations * p.channels + 5 * padded_sources + destinations +
-                               2 * kLanes);
+  float* memory =
+      scratch.take(source_floats + destinations * p.channels + 5 * padded_sources + destinations + 2 * kLanes);
   p.source = memory;
   p.destination = p.source + source_floats;
   p.inverse_dst = p.destination + destinations * p.channels;

@@ -7,12 +7,12 @@
 
 #include "ops.h"
 
-#define TOKRED_DECLARE(isa)                        \
-  namespace tokred::cpu::isa {                     \
-  void bipartite_match(const MatchArgs&);          \
-  void merge(const MergeArgs&);                    \
-  void merge_backward(const MergeBackwardArgs&);   \
-  void unmerge(const UnmergeArgs&);                \
+#define TOKRED_DECLARE(isa)                      \
+  namespace tokred::cpu::isa {                   \
+  void bipartite_match(const MatchArgs&);        \
+  void merge(const MergeArgs&);                  \
+  void merge_backward(const MergeBackwardArgs&); \
+  void unmerge(const UnmergeArgs&);              \
   }
 #define TOKRED_TABLE(isa) {#isa, isa::bipartite_match, isa::merge, isa::merge_backward, isa::unmerge}
 
@@ -59,9 +59,8 @@ Kernels choose() {
   if (fits("avx2", has_avx2())) return TOKRED_TABLE(avx2);
 #endif
   if (fits("baseline", true)) return TOKRED_TABLE(baseline);
-  throw std::invalid_argument(std::string("TOKRED_CPU_ISA=") + wish +
-                              ": this machine and build have baseline" + (has_avx2() ? ", avx2" : "") +
-                              (has_avx512() ? ", avx512" : ""));
+  throw std::invalid_argument(std::string("TOKRED_CPU_ISA=") + wish + ": this machine and build have baseline" +
+                              (has_avx2() ? ", avx2" : "") + (has_avx512() ? ", avx512" : ""));
 }
 
 const Kernels& kernels() {

@@ -69,9 +69,7 @@ void split_slot(const MergeBackwardArgs& a, int64_t out) {
   const T* y = static_cast<const T*>(a.y) + out * a.channels;
   const T* g = static_cast<const T*>(a.grad_y) + out * a.channels;
   T* grad_x = static_cast<T*>(a.grad_x);
-  const auto ties = [](Sum value, Sum best) {
-    return Sum((value == best) | ((value != value) & (best != best)));
-  };
+  const auto ties = [](Sum value, Sum best) { return Sum((value == best) | ((value != value) & (best != best))); };
   for (int64_t start = 0; start < a.channels; start += kChannelBlock) {
     const int64_t n = std::min(kChannelBlock, a.channels - start);
     Sum number[kChannelBlock];

@@ -76,7 +76,9 @@ def test_reads_strided_tokens(backend):
         "sliced": torch.randn(2, 12, 8, device=backend)[:, 3:],
     }
     for name, x in views.items():
-        assert torch.equal(tk.merge(x, token_map), tk.merge(x.clone(memory_format=torch.contiguous_format), token_map)), name
+        assert torch.equal(
+            tk.merge(x, token_map), tk.merge(x.clone(memory_format=torch.contiguous_format), token_map)
+        ), name
 
 
 def test_a_slot_without_members_is_zero(backend):
@@ -168,7 +170,9 @@ def test_gradcheck(reduce, dropped):
                 assert torch.autograd.gradcheck(
                     lambda x, w: tk.merge(x, token_map, reduce=reduce, weight=w), (x, weight)
                 )
-                assert torch.autograd.gradcheck(lambda w: tk.merge(x.detach(), token_map, reduce=reduce, weight=w), weight)
+                assert torch.autograd.gradcheck(
+                    lambda w: tk.merge(x.detach(), token_map, reduce=reduce, weight=w), weight
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,7 +190,9 @@ def test_gradients_equal_float64(backend, dtype, reduce, weighted, channels):
         y = tk.merge(x, token_map, reduce=reduce, weight=None if weight is None else inputs[1])
         return torch.autograd.grad(y, inputs, grad)
 
-    got = gradients(x.to(backend), None if weight is None else weight.to(backend), grad.to(backend), token_map.to(backend))
+    got = gradients(
+        x.to(backend), None if weight is None else weight.to(backend), grad.to(backend), token_map.to(backend)
+    )
     with tk.use_backend("reference"):
         want = gradients(x.double(), None if weight is None else weight.double(), grad.double(), token_map)
     assert got[0].dtype == dtype

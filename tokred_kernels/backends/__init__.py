@@ -43,7 +43,7 @@ _chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
 _implementations: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-class use_backend:  # noqa: N801  (reads as a statement)
+class use_backend:
     """Choose the backend for every op: at once and for good, or for a `with` block.
 
     Args:
@@ -90,7 +90,7 @@ def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> st
             return "this build has no CUDA kernels; reinstall with nvcc on the path and TOKRED_CUDA=1"
         if device != backend:
             return f"{backend} kernels need a {backend} tensor, got one on {device}"
-    if dtype not in _DTYPES[backend] and not (op in ("invert", "compose")):
+    if dtype not in _DTYPES[backend] and op not in ("invert", "compose"):
         return f"{backend} kernels take {', '.join(str(d)[6:] for d in _DTYPES[backend])}, got {str(dtype)[6:]}"
     return None
 

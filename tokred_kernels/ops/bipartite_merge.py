@@ -49,9 +49,7 @@ def bipartite_merge(
     if metric is None:
         metric = x
     check_tokens("bipartite_merge", "x", x)
-    token_map = bipartite_match(
-        metric, r, class_token=class_token, distill_token=distill_token, num_prefix=num_prefix
-    )
+    token_map = bipartite_match(metric, r, class_token=class_token, distill_token=distill_token, num_prefix=num_prefix)
     if metric is not x:
         if token_map.dest.shape != x.shape[:2]:
             raise ValueError(

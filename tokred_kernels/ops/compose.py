@@ -12,9 +12,9 @@ from tokred_kernels.ops.library import register
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """`dest` (B, N) of the map `first` (B, N), into N1 slots, followed by `second` (B, N1): what either drops is dropped.
+    """`dest` (B, N) of the map `first` (B, N), into N1 slots, followed by `second` (B, N1).
 
-    As with `invert`, always on the best backend present.
+    What either drops is dropped. As with `invert`, always on the best backend present.
     """
     backend = backends.best("compose", first)
     if backend == "reference":

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+# make demo   install into .venv and run the example on real photographs
+# make test   install into .venv and run the tests
+# make lint   formatters, linters, types
+# make gpu    on a machine with a GPU: build, test, sanitize, benchmark, write the results (see below)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+DEMO_ARGS ?=
+
+.PHONY: demo test lint format gpu clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/accelerate_vit.py $(DEMO_ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+# The requirements go in first, so that installing the package does not choose another torch.
+$(VENV)/required: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/installed: $(VENV)/required $(NATIVE_SOURCES)
+	TOKRED_BUILD_DIR=build/venv $(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# Uses $(PYTHON) as it is, with its own torch and triton: GPU machines bring theirs. Everything it writes lands in
+# benchmarks/results/, tokred_kernels/backends/verified.json and the README's table.
+GPU_BUILD := build/gpu
+gpu:
+	TOKRED_CUDA=1 TOKRED_BUILD_DIR=$(GPU_BUILD) $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest -m gpu --junitxml=$(GPU_BUILD)/gpu-tests.xml
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/sanitize.py
+	$(PYTHON) benchmarks/run.py --device cuda --suite micro --backend cuda,triton --json
+	$(PYTHON) benchmarks/run.py --device cuda --suite model --backend cuda --json
+	$(PYTHON) benchmarks/verify.py $(GPU_BUILD)/gpu-tests.xml
+	$(PYTHON) benchmarks/table.py
+
+clean:
+	rm -rf build $(VENV) out tokred_kernels/*.so

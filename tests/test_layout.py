@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""One op, one name, one file a layer: a newcomer finds an op's reference, kernel, test and benchmark by its name."""
+
+import re
+from pathlib import Path
+
+import tokred_kernels as tk
+from tokred_kernels import backends
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "tokred_kernels"
+# Ops that call another op's kernel with other arguments, and that op.
+BUILT_ON = {
+    "bipartite_merge": ("bipartite_match", "merge"),
+    "kth_bipartite_match": ("bipartite_match",),
+    "merge_wavg": ("merge",),
+    "random_bipartite_match": ("bipartite_match",),
+}
+NOT_OPS = {"__init__", "library"}
+# Registered beside the op whose gradient it is; the reference's gradients are autograd's.
+GRADIENTS = {"merge_backward"}
+# Two whole-number kernels that share a file, and are tested with the token map.
+MAP_OPS = {"invert", "compose"}
+
+
+def names(folder, suffix):
+    return {path.stem for path in folder.glob(f"*{suffix}")}
+
+
+def test_every_op_has_a_file_in_each_layer():
+    kernels = set(backends.OPS)
+    assert names(PACKAGE / "ops", ".py") - NOT_OPS == (kernels - GRADIENTS) | set(BUILT_ON)
+    assert names(PACKAGE / "backends/reference", ".py") - {"__init__"} == kernels - GRADIENTS
+    assert names(PACKAGE / "backends/native", ".py") - {"__init__"} == kernels
+    assert set(backends.TRITON_OPS) <= names(PACKAGE / "backends/triton", ".py")
+    for folder, suffix in (("csrc/cpu", ".cpp"), ("csrc/cuda", ".cu")):
+        assert names(ROOT / folder, suffix) - {"dispatch"} == (kernels - MAP_OPS) | {"maps"}
+    tested = {name.removeprefix("test_") for name in names(ROOT / "tests/ops", ".py")}
+    assert tested == (kernels - GRADIENTS - MAP_OPS) | set(BUILT_ON)
+
+
+def test_every_op_has_a_benchmark_case():
+    cases = (ROOT / "benchmarks/cases.py").read_text()
+    for op in {*backends.OPS, *BUILT_ON} - MAP_OPS - GRADIENTS:
+        assert re.search(rf'"{op}"', cases), f"benchmarks/cases.py has no case of {op}"
+
+
+def test_calls_go_one_way():
+    above = {"backends": ("ops", "nn", "patch"), "ops": ("nn", "patch"), "nn": ("patch",)}
+    for layer, forbidden in above.items():
+        for path in (PACKAGE / layer).rglob("*.py"):
+            for target in forbidden:
+                assert f"tokred_kernels.{target}" not in path.read_text(), f"{path} imports {target}"
+
+
+def test_everything_public_is_documented():
+    for name in tk.__all__:
+        assert getattr(tk, name).__doc__, f"{name} has no docstring"
+
+
+def test_no_file_has_grown_past_reading():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.*"), *(ROOT / "benchmarks").glob("*.py")]:
+        if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+            assert len(path.read_text().splitlines()) <= 400, f"{path} is longer than 400 lines"
