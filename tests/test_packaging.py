@@ -72,7 +72,8 @@ def test_a_wheel_built_in_isolation_works_elsewhere(tmp_path):
 )
 def test_an_unmet_wish_for_cuda_is_an_error(environment, words):
     code = f"import runpy, sys; sys.argv = ['setup.py', '--name']; sys.path.insert(0, {str(ROOT)!r})\n"
-    code += f"import setuptools; setuptools.setup = lambda **k: None\nprint(runpy.run_path({str(ROOT / 'setup.py')!r})['cuda_options']())"
+    code += "import setuptools; setuptools.setup = lambda **k: None\n"
+    code += f"print(runpy.run_path({str(ROOT / 'setup.py')!r})['cuda_options']())"
     environment = {**os.environ, **environment}
     environment.pop("CUDA_PATH", None)
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
