@@ -163,13 +163,13 @@ def test_gradcheck(reduce, dropped):
     token_map = random_map(2, 9, 5, dropped=dropped)
     x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     weight = (torch.rand(2, 9, 1, dtype=torch.float64) + 0.5).requires_grad_()
+    fixed = x.detach()
     for which in ("cpu", "reference"):
         with tk.use_backend(which):
             assert torch.autograd.gradcheck(lambda x: tk.merge(x, token_map, reduce=reduce), x)
             if reduce == "amax":
                 continue
             assert torch.autograd.gradcheck(lambda x, w: tk.merge(x, token_map, reduce=reduce, weight=w), (x, weight))
-            fixed = x.detach()
             assert torch.autograd.gradcheck(lambda w: tk.merge(fixed, token_map, reduce=reduce, weight=w), weight)
 
 
