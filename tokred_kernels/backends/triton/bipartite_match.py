@@ -42,8 +42,7 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
                 *(tokens, first, partition.stride, num_src, num_dst, protected_src, protected_dst, r),
                 LISTS=sources is not None,
                 BY_INDEX=by_index,
-                BLOCK_SRC=config.block_src,
-                BLOCK_DST=config.block_dst,
+                BLOCK=config.block,
                 CHUNK=config.chunk,
                 num_warps=config.num_warps,
             )
@@ -58,16 +57,17 @@ def _best_destination(metric: Tensor, partition: Partition) -> tuple[Tensor, Ten
     index = metric.new_empty((images, num_src), dtype=torch.int32)
     if score.numel() == 0:
         return score, index
-    config = match_config(num_src, channels, metric.dtype)
+    config = match_config(channels, metric.dtype)
     blocks = triton.cdiv(num_src, config.block_src)
-    if heads > 1 and blocks > MEAN_IN_MATCH_BLOCKS and channels:
+    one_chunk = channels <= config.block_channels
+    if heads > 1 and not (one_chunk and blocks <= MEAN_IN_MATCH_BLOCKS):
         metric, heads = _mean_over_heads(metric), 1
     match_kernel[(images * blocks,)](
         *(metric, sources, destinations, score, index, *metric.stride()[:3], heads, channels),
         *(first, stride, num_src, num_dst, protected_dst, blocks),
         LISTS=sources is not None,
         MEAN=heads > 1,
-        ONE_CHUNK=channels <= config.block_channels,
+        ONE_CHUNK=one_chunk,
         BLOCK_SRC=config.block_src,
         BLOCK_DST=config.block_dst,
         BLOCK_CHANNELS=config.block_channels,
@@ -113,25 +113,24 @@ def destination_token(destinations, j, mask, first, stride, LISTS: tl.constexpr)
 
 
 @triton.jit
-def mean_tile(at, mask, stride_h, heads):
-    """The mean over heads of the elements at `at` in the first head, taken in float32 and rounded to their dtype."""
-    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+def mean_tile(vectors, k, mask, stride_h, heads):
+    """The mean over heads of channels k of the vectors at these addresses, in float32, then rounded to their dtype."""
+    total = tl.load(vectors[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
     for _ in range(1, heads):
-        at += stride_h
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    return narrow(tl.div_rn(total, tl.zeros_like(total) + heads), at.dtype.element_ty)
+        vectors += stride_h
+        total += tl.load(vectors[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    return narrow(tl.div_rn(total, tl.zeros_like(total) + heads), vectors.dtype.element_ty)
 
 
 @triton.jit
 def load_tile(vectors, row_mask, start, stride_h, heads, channels, MEAN: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """(BLOCK, BLOCK_CHANNELS) of the metric, from channel `start` of the vectors at these addresses."""
     k = start + tl.arange(0, BLOCK_CHANNELS)
-    at = vectors[:, None] + k[None, :]
     mask = row_mask[:, None] & (k < channels)[None, :]
     if MEAN:
-        tile = mean_tile(at, mask, stride_h, heads)
+        tile = mean_tile(vectors, k, mask, stride_h, heads)
     else:
-        tile = tl.load(at, mask=mask, other=0.0)
+        tile = tl.load(vectors[:, None] + k[None, :], mask=mask, other=0.0)
     return tile
 
 
@@ -243,7 +242,7 @@ def mean_kernel(
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask = (row < rows)[:, None] & (channel < channels)[None, :]
     vectors = metric + (row // tokens).to(tl.int64) * stride_b + (row % tokens).to(tl.int64) * stride_n
-    tile = mean_tile(vectors[:, None] + channel[None, :], mask, stride_h, heads)
+    tile = mean_tile(vectors, channel, mask, stride_h, heads)
     tl.store(mean + row.to(tl.int64)[:, None] * channels + channel[None, :], tile, mask=mask)
 
 
@@ -269,8 +268,7 @@ def select_kernel(
     r,
     LISTS: tl.constexpr,
     BY_INDEX: tl.constexpr,
-    BLOCK_SRC: tl.constexpr,
-    BLOCK_DST: tl.constexpr,
+    BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """A program writes both views of one image's map; see csrc/common/args.h for the slots.
@@ -293,13 +291,13 @@ def select_kernel(
 
     # Tokens that are in neither list, or in the tail of an arithmetic partition, are dropped.
     kept = first + num_src + num_dst
-    lanes = tl.arange(0, BLOCK_SRC)
+    lanes = tl.arange(0, BLOCK)
     if kept < tokens:
-        for start in range(first, tokens, BLOCK_SRC):
+        for start in range(first, tokens, BLOCK):
             tl.store(dest + start + lanes, -1, mask=start + lanes < tokens)
-        for start in range(kept, tokens, BLOCK_SRC):
+        for start in range(kept, tokens, BLOCK):
             tl.store(members + start + lanes, -1, mask=start + lanes < tokens)
-    for start in range(0, first, BLOCK_SRC):
+    for start in range(0, first, BLOCK):
         token = start + lanes
         tl.store(dest + token, token, mask=token < first)
         tl.store(members + token, row + token, mask=token < first)
@@ -310,7 +308,7 @@ def select_kernel(
     i = lanes
     is_src = i < num_src
     mine = tl.load(score + i, mask=is_src, other=0.0)
-    rank = tl.zeros((BLOCK_SRC,), tl.int32)
+    rank = tl.zeros((BLOCK,), tl.int32)
     last = tl.where(r < num_src - protected_src, num_src, 0)
     for start in range(protected_src, last, CHUNK):
         k = start + tl.arange(0, CHUNK)
@@ -333,21 +331,17 @@ def select_kernel(
     tl.debug_barrier()  # the -1s in dest are there, and each thread sees who joins whom
     tl.store(dest + token, slot, mask=is_src)
 
-    j = tl.arange(0, BLOCK_DST)
+    j = lanes
     is_dst = j < num_dst
     dst_token = destination_token(destinations, j, is_dst, first, stride, LISTS)
-    joined = tl.zeros((BLOCK_DST,), tl.int32)  # how many join destination j
-    joined_before = tl.zeros((BLOCK_DST,), tl.int32)  # of them, those before its own token
-    peers_before = tl.zeros((BLOCK_SRC,), tl.int32)  # of those that join i's destination, those before i's token
+    joined = tl.zeros((BLOCK,), tl.int32)  # how many join destination j
+    joined_before = tl.zeros((BLOCK,), tl.int32)  # of them, those before its own token
     for start in range(protected_src, num_src, CHUNK):
         k = start + tl.arange(0, CHUNK)
-        of = tl.load(index + k, mask=k < num_src, other=-1)
+        same = tl.load(index + k, mask=k < num_src, other=-1)[None, :] == j[:, None]
         k_token = source_token(sources, k, k < num_src, first, stride, LISTS)
-        same = of[None, :] == j[:, None]
         joined += tl.sum(same.to(tl.int32), 1)
         joined_before += tl.sum((same & (k_token[None, :] < dst_token[:, None])).to(tl.int32), 1)
-        same = of[None, :] == partner[:, None]
-        peers_before += tl.sum((same & (k_token[None, :] < token[:, None])).to(tl.int32), 1)
 
     # Before destination j come the untouched tokens, all unmerged sources, and the destinations below it.
     size = tl.where(is_dst, 1 + joined, 0)
@@ -364,6 +358,12 @@ def select_kernel(
     tl.store(begin + slot, row + slot, mask=stays)
     tl.store(count + slot, 1, mask=stays)
     tl.debug_barrier()  # each thread sees where the destinations begin
-    place = tl.load(begin + slot, mask=joins, other=0) - row + peers_before
-    place += (destination_token(destinations, partner, joins, first, stride, LISTS) < token).to(tl.int32)
-    tl.store(members + tl.where(joins, place, slot), row + token, mask=is_src)
+    before = tl.zeros((BLOCK,), tl.int32)  # how many of those that join i's destination come before i's token
+    for start in range(protected_src, num_src, CHUNK):
+        k = start + tl.arange(0, CHUNK)
+        same = tl.load(index + k, mask=k < num_src, other=-1)[None, :] == partner[:, None]
+        k_token = source_token(sources, k, k < num_src, first, stride, LISTS)
+        before += tl.sum((same & (k_token[None, :] < token[:, None])).to(tl.int32), 1)
+    before += (destination_token(destinations, partner, joins, first, stride, LISTS) < token).to(tl.int32)
+    place = tl.where(joins, tl.load(begin + slot, mask=joins, other=0) - row + before, slot)
+    tl.store(members + place, row + token, mask=is_src)

@@ -27,10 +27,9 @@ class MatchConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """All sources and all destinations of an image at once, against `chunk` sources at a time."""
+    """All sources, or all destinations, of an image at once, against `chunk` sources at a time."""
 
-    block_src: int
-    block_dst: int
+    block: int
     chunk: int
     num_warps: int
 
@@ -45,25 +44,22 @@ class RowsConfig:
     num_warps: int
 
 
-# float32 products run on the vector units, from registers: a smaller tile, and fewer channels at a time.
-_MATCH_16 = {
-    (sources, channels): MatchConfig(sources, 64, channels, sources // 16, 2)
-    for sources in (64, 128)
-    for channels in (16, 32, 64, 128)
-}
-_MATCH_32 = {(64, channels): MatchConfig(64, 64, channels, 8, 2) for channels in (16, 32)}
+# Longer vectors are taken 64 channels at a time, and a thread has few scores and their running best: with more of either,
+# kernels spill where the metric's strides let no load be wide. float32 products run on the vector units, where a thread
+# holds whole rows of both operands: 16 channels.
+_MATCH_16 = {channels: MatchConfig(64, 32, channels, 8, 2) for channels in (32, 64)}
+_MATCH_32 = {16: MatchConfig(64, 64, 16, 8, 2)}
 MATCH_CONFIGS = {dtype: _MATCH_32 if dtype == torch.float32 else _MATCH_16 for dtype in DTYPES}
 
 # In blocks of sources. An image's destinations are read once for each; with H heads that is H times as much, so that
-# beyond so many blocks it is less to read to write the mean over heads first, in a launch of its own.
-MEAN_IN_MATCH_BLOCKS = 4
+# beyond so many blocks (640 tokens) the mean over heads is written first, in a launch of its own.
+MEAN_IN_MATCH_BLOCKS = 5
 
 SELECT_LIMIT = 1024  # sources or destinations that one program ranks by counting; more are sorted
 SELECT_CONFIGS = {
-    (sources, destinations): SelectConfig(sources, destinations, 16, {128: 4, 512: 8, 1024: 16}[larger])
-    for sources in (128, 512, 1024)
-    for destinations in (128, 512, 1024)
-    for larger in (max(sources, destinations),)
+    128: SelectConfig(128, 16, 4),
+    512: SelectConfig(512, 8, 16),
+    1024: SelectConfig(SELECT_LIMIT, 8, 16),
 }
 
 # 16 bytes a thread, twice: 4 warps move 4 KiB.
@@ -75,26 +71,16 @@ ROWS_CONFIGS = {
 }
 
 
-def _power_of_two(value: int, low: int, high: int) -> int:
-    return max(low, min(high, 1 << max(value - 1, 0).bit_length()))
-
-
-def match_config(num_src: int, channels: int, dtype: torch.dtype) -> MatchConfig:
-    """For scores of `num_src` sources by vectors of `channels`."""
-    if dtype == torch.float32:
-        return _MATCH_32[64, _power_of_two(channels, 16, 32)]
-    return _MATCH_16[64 if num_src <= 128 else 128, _power_of_two(channels, 16, 128)]
+def match_config(channels: int, dtype: torch.dtype) -> MatchConfig:
+    """For scores of vectors of `channels`."""
+    configs = MATCH_CONFIGS[dtype]
+    return configs[min((block for block in configs if block >= channels), default=max(configs))]
 
 
 def select_config(num_src: int, num_dst: int) -> SelectConfig | None:
     """For the map of one image; None where it is too large for one program."""
-    if max(num_src, num_dst) > SELECT_LIMIT:
-        return None
-
-    def step(size: int) -> int:
-        return 128 if size <= 128 else 512 if size <= 512 else 1024
-
-    return SELECT_CONFIGS[step(num_src), step(num_dst)]
+    larger = max(num_src, num_dst)
+    return next((config for block, config in SELECT_CONFIGS.items() if block >= larger), None)
 
 
 def rows_config(channels: int, dtype: torch.dtype) -> RowsConfig:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: MIT
+"""Every Triton kernel, at every config and dtype shipped, compiled ahead of time: it fits, and does not spill.
+
+No GPU is needed. The compiling is done by this file run as a program, without TRITON_INTERPRET, which the tests'
+own process may have set: kernels are either interpreted or compiled, for the whole life of a process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Shared memory that a program may have, in bytes: sm_86's and sm_89's 99 KiB for NVIDIA, so that the same configs run
+# on smaller cards, and 64 KiB on gfx942. Threads come in warps of 32 or 64.
+NVIDIA_SHARED, AMD_SHARED = 99 * 1024, 64 * 1024
+# Bytes a thread: ptxas spills a register or two of its own accord, far below its limit of registers, where that gets
+# one more block onto a multiprocessor.
+SPILL_ALLOWANCE = 16
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) for name in TARGETS])
+def test_every_kernel_fits_and_does_not_spill(target):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, __file__, target], env=environment, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    compiled = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert {kernel["name"] for kernel in compiled} == {
+        *("match_kernel", "mean_kernel", "select_kernel", "merge_kernel"),
+        *("merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel"),
+    }
+    limit = AMD_SHARED if target.startswith("gfx") else NVIDIA_SHARED
+    assert [kernel for kernel in compiled if kernel["shared"] > limit] == []
+    assert [kernel for kernel in compiled if kernel["spilled"] > SPILL_ALLOWANCE] == []
+
+
+def _cases():
+    """(kernel, types of its tensors, constants, options, aligned) of everything to compile."""
+    import torch
+
+    from tokred_kernels.backends.triton import configs
+    from tokred_kernels.backends.triton.bipartite_match import match_kernel, mean_kernel, select_kernel
+    from tokred_kernels.backends.triton.merge import merge_kernel
+    from tokred_kernels.backends.triton.merge_backward import amax_backward_kernel, merge_backward_kernel
+    from tokred_kernels.backends.triton.unmerge import unmerge_kernel
+
+    pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    for dtype in configs.DTYPES:
+        largest = max(config.block_channels for config in configs.MATCH_CONFIGS[dtype].values())
+        for config in configs.MATCH_CONFIGS[dtype].values():
+            blocks = {
+                "BLOCK_SRC": config.block_src,
+                "BLOCK_DST": config.block_dst,
+                "BLOCK_CHANNELS": config.block_channels,
+            }
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            modes = [(False, False, True, True), (False, True, True, True)]
+            if config.block_channels == largest:
+                modes += [(False, False, False, True), (True, False, True, True), (False, False, False, False)]
+            for lists, mean, one_chunk, aligned in modes:
+                types = {"metric": pointer[dtype], "score": "*fp32", "index": "*i32"}
+                constants = {"LISTS": lists, "MEAN": mean, "ONE_CHUNK": one_chunk, **blocks}
+                if lists:
+                    types |= {"sources": "*i32", "destinations": "*i32"}
+                yield match_kernel, types, constants, options, aligned
+
+    select = {"score": "*fp32", **dict.fromkeys(("index", "dest", "members", "begin", "count"), "*i32")}
+    lists = {"sources": "*i32", "destinations": "*i32"}
+    for config in configs.SELECT_CONFIGS.values():
+        blocks = {"BLOCK": config.block, "CHUNK": config.chunk}
+        options = {"num_warps": config.num_warps}
+        for types, constants in (
+            (select, {"LISTS": False, "BY_INDEX": True}),
+            (select, {"LISTS": False, "BY_INDEX": False}),
+            (select | lists, {"LISTS": True, "BY_INDEX": False}),
+        ):
+            yield select_kernel, types, constants | blocks, options, True
+
+    for (_, dtype), config in configs.ROWS_CONFIGS.items():
+        blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_CHANNELS": config.block_channels}
+        unroll = {"UNROLL": config.unroll}
+        options = {"num_warps": config.num_warps}
+        of = pointer[dtype]
+        views = {"members": "*i32", "begin": "*i32", "count": "*i32"}
+        yield mean_kernel, {"metric": of, "mean": of}, blocks, options, True
+        yield unmerge_kernel, {"y": of, "dest": "*i32", "x": of}, blocks, options, True
+        types = {"grad_y": of, "x": of, "y": of, "grad_x": of, **views}
+        yield amax_backward_kernel, types, blocks, options, True
+        types = {"x": of, "weight": "*fp32", "y": of, "sums": "*fp32", **views}
+        merge_modes = [("mean", True, True, True)]
+        if config.block_channels == 128:
+            merge_modes += [("mean", False, True, True), ("sum", False, False, True), ("amax", False, False, True)]
+            merge_modes += [("sum", True, True, True), ("mean", True, True, False)]
+        for reduce, weighted, sums, aligned in merge_modes:
+            kept = types if weighted else {name: of for name, of in types.items() if name != "weight"}
+            constants = {"REDUCE": reduce, "WEIGHTED": weighted, "SUMS": sums, **blocks, **unroll}
+            yield merge_kernel, kept, constants, options, aligned
+        types = dict.fromkeys(("grad_weight_sum", "weight", "weight_sum", "grad_weight"), "*fp32")
+        types |= {"grad_y": of, "x": of, "y": of, "dest": "*i32", "count": "*i32", "grad_x": of}
+        backward_modes = [(True, True, True, True, True)]
+        if config.block_channels == 128:
+            backward_modes += [(True, False, False, True, False), (False, True, True, False, True)]
+        for mean, weighted, sums, need_x, need_weight in backward_modes:
+            given = {"weight": weighted, "weight_sum": weighted, "grad_weight_sum": sums}
+            given |= {"x": need_weight, "y": need_weight and mean}
+            kept = {name: of for name, of in types.items() if given.get(name, True)}
+            modes = {"MEAN": mean, "WEIGHTED": weighted, "SUMS": sums, "NEED_X": need_x, "NEED_WEIGHT": need_weight}
+            yield merge_backward_kernel, kept, modes | blocks, options, True
+
+
+def _compile(target, kernel, types, constants, options, aligned):
+    """What launching `kernel` would compile: tensors 16-byte aligned, and where `aligned`, strides and sizes too."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, values, attributes = {}, dict(constants), {}
+    unspecialized = kernel.do_not_specialize
+    for place, name in enumerate(kernel.arg_names):
+        if name in types:
+            signature[name] = types[name]
+        elif name in constants:
+            signature[name] = "constexpr"
+        elif name in ("sources", "destinations", "weight", "weight_sum", "grad_weight_sum", "x", "y"):
+            signature[name], values[name] = "constexpr", None
+        else:
+            signature[name] = "i32"
+        if name in types or (aligned and signature[name] == "i32" and name not in unspecialized):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(options))
+    return {
+        "name": kernel.__name__,
+        "types": types,
+        "constants": constants,
+        "options": options,
+        "aligned": aligned,
+        "shared": compiled.metadata.shared,
+        "spilled": _spilled(compiled),
+    }
+
+
+def _spilled(compiled):
+    """What the compiled kernel spills or keeps in local memory: bytes on NVIDIA, registers and bytes on AMD.
+
+    AMD's scalar registers spill into lanes of vector registers, not to memory, and are not counted.
+    """
+    if "amdgcn" in compiled.asm:
+        counts = re.findall(r"(?:vgpr_spill_count|\.private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"])
+        assert len(counts) == 2, counts
+        return sum(map(int, counts))
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = [knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
+        usage = subprocess.run(tool, capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert found, usage.stdout + usage.stderr
+    return int(found[1]) + int(found[2])
+
+
+if __name__ == "__main__":
+    for case in _cases():
+        print(json.dumps(_compile(sys.argv[1], *case)), flush=True)
