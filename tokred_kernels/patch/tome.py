@@ -44,6 +44,7 @@ class ToMeBlock(Patched, Block):
         if step.joining(x.shape[1]) > 0:
             token_map = bipartite_match(keys, step.r, num_prefix=step.num_prefix)
             x, size = merge_wavg(x, token_map, size)
+        del attended, keys  # the keys are a view of all of qkv, which would else live on through the MLP
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x, size, token_map
 
