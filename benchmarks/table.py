@@ -32,6 +32,9 @@ REACHED = {
     "median_us": "{:.1f} us",
 }
 
+NOTE = """Medians, all providers in turns in one run, after a check that their results agree. Published: the chain of
+torch ops of the authors' code. On a GPU these are GPU times of replayed CUDA graphs; the files have eager times too."""
+
 
 class Run:
     """One recorded run, by case and provider."""
@@ -92,7 +95,7 @@ def build(folder: Path, root: Path) -> str:
             "Model, ToMe|Unpatched, images/s|Patched, images/s|Speed|FLOPs|Speed over FLOPs|Target|Met",
             [_model_cells(case, model) for case in models],
         ) if models else "")  # fmt: skip
-    parts.append("Medians, all providers in turns in one run. Published: the chain of torch ops of the authors' code.")
+    parts.append(NOTE)
     return "\n\n".join(filter(None, parts))
 
 

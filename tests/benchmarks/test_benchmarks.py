@@ -262,6 +262,20 @@ def test_a_wrong_result_stops_the_run(only_tiny, monkeypatch, tmp_path, capsys):
     assert "results must agree" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_timed_by_events_and_by_graphs(monkeypatch, tmp_path):
+    case = Case("bipartite_merge", "tiny", (2, 64, 32), 8, "cuda", metric_dim=16, quick=True)
+    monkeypatch.setattr(run, "CASES", (case, dataclasses.replace(case, op="merge_wavg", training=True)))
+    monkeypatch.setattr(run, "QUICK", BRIEF)
+    path = tmp_path / "run.json"
+    assert run.main(["--device", "cuda", "--suite", "micro", "--quick", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["provider"] for row in rows} >= {"published", "reference", "triton"}
+    for row in (row for row in rows if row["provider"] != "reference"):  # it need not be capturable
+        assert set(row["clocks"]) == {"events", "graph"} and row["clock"] == "graph"
+        assert row["launches"] > 0 and row["peak_bytes"] > 0 and row["input_sets"] > 1
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
