@@ -9,11 +9,10 @@ namespace tokred {
 constexpr int kWarpLanes = 32;
 // Threads of a block: eight warps, so that enough blocks fit a multiprocessor for their loads to overlap.
 constexpr int kRowThreads = 256;
-// Blocks that a multiprocessor must hold at least: it leaves each thread 128 registers, more than any mover needs, and
-// keeps the compiler from spilling a few for the sake of a rounder number of blocks.
-constexpr int kRowBlocks = 2;
+// Blocks that a multiprocessor must hold at least: 32 warps, each thread with 64 registers, which all movers fit.
+constexpr int kRowBlocks = 4;
 constexpr int kRowWarps = kRowThreads / kWarpLanes;
-// Vectors a lane has in flight: with 16 bytes each and half the warps resident, 64 KB a multiprocessor.
+// Vectors a lane has in flight: with 16 bytes each that is 2 KB a warp, 64 KB a multiprocessor at four blocks.
 constexpr int kInFlight = 4;
 // A slot of more members than this is reduced by the whole block, its members cut evenly over the warps.
 constexpr int kLongSlot = 32;

@@ -344,7 +344,7 @@ __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Par
     }
   }
   __syncthreads();
-  if (threadIdx.x < sources) {
+  if (static_cast<int>(threadIdx.x) < sources) {
     uint64_t candidate = 0;
 #pragma unroll
     for (int w = 0; w < kWarpColumns; ++w) {

@@ -11,6 +11,10 @@ namespace {
 
 constexpr const char* kName = "merge";
 
+// Vectors a lane sums at a time. Rows that are copies have twice as many in flight; here the sums take the registers,
+// and few rows are sums.
+constexpr int kSumsInFlight = 2;
+
 template <class T>
 __device__ __forceinline__ Acc<T> weight_of(const MergeArgs& args, int32_t row) {
   return args.weight ? static_cast<const Acc<T>*>(args.weight)[row] : Acc<T>(1);
@@ -62,31 +66,31 @@ __device__ __forceinline__ void reduce_short(const MergeArgs& args, const RowCon
     copy_row<T, kElements>(g, c, count ? row_of<T>(args, members[0]) : nullptr, y);
     return;
   }
-  for (int first = g.lane; first < c.vectors; first += g.lanes * kInFlight) {
-    A values[kInFlight][kElements];
+  for (int first = g.lane; first < c.vectors; first += g.lanes * kSumsInFlight) {
+    A values[kSumsInFlight][kElements];
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
+    for (int k = 0; k < kSumsInFlight; ++k) {
 #pragma unroll
       for (int e = 0; e < kElements; ++e) values[k][e] = R::start();
     }
     for (int32_t m = 0; m < count; ++m) {
       const int32_t row = members[m];
       const A weight = weight_of<T>(args, row);
-      Vector<T, kElements> v[kInFlight];
+      Vector<T, kElements> v[kSumsInFlight];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
+      for (int k = 0; k < kSumsInFlight; ++k) {
         const int vector = first + k * g.lanes;
         v[k].word = {};
         if (vector < c.vectors) v[k] = load_vector<T, kElements>(row_of<T>(args, row), vector);
       }
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
+      for (int k = 0; k < kSumsInFlight; ++k) {
 #pragma unroll
         for (int e = 0; e < kElements; ++e) values[k][e] = R::step(values[k][e], weight, v[k].element[e]);
       }
     }
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
+    for (int k = 0; k < kSumsInFlight; ++k) {
       const int vector = first + k * g.lanes;
       if (vector < c.vectors) store_vector(y, vector, finish<T, kElements>(values[k], mean, total));
     }

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: MIT
+// Runs ops on request: reads calls from standard input, writes results to standard output, until the input ends.
+//
+//   call    op, number of integers, the integers, number of buffers, and for each: bytes (-1: a null pointer),
+//           bytes that its address is past a multiple of 16, and its contents
+//   result  0, number of integers, the integers, and the contents of the buffers that were not null;
+//           or 1, the length of a message, and the message
+// All numbers are int64.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../../csrc/common/match_config.h"
+#include "../../../csrc/common/order.h"
+#include "../../../csrc/common/row_config.h"
+#include "../../../csrc/common/slots.h"
+#include "../../../csrc/cuda/ops.h"
+
+namespace {
+
+using namespace tokred;
+
+void read(void* to, std::size_t bytes) {
+  if (bytes && std::fread(to, 1, bytes, stdin) != bytes) std::exit(0);
+}
+
+void write(const void* from, std::size_t bytes) { std::fwrite(from, 1, bytes, stdout); }
+
+int64_t read_number() {
+  int64_t number;
+  read(&number, sizeof number);
+  return number;
+}
+
+void write_number(int64_t number) { write(&number, sizeof number); }
+
+// Memory that ends where the buffer does, so that the address sanitizer sees the first byte beyond.
+struct Buffer {
+  std::unique_ptr<char, void (*)(void*)> memory{nullptr, std::free};
+  char* data = nullptr;
+  int64_t bytes = -1;
+};
+
+Buffer read_buffer() {
+  Buffer b;
+  b.bytes = read_number();
+  const int64_t offset = read_number();
+  if (b.bytes < 0) return b;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, b.bytes + offset > 0 ? b.bytes + offset : 1) != 0) std::abort();
+  b.memory.reset(static_cast<char*>(memory));
+  b.data = b.memory.get() + offset;
+  read(b.data, b.bytes);
+  return b;
+}
+
+struct Call {
+  std::vector<int64_t> integers;
+  std::vector<Buffer> buffers;
+  std::size_t next_integer = 0, next_buffer = 0;
+
+  int64_t integer() { return integers.at(next_integer++); }
+  int32_t small() { return static_cast<int32_t>(integer()); }
+  template <class T = void>
+  T* buffer() {
+    return reinterpret_cast<T*>(buffers.at(next_buffer++).data);
+  }
+};
+
+MatchArgs match_args(Call& c) {
+  MatchArgs a{};
+  a.metric = c.buffer();
+  a.stride_b = c.integer(), a.stride_h = c.integer(), a.stride_n = c.integer();
+  a.images = c.integer(), a.heads = c.integer(), a.tokens = c.integer(), a.channels = c.integer();
+  a.dtype = static_cast<DType>(c.integer());
+  a.partition.sources = c.buffer<int32_t>(), a.partition.destinations = c.buffer<int32_t>();
+  Partition& p = a.partition;
+  p.first = c.small(), p.stride = c.small(), p.num_src = c.small(), p.num_dst = c.small();
+  p.protected_src = c.small(), p.protected_dst = c.small(), p.sources_by_index = c.small(), p.r = c.small();
+  return a;
+}
+
+using Result = std::vector<int64_t>;
+
+Result bipartite_match(Call& c) {
+  MatchArgs a = match_args(c);
+  a.dest = c.buffer<int32_t>(), a.members = c.buffer<int32_t>();
+  a.begin = c.buffer<int32_t>(), a.count = c.buffer<int32_t>();
+  const std::size_t bytes = cuda::match_workspace_bytes(a);
+  const std::unique_ptr<char[]> workspace(bytes ? new char[bytes] : nullptr);
+  a.workspace = workspace.get();
+  cuda::bipartite_match(a, nullptr);
+  return {};
+}
+
+Result match_config_of(Call& c) {
+  const MatchArgs a = match_args(c);
+  const MatchConfig config = match_config(a, c.integer());
+  return {config.fused, config.resident, config.shared_bytes, config.splits,
+          static_cast<int64_t>(workspace_bytes(config, a.images, a.partition.num_src))};
+}
+
+Result invert(Call& c) {
+  cuda::invert({c.buffer<int32_t>(), c.integers[0], c.integers[1], c.integers[2], c.buffer<int32_t>(),
+                c.buffer<int32_t>(), c.buffer<int32_t>()},
+               nullptr);
+  return {};
+}
+
+Result compose(Call& c) {
+  cuda::compose(
+      {c.buffer<int32_t>(), c.buffer<int32_t>(), c.integers[0], c.integers[1], c.integers[2], c.buffer<int32_t>()},
+      nullptr);
+  return {};
+}
+
+Result merge(Call& c) {
+  MergeArgs a{};
+  a.x = c.buffer(), a.weight = c.buffer();
+  a.members = c.buffer<int32_t>(), a.begin = c.buffer<int32_t>(), a.count = c.buffer<int32_t>();
+  a.y = c.buffer(), a.weight_sum = c.buffer();
+  a.x_stride = c.integer(), a.rows_out = c.integer(), a.channels = c.integer();
+  a.dtype = static_cast<DType>(c.integer()), a.reduce = static_cast<Reduce>(c.integer());
+  cuda::merge(a, nullptr);
+  return {};
+}
+
+Result merge_backward(Call& c) {
+  MergeBackwardArgs a{};
+  a.grad_y = c.buffer(), a.grad_weight_sum = c.buffer(), a.x = c.buffer(), a.y = c.buffer();
+  a.weight = c.buffer(), a.weight_sum = c.buffer();
+  a.dest = c.buffer<int32_t>(), a.members = c.buffer<int32_t>();
+  a.begin = c.buffer<int32_t>(), a.count = c.buffer<int32_t>();
+  a.grad_x = c.buffer(), a.grad_weight = c.buffer();
+  a.x_stride = c.integer(), a.images = c.integer(), a.tokens = c.integer(), a.num_out = c.integer();
+  a.channels = c.integer();
+  a.dtype = static_cast<DType>(c.integer()), a.reduce = static_cast<Reduce>(c.integer());
+  cuda::merge_backward(a, nullptr);
+  return {};
+}
+
+Result unmerge(Call& c) {
+  UnmergeArgs a{};
+  a.y = c.buffer(), a.dest = c.buffer<int32_t>(), a.x = c.buffer();
+  a.y_stride = c.integer(), a.images = c.integer(), a.tokens = c.integer(), a.num_out = c.integer();
+  a.channels = c.integer();
+  a.dtype = static_cast<DType>(c.integer());
+  cuda::unmerge(a, nullptr);
+  return {};
+}
+
+// Key, then packed and unpacked index, of each float.
+Result order(Call& c) {
+  const auto* values = c.buffer<float>();
+  Result result;
+  for (int32_t i = 0; i < c.integers[0]; ++i) {
+    const uint64_t candidate = pack_candidate(values[i], i);
+    if (candidate_key(candidate) != ordered_key(values[i])) throw std::logic_error("the key was not packed");
+    result.push_back(ordered_key(values[i]));
+    result.push_back(candidate_index(candidate));
+  }
+  return result;
+}
+
+Result row_config_of(Call& c) {
+  const RowConfig config =
+      row_config(c.integers[0], static_cast<int>(c.integers[1]), static_cast<uintptr_t>(c.integers[2]));
+  return {config.vector_bytes, config.vectors, config.lanes_log2, config.rows_per_block};
+}
+
+constexpr Result (*kOps[])(Call&) = {bipartite_match, invert,          compose, merge,        merge_backward,
+                                     unmerge,         match_config_of, order,   row_config_of};
+
+// What comes first in every call: the op, the shared memory of a block, and whether threads run in reverse.
+void serve() {
+  const int64_t op = read_number();
+  emulation::device().shared_limit = static_cast<int>(read_number());
+  emulation::device().reversed = read_number() != 0;
+  Call call;
+  call.integers.resize(read_number());
+  for (int64_t& number : call.integers) number = read_number();
+  call.buffers.resize(read_number());
+  for (Buffer& buffer : call.buffers) buffer = read_buffer();
+  try {
+    const Result result = kOps[op](call);
+    write_number(0);
+    write_number(static_cast<int64_t>(result.size()));
+    for (int64_t number : result) write_number(number);
+    for (const Buffer& b : call.buffers) {
+      if (b.bytes > 0) write(b.data, b.bytes);
+    }
+  } catch (const std::exception& error) {
+    const std::string message = error.what();
+    write_number(1);
+    write_number(static_cast<int64_t>(message.size()));
+    write(message.data(), message.size());
+  }
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  for (;;) serve();
+}
