@@ -50,6 +50,10 @@ PICTURE = 448  # pixels of one picture, drawn at twice a ViT's usual resolution
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {options.out}: cannot write there ({error.strerror})") from None
     pictures = photos.load(options.images)
     device = choose_device(options.device)
     torch.manual_seed(0)
@@ -66,7 +70,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows, maps = measure(model, images, batch, options)
     print_table(rows)
-    options.out.mkdir(parents=True, exist_ok=True)
     write_pictures(options.out, pictures, maps, model)
     write_plot(options.out / "speed.png", rows, options, device)
     report = {"model": options.model, "pretrained": pretrained, "method": options.method, "batch": batch}

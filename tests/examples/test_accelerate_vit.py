@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: MIT
+"""The demo, on a tiny model and two small pictures."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+PIL = pytest.importorskip("PIL.Image")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = ["--model", "test_vit", "--batch", "2", "--rounds", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for more
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("accelerate_vit", EXAMPLES / "accelerate_vit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("photos", None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures, one of them gray and upright, a broken one, and a file that is none."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "pictures"
+    path.mkdir()
+    PIL.fromarray(rng.integers(0, 256, (90, 130, 3), dtype=np.uint8)).save(path / "one.png")
+    PIL.fromarray(rng.integers(0, 256, (150, 70), dtype=np.uint8)).save(path / "two.JPG")
+    (path / "broken.png").write_bytes(b"no picture at all")
+    (path / "notes.txt").write_text("no picture either")
+    return path
+
+
+def test_the_whole_run(demo, folder, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    demo.main([*TINY, "--random-weights", "--images", str(folder), "--r", "16", "0", "--out", str(out)])
+    printed, warned = capsys.readouterr()
+    assert "test_vit, 2 photographs, batch 2, CPU" in printed
+    assert "With random weights" in printed
+    assert "broken.png is left out" in warned
+    assert "notes.txt" not in warned
+
+    figures = json.loads((out / "figures.json").read_text())
+    unpatched, same, merged = figures["rows"]
+    assert [row["setting"] for row in figures["rows"]] == ["unpatched", "r = 0", "r = 16"]
+    assert unpatched["tokens"] == same["tokens"] == 101
+    assert merged["tokens"] < 20
+    assert unpatched["relative_l2"] == same["relative_l2"] == 0
+    assert merged["relative_l2"] > 0
+    assert merged["cosine"] < 1
+    assert unpatched["gflops"] == same["gflops"] > 1.5 * merged["gflops"]
+    assert all(row["images_per_s"] > 0 and row["speedup"] > 0 for row in figures["rows"])
+    assert unpatched["speedup"] == 1
+
+    strips = [np.asarray(PIL.open(out / f"tokens-{name}.png")) for name in ("one", "two")]
+    assert len({strip.shape for strip in strips}) == 1
+    assert np.asarray(PIL.open(out / "tokens.png")).shape[0] == 2 * strips[0].shape[0]
+    width = strips[0].shape[1]
+    assert width == 2 * 448 + 3 * 12  # the photograph and r = 16; r = 0 would show all patches
+    assert len(np.unique(strips[0].reshape(-1, 3), axis=0)) > 100
+    assert PIL.open(out / "speed.png").size[0] > 500
+
+
+def test_more_pictures_than_a_batch(demo, folder, tmp_path):
+    for number in range(3):
+        PIL.fromarray(np.full((40, 40, 3), 60 * number, np.uint8)).save(folder / f"plain{number}.png")
+    demo.main([*TINY, "--random-weights", "--images", str(folder), "--r", "8", "--out", str(tmp_path)])
+    assert len(list(tmp_path.glob("tokens-*.png"))) == 5
+
+
+def test_no_weights_is_a_notice(demo, folder, tmp_path, capsys, monkeypatch):
+    timm = demo.import_timm()
+    real = timm.create_model
+
+    def offline(name, pretrained=False, **settings):
+        if pretrained:
+            raise OSError("We couldn't connect\nand so on")
+        return real(name, **settings)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(demo, "_hub_answers", lambda: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    demo.main([*TINY, "--images", str(folder), "--r", "8", "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Notice: no pretrained weights (the weights' host does not answer")
+
+
+def test_a_slow_download_is_given_up(demo, monkeypatch, capsys):
+    class Slow:
+        @staticmethod
+        def create_model(name, pretrained):
+            time.sleep(5)
+
+    begin = time.perf_counter()
+    assert demo._pretrained(Slow, "test_vit", 1, reachable=True) is None
+    assert time.perf_counter() - begin < 4
+    assert "not fetched within 1 s" in capsys.readouterr().out
+
+
+def test_default_photographs(demo):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    pictures = demo.photos.load(None)
+    assert {"china", "flower", "astronaut", "chelsea", "coffee"} <= set(pictures)
+    assert all(picture.mode == "RGB" and min(picture.size) >= 300 for picture in pictures.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "EMPTY"], "no picture in it can be read"),
+        (["--images", "/does/not/exist"], "there is no such folder"),
+        (["--model", "test_vitt"], "timm has no such model; did you mean test_vit"),
+        (["--model", "resnet18"], "ResNet is not supported; timm's VisionTransformer"),
+        (["--out", "TAKEN"], "cannot write there"),
+        (["--device", "abacus"], "--device abacus: torch cannot use it here"),
+    ],
+)
+def test_bad_arguments(demo, folder, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"EMPTY": str(tmp_path / "empty"), "TAKEN": str(folder / "notes.txt")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    with pytest.raises(SystemExit, match=message):
+        demo.main([*TINY, "--random-weights", "--images", str(folder), "--out", str(tmp_path), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--r", "-1"], "a whole number of 0 or more, got '-1'"),
+        (["--r", "2.5"], "a whole number of 0 or more, got '2.5'"),
+        (["--batch", "0"], "a whole number of 1 or more, got '0'"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
+    ],
+)
+def test_arguments_that_cannot_be_read(demo, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_peak_memory_is_that_of_live_tensors(demo):
+    class Chain(torch.nn.Module):
+        def forward(self, x):  # 4 kB each: at most two at once, and views are free
+            for _ in range(5):
+                x = (x + 1).view(2, -1).view(-1)
+            return x
+
+    x = torch.zeros(1000)
+    assert demo.peak_memory(Chain(), x) == 2 * 4000
+
+
+def test_a_patch_alone_takes_no_memory(demo):
+    model = demo.import_timm().create_model("test_vit").eval().requires_grad_(False)
+    x = torch.zeros(2, 3, 160, 160)
+    unpatched = demo.peak_memory(model, x)
+    with demo.Variant(model, "tome", 0):
+        assert demo.peak_memory(model, x) <= unpatched
+    with demo.Variant(model, "tome", 16):
+        assert demo.peak_memory(model, x) <= unpatched
