@@ -56,6 +56,7 @@ def measure(case: ModelCase, settings: Settings) -> list[dict[str, Any]]:
     for name, model in models.items():
         with _scope(name):
             peak = footprint.peak_bytes(lambda m=model: m(images[0]), case.device)
+            launches = footprint.launches(lambda m=model: m(images[0])) if case.device == "cuda" else None
         summary = summarise(seconds[name])
         row = {
             "suite": "model",
@@ -79,6 +80,7 @@ def measure(case: ModelCase, settings: Settings) -> list[dict[str, Any]]:
             "speed_ratio": ratio(seconds[UNPATCHED], seconds[name]),
             "flops_ratio": flops[UNPATCHED].total / flops[name].total,
             "peak_bytes": peak,
+            "launches": launches,
         }
         row["flops_efficiency"] = row["speed_ratio"] / row["flops_ratio"]
         row["targets"] = [judge(t, row) for t in case.targets] if name not in (UNPATCHED, REFERENCE) else []

@@ -82,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": description,
         "settings": {
             "device": device, "suite": options.suite or "all", "quick": options.quick, "backends": chosen,
-            # Only a run of everything may stand in the README.
-            "complete": not (options.quick or ops or names or options.dtype),
+            # Only a run of all cases, some kernel among the providers, may stand in the README.
+            "complete": not (options.quick or ops or options.dtype) and chosen != ["reference"],
             "budget": settings.budget._asdict(),
             "memory": footprint.GPU_MEMORY if device == "cuda" else footprint.CPU_MEMORY,
         },

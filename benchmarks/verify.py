@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Records which GPU kernels a run on a GPU has shown right: `auto` takes no others.
 
-python benchmarks/verify.py --junit gpu-tests.xml --results benchmarks/results/2026-01-31-cuda-all.json
+python -m pytest -m gpu --junit-xml=gpu-tests.xml
+python benchmarks/run.py --device cuda --json
+python benchmarks/verify.py gpu-tests.xml
 
-An op counts on a backend when the GPU tests all passed, some of them ran it there, and the benchmark, which stops where
-results disagree, has a row of it.
+An op counts on a backend when the GPU tests all passed, some of them ran it there, and the benchmark of the same
+commit, which stops where results disagree, has a row of it.
 """
 
 from __future__ import annotations
@@ -20,15 +22,20 @@ from xml.etree import ElementTree
 if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import report
+from benchmarks import machine, report
 from benchmarks.cases import CASES
 from benchmarks.providers import BACKWARD_OPS, KERNEL_OPS
+from benchmarks.table import newest
 from tokred_kernels import backends
 
 VERIFIED = Path(__file__).resolve().parents[1] / "tokred_kernels" / "backends" / "verified.json"
 OPS = {"cuda": backends.OPS, "triton": backends.TRITON_OPS}
 # Where an op's tests are, other than in tests/ops/test_<op>.py: the file, and a word of the test's name.
-TESTED_IN = {"merge_backward": ("test_merge", "gradient")}
+TESTED_IN = {
+    "merge_backward": ("test_merge", "gradient"),
+    "invert": ("test_token_map", "maps"),
+    "compose": ("test_token_map", "maps"),
+}
 
 
 class Test(NamedTuple):
@@ -61,10 +68,13 @@ def timed_ops(result: dict) -> set[tuple[str, str]]:
     """(backend, op) of the kernels that rows of a GPU run ran.
 
     Raises:
-        ValueError: the run was not on a GPU.
+        ValueError: the run was not on a GPU, or of another commit than this tree's.
     """
     if result["settings"]["device"] != "cuda" or not result["machine"]["gpu"]:
         raise ValueError("the results are not of a run on a GPU; nothing is recorded")
+    commit, here = result["machine"]["commit"], machine.describe()["commit"]
+    if commit != here:
+        raise ValueError(f"the results are of commit {commit}, this tree is {here}; nothing is recorded")
     training = {case.name for case in CASES if case.training}
     found = set()
     for row in result["rows"]:
@@ -92,12 +102,16 @@ def shown_right(tests: list[Test], timed: set[tuple[str, str]]) -> dict[str, lis
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--junit", type=Path, required=True, help="pytest's report: pytest -m gpu --junit-xml=PATH")
-    parser.add_argument("--results", type=Path, required=True, help="a JSON that run.py --device cuda wrote")
+    parser.add_argument("junit", type=Path, help="what pytest --junit-xml wrote")
+    parser.add_argument("--results", type=Path, help="what run.py --json wrote; default: the newest complete GPU run")
     parser.add_argument("--output", type=Path, default=VERIFIED)
     options = parser.parse_args(arguments)
+    run = None if options.results else newest(report.RESULTS, "cuda", "micro")
+    if run is None and options.results is None:
+        parser.error(f"{report.RESULTS} has no complete run of the micro suite on a GPU")
+    path = options.results or run.path
     try:
-        found = shown_right(passed_tests(options.junit), timed_ops(report.read_json(options.results)))
+        found = shown_right(passed_tests(options.junit), timed_ops(report.read_json(path)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -375,7 +375,7 @@ JUNIT = """<testsuites><testsuite>
 {more}</testsuite></testsuites>"""
 
 
-def verified(tmp_path, more="", device="cuda"):
+def verified(tmp_path, more="", device="cuda", commit=None):
     junit, results, output = tmp_path / "gpu.xml", tmp_path / "run.json", tmp_path / "verified.json"
     junit.write_text(JUNIT.format(more=more))
     rows = [
@@ -385,9 +385,10 @@ def verified(tmp_path, more="", device="cuda"):
     ]
     training = next(case for case in CASES if case.training and case.op == "merge_wavg")
     rows.append({"suite": "micro", "op": training.op, "provider": "triton", "case": training.name})
-    result = {"settings": {"device": device}, "machine": {"gpu": "H100"}, "rows": rows}
+    here = verify.machine.describe()["commit"]
+    result = {"settings": {"device": device}, "machine": {"gpu": "H100", "commit": commit or here}, "rows": rows}
     table.report.write_json(results, result)
-    code = verify.main(["--junit", str(junit), "--results", str(results), "--output", str(output)])
+    code = verify.main([str(junit), "--results", str(results), "--output", str(output)])
     return code, json.loads(output.read_text()) if output.exists() else None
 
 
@@ -399,9 +400,13 @@ def test_only_what_was_tested_and_timed_is_verified(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more,device",
-    [('<testcase classname="tests.ops.test_merge" name="test_x[cuda]"><failure/></testcase>', "cuda"), ("", "cpu")],
-    ids=["a test failed", "no GPU"],
+    "more,device,commit",
+    [
+        ('<testcase classname="tests.ops.test_merge" name="test_x[cuda]"><failure/></testcase>', "cuda", None),
+        ("", "cpu", None),
+        ("", "cuda", "c0ffee"),
+    ],
+    ids=["a test failed", "no GPU", "another commit"],
 )
-def test_nothing_is_verified_otherwise(tmp_path, more, device):
-    assert verified(tmp_path, more, device) == (1, None)
+def test_nothing_is_verified_otherwise(tmp_path, more, device, commit):
+    assert verified(tmp_path, more, device, commit) == (1, None)
