@@ -79,7 +79,7 @@ def wall_visit(call: Call, sets: int, turn_seconds: float, synchronise: bool = F
     """Turns by the host's clock: on the CPU, the work; on a GPU, what issuing it costs the host."""
     for i in range(WARMUP_CALLS):
         call(i % sets)
-    inner = _calls_for(turn_seconds, _wall(call, sets, WARMUP_CALLS, synchronise))
+    inner = max(_calls_for(turn_seconds, _wall(call, sets, WARMUP_CALLS, synchronise)), sets)
     return lambda: _wall(call, sets, inner, synchronise)
 
 
