@@ -20,7 +20,6 @@ namespace {
 // scores, with 16 registers 12 do; the rest are the loaded destinations and one broadcast source.
 constexpr int kTileSources = kLanes == 16 ? 8 : 4;
 constexpr int kTilePanels = 3;
-constexpr int kTileDestinations = kTilePanels * kLanes;
 
 // Multiply-adds below which one image is matched by one thread.
 constexpr int64_t kSerialProducts = 400 * 1000;
@@ -50,6 +49,7 @@ class Scratch {
 // One image's metric, ready for the tiles, and what the tiles find.
 struct Problem {
   int64_t channels, sources, destinations;  // destinations: those that may be joined
+  int64_t panels;                           // of kLanes destinations
   float* source;                            // (sources rounded up, D)
   float* destination;                       // panels of kLanes: (panel, D, lane)
   float* inverse_src;                       // (sources rounded up)
@@ -109,55 +109,76 @@ void load_panel(const MatchArgs& a, int64_t image, const Problem& p, int64_t pan
   }
 }
 
-// The running best of a tile of sources against all destinations.
-void best_of_tile(const Problem& p, int32_t first_number, int64_t from) {
-  FloatVector best[kTileSources];
+// The best so far of each source of a tile, a candidate a lane.
+struct Best {
+  FloatVector score[kTileSources];
   IndexVector index[kTileSources];
+};
+
+// Scores kPanels panels of destinations, from destination j on, against a tile of sources.
+template <int kPanels>
+void scan_panels(const Problem& p, const float* source, const float* inverse_src, int64_t j, Best& best) {
+  FloatVector score[kTileSources][kPanels] = {};
+  const float* panel = p.destination + j * p.channels;
+  const int64_t panel_size = p.channels * kLanes;
+  for (int64_t d = 0; d < p.channels; ++d) {
+    FloatVector b[kPanels];
+#pragma GCC unroll 3
+    for (int v = 0; v < kPanels; ++v) {
+      b[v] = *reinterpret_cast<const FloatVector*>(panel + v * panel_size + d * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kTileSources; ++m) {
+      const float s = source[m * p.channels + d];
+#pragma GCC unroll 3
+      for (int v = 0; v < kPanels; ++v) score[m][v] += s * b[v];
+    }
+  }
   IndexVector lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
+#pragma GCC unroll 3
+  for (int v = 0; v < kPanels; ++v) {
+    const FloatVector scale = *reinterpret_cast<const FloatVector*>(p.inverse_dst + j + v * kLanes);
+    const IndexVector number = lane + static_cast<int32_t>(j + v * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < kTileSources; ++m) {
+      const FloatVector s = score[m][v] * inverse_src[m] * scale;
+      // Numbers only grow along a lane, so "greater" alone leaves the lower one at a tie; NaN is never greater.
+      const IndexVector wins = s > best.score[m];
+      best.score[m] = wins ? s : best.score[m];
+      best.index[m] = wins ? number : best.index[m];
+    }
+  }
+}
+
+// The running best of a tile of sources against all destinations.
+void best_of_tile(const Problem& p, int32_t first_number, int64_t from) {
+  Best best;
   for (int m = 0; m < kTileSources; ++m) {
-    best[m] = FloatVector{} - std::numeric_limits<float>::infinity();
-    index[m] = IndexVector{};
+    best.score[m] = FloatVector{} - std::numeric_limits<float>::infinity();
+    best.index[m] = IndexVector{};
   }
   const float* source = p.source + from * p.channels;
   const float* inverse_src = p.inverse_src + from;
-
-  for (int64_t j = 0; j < p.destinations; j += kTileDestinations) {
-    FloatVector score[kTileSources][kTilePanels] = {};
-    const float* panel = p.destination + j * p.channels;
-    const int64_t panel_size = p.channels * kLanes;
-    for (int64_t d = 0; d < p.channels; ++d) {
-      FloatVector b[kTilePanels];
-#pragma GCC unroll 3
-      for (int v = 0; v < kTilePanels; ++v) {
-        b[v] = *reinterpret_cast<const FloatVector*>(panel + v * panel_size + d * kLanes);
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < kTileSources; ++m) {
-        const float s = source[m * p.channels + d];
-#pragma GCC unroll 3
-        for (int v = 0; v < kTilePanels; ++v) score[m][v] += s * b[v];
-      }
-    }
-#pragma GCC unroll 3
-    for (int v = 0; v < kTilePanels; ++v) {
-      const FloatVector scale = *reinterpret_cast<const FloatVector*>(p.inverse_dst + j + v * kLanes);
-      const IndexVector number = lane + static_cast<int32_t>(j + v * kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < kTileSources; ++m) {
-        const FloatVector s = score[m][v] * inverse_src[m] * scale;
-        // Numbers only grow along a lane, so "greater" alone leaves the lower one at a tie; NaN is never greater.
-        const IndexVector wins = s > best[m];
-        best[m] = wins ? s : best[m];
-        index[m] = wins ? number : index[m];
-      }
-    }
+  int64_t j = 0;
+  for (; j + kTilePanels * kLanes <= p.panels * kLanes; j += kTilePanels * kLanes) {
+    scan_panels<kTilePanels>(p, source, inverse_src, j, best);
   }
+  for (; j < p.panels * kLanes; j += kLanes) scan_panels<1>(p, source, inverse_src, j, best);
+
   for (int m = 0; m < kTileSources && from + m < p.sources; ++m) {
-    float top = best[m][0];
-    int32_t at = index[m][0];
-    for (int l = 1; l < kLanes; ++l) {
-      if (beats(best[m][l], index[m][l], top, at)) top = best[m][l], at = index[m][l];
+    float score[kLanes];
+    int32_t index[kLanes];
+    std::memcpy(score, &best.score[m], sizeof(score));
+    std::memcpy(index, &best.index[m], sizeof(index));
+    float top = score[0];
+    int32_t at = std::numeric_limits<int32_t>::max();
+#pragma omp simd reduction(max : top)
+    for (int l = 0; l < kLanes; ++l) top = score[l] > top ? score[l] : top;
+#pragma omp simd reduction(min : at)
+    for (int l = 0; l < kLanes; ++l) {
+      const int32_t candidate = score[l] == top ? index[l] : std::numeric_limits<int32_t>::max();
+      at = candidate < at ? candidate : at;
     }
     p.best[from + m] = top;
     p.index[from + m] = first_number + at;
@@ -209,7 +230,8 @@ void match_image(const MatchArgs& a, int64_t image, bool parallel) {
   p.sources = q.num_src;
   p.destinations = std::max(q.num_dst - q.protected_dst, 0);
   const int64_t sources = round_up(p.sources, kTileSources);
-  const int64_t destinations = round_up(p.destinations, kTileDestinations);
+  const int64_t destinations = round_up(p.destinations, kLanes);
+  p.panels = destinations / kLanes;
   const int64_t padded_sources = round_up(sources, kLanes);  // keeps what follows aligned
   const int64_t source_floats = round_up(sources * p.channels, kLanes);
 
@@ -231,7 +253,7 @@ void match_image(const MatchArgs& a, int64_t image, bool parallel) {
     thread_local Scratch row;
     float* one = row.take(round_up(p.channels, kLanes));
 #pragma omp for schedule(static) nowait
-    for (int64_t panel = 0; panel < destinations / kLanes; ++panel) load_panel<T>(a, image, p, panel, one);
+    for (int64_t panel = 0; panel < p.panels; ++panel) load_panel<T>(a, image, p, panel, one);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.sources; i += kTileSources) {
       load_sources<T>(a, image, p, i, std::min<int64_t>(i + kTileSources, p.sources));
