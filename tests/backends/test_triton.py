@@ -95,18 +95,18 @@ SIZES = [
 def test_match_at_any_size(device, tokens, channels, heads, dtype, prefix):
     shape = (2, tokens, channels) if heads == 1 else (2, heads, tokens, channels)
     metric = torch.randn(shape, device=device).to(dtype)
-    for r in sorted({tokens // 4, tokens // 2}):
+    for r in {tokens // 2} if tokens > 17 else {tokens // 4, tokens // 2}:
         token_map = tk.bipartite_match(metric, r, num_prefix=prefix)
         assert_valid_match(token_map, metric, r, prefix=prefix)
         assert_views(token_map)
 
 
-@pytest.mark.parametrize("tokens", [8, 9])
+@pytest.mark.parametrize("tokens", [6, 7])
 @pytest.mark.parametrize("class_token,distill_token", list(itertools.product([False, True], repeat=2)))
 def test_match_at_any_r(device, tokens, class_token, distill_token):
     flags = {"class_token": class_token, "distill_token": distill_token}
     metric = torch.randint(-1, 2, (3, tokens, 4), device=device).float()
-    for r in range(1, tokens):
+    for r in range(1, tokens // 2 + 1):
         assert_same_map(tk.bipartite_match(metric, r, **flags), on_reference(tk.bipartite_match, metric, r, **flags))
 
 
@@ -130,13 +130,24 @@ def test_mean_over_heads_in_a_launch_of_its_own_is_the_same(device, dtype, monke
     assert_same_map(tk.bipartite_match(keys, 7), expected)
 
 
-# In turn: 150 sources, the second select config; 550, the third; 1026, past them all, where sources are sorted.
-@pytest.mark.parametrize("tokens", [300, 1100, 2052])
-def test_match_of_many_tokens(device, tokens):
-    metric = torch.randint(-1, 2, (1, tokens, 4), device=device).to(torch.float16)
+# Each select config, and no config, where sources are sorted; made to serve a few tokens, as the interpreter is slow.
+@pytest.mark.parametrize("block", [128, 512, 1024, None])
+def test_map_of_any_config(device, block, monkeypatch):
+    from tokred_kernels.backends.triton import bipartite_match as module
+    from tokred_kernels.backends.triton.configs import SELECT_CONFIGS
+
+    metric = torch.randint(-1, 2, (2, 41, 4), device=device).to(torch.float16)
+    monkeypatch.setattr(module, "select_config", lambda *_: SELECT_CONFIGS.get(block))
     for prefix in (0, 2):
-        got = tk.bipartite_match(metric, tokens // 3, num_prefix=prefix)
-        assert_same_map(got, on_reference(tk.bipartite_match, metric, tokens // 3, num_prefix=prefix))
+        got = tk.bipartite_match(metric, 12, num_prefix=prefix)
+        assert_same_map(got, on_reference(tk.bipartite_match, metric, 12, num_prefix=prefix))
+    got = tk.kth_bipartite_match(metric, 4, num_prefix=2)
+    assert_same_map(got, on_reference(tk.kth_bipartite_match, metric, 4, num_prefix=2))
+
+
+def test_match_of_many_tokens(device):
+    metric = torch.randint(-1, 2, (1, 290, 4), device=device).to(torch.float16)
+    assert_same_map(tk.bipartite_match(metric, 90), on_reference(tk.bipartite_match, metric, 90))
 
 
 @pytest.mark.parametrize("tokens,k,prefix", [(17, 4, 1), (19, 2, 0), (3, 5, 1), (130, 8, 0)])
@@ -228,7 +239,7 @@ def test_reproduces_the_authors_code(device, name, call):
 
 
 # (tokens, slots): one to one, all into one (a slot of many members), empty slots, odd, more than one block of rows.
-MAPS = [(1, 1), (3, 2), (5, 9), (17, 9), (75, 1), (150, 120)]
+MAPS = [(1, 1), (3, 2), (5, 9), (17, 9), (75, 1), (90, 70)]
 # One, odd, each config's block, and more than one block.
 CHANNELS = [1, 33, 64, 128, 130, 256]
 
@@ -236,7 +247,7 @@ CHANNELS = [1, 33, 64, 128, 130, 256]
 @pytest.mark.parametrize("tokens,slots", MAPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_and_unmerge_equal_float64(device, tokens, slots, dtype):
-    for channels in CHANNELS if tokens == 17 else (33, 64):
+    for channels in CHANNELS if tokens == 17 else (33,):
         token_map = random_map(2, tokens, slots, dropped=0.2 if tokens > 3 else 0.0)
         there = token_map.to(device)
         x = torch.randn(2, tokens, channels).to(dtype)
