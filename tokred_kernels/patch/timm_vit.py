@@ -161,7 +161,11 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
 
     @property
     def token_map(self) -> TokenMap:
-        """From the tokens that entered the first block, prefix included, to the final ones, in the last forward."""
+        """From the tokens that entered the first block, prefix included, to the final ones, in the last forward.
+
+        Composed when it is asked for, so a forward pays nothing for it. In a CUDA graph its tensors are the graph's,
+        as outputs are: take them before the next replay.
+        """
         record = self.tokred_record
         if record.entered is None:
             raise RuntimeError("tokred_kernels: token_map is of the last forward, and this model has run none yet")
