@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Fused kernels for token reduction in vision transformers: token maps, the ops on them, and patches for models."""
 
+from tokred_kernels import flops, viz
 from tokred_kernels.backends import show_config, use_backend
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.bipartite_merge import MergeOutput, bipartite_merge
@@ -9,6 +10,7 @@ from tokred_kernels.ops.merge import merge
 from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.ops.random_bipartite_match import random_bipartite_match
 from tokred_kernels.ops.unmerge import unmerge
+from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.token_map import TokenMap
 
 __version__ = "0.1.0"
@@ -18,11 +20,15 @@ __all__ = [
     "TokenMap",
     "bipartite_match",
     "bipartite_merge",
+    "flops",
     "kth_bipartite_match",
     "merge",
     "merge_wavg",
+    "patch",
     "random_bipartite_match",
     "show_config",
     "unmerge",
+    "unpatch",
     "use_backend",
+    "viz",
 ]
