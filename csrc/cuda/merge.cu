@@ -14,6 +14,8 @@ constexpr const char* kName = "merge";
 // Vectors a lane sums at a time. Rows that are copies have twice as many in flight; here the sums take the registers,
 // and few rows are sums.
 constexpr int kSumsInFlight = 2;
+// Members of a long slot whose vectors a lane has in flight.
+constexpr int kMembersInFlight = 4;
 
 template <class T>
 __device__ __forceinline__ Acc<T> weight_of(const MergeArgs& args, int32_t row) {
@@ -55,17 +57,20 @@ __device__ __forceinline__ void reduce_short(const MergeArgs& args, const RowCon
   using A = Acc<T>;
   using R = Reduction<T, kMax>;
   T* y = static_cast<T*>(args.y) + g.row * args.channels;
+  const bool mean = args.reduce == Reduce::mean;
+  if (count <= 1) {
+    const int32_t row = count ? members[0] : -1;
+    const A weight = count ? weight_of<T>(args, row) : A(0);
+    if (args.weight_sum && g.lane == 0) static_cast<A*>(args.weight_sum)[g.row] = weight;
+    // w / w is 1 but for weights of zero, infinity and NaN.
+    const A factor = kMax ? A(1) : mean ? weight / weight : weight;
+    move_row<T, kElements>(g, c, count ? row_of<T>(args, row) : nullptr, factor, y);
+    return;
+  }
   A total = 0;
   for (int32_t m = 0; m < count; ++m) total += weight_of<T>(args, members[m]);
   if (args.weight_sum && g.lane == 0) static_cast<A*>(args.weight_sum)[g.row] = total;
 
-  const bool mean = args.reduce == Reduce::mean;
-  // The factor of a lone member: w / w in a mean, which is 1 but for weights of zero, infinity and NaN.
-  const bool copies = count == 0 || (count == 1 && (kMax || (mean ? total / total : total) == A(1)));
-  if (copies) {
-    copy_row<T, kElements>(g, c, count ? row_of<T>(args, members[0]) : nullptr, y);
-    return;
-  }
   for (int first = g.lane; first < c.vectors; first += g.lanes * kSumsInFlight) {
     A values[kSumsInFlight][kElements];
 #pragma unroll
@@ -116,14 +121,24 @@ __device__ __forceinline__ void reduce_long(const MergeArgs& args, const RowConf
     A values[kElements], weights = 0;
 #pragma unroll
     for (int e = 0; e < kElements; ++e) values[e] = R::start();
-#pragma unroll 4
-    for (int32_t m = warp * share; m < end; ++m) {
-      const A weight = weight_of<T>(args, members[m]);
-      weights += weight;
-      if (vector >= c.vectors) continue;
-      const Vector<T, kElements> v = load_vector<T, kElements>(row_of<T>(args, members[m]), vector);
+    for (int32_t m = warp * share; m < end; m += kMembersInFlight) {
+      A weight[kMembersInFlight];
+      Vector<T, kElements> v[kMembersInFlight];
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) values[e] = R::step(values[e], weight, v.element[e]);
+      for (int k = 0; k < kMembersInFlight; ++k) {
+        v[k].word = {};
+        if (m + k >= end) continue;
+        const int32_t member = members[m + k];
+        weight[k] = weight_of<T>(args, member);
+        if (vector < c.vectors) v[k] = load_vector<T, kElements>(row_of<T>(args, member), vector);
+      }
+#pragma unroll
+      for (int k = 0; k < kMembersInFlight; ++k) {
+        if (m + k >= end) continue;
+        weights += weight[k];
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) values[e] = R::step(values[e], weight[k], v[k].element[e]);
+      }
     }
 #pragma unroll
     for (int e = 0; e < kElements; ++e) partial[warp][e][lane] = values[e];
@@ -166,9 +181,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   __shared__ bool long_rows[kRowThreads];
   const RowGroup g(c);
   const bool present = g.row < args.rows_out;
-  const int32_t count = present ? args.count[g.row] : 0;
+  const int32_t count = present ? args.count[g.row] : 0, begin = present ? args.begin[g.row] : 0;
   const bool is_long = count > kLongSlot;
-  if (present && !is_long) reduce_short<T, kElements, kMax>(args, c, g, args.members + args.begin[g.row], count);
+  if (present && !is_long) reduce_short<T, kElements, kMax>(args, c, g, args.members + begin, count);
 
   if (g.lane == 0) long_rows[g.group] = is_long;
   if (!__syncthreads_or(is_long)) return;

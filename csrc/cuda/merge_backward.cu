@@ -10,6 +10,9 @@ namespace {
 
 constexpr const char* kName = "merge_backward";
 
+// Vectors of each of x, y and the gradient that a lane has in flight for its dot product.
+constexpr int kDotsInFlight = 2;
+
 template <class T>
 __device__ __forceinline__ const T* row_of(const void* base, int64_t row, int64_t stride) {
   return static_cast<const T*>(base) + row * stride;
@@ -20,37 +23,26 @@ template <class T, int kElements>
 __device__ __forceinline__ Acc<T> lane_dot(const RowGroup& g, const RowConfig& c, const T* x, const T* y,
                                            const T* grad) {
   Acc<T> dot = 0;
-#pragma unroll 2
-  for (int vector = g.lane; vector < c.vectors; vector += g.lanes) {
-    const Vector<T, kElements> a = load_vector<T, kElements>(x, vector), d = load_vector<T, kElements>(grad, vector);
-    Vector<T, kElements> b;
-    b.word = {};
-    if (y) b = load_vector<T, kElements>(y, vector);
+  for (int first = g.lane; first < c.vectors; first += g.lanes * kDotsInFlight) {
+    Vector<T, kElements> a[kDotsInFlight], b[kDotsInFlight], d[kDotsInFlight];
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) dot += (widen(a.element[e]) - widen(b.element[e])) * widen(d.element[e]);
+    for (int k = 0; k < kDotsInFlight; ++k) {
+      const int vector = first + k * g.lanes;
+      const bool present = vector < c.vectors;
+      a[k].word = b[k].word = d[k].word = {};
+      if (present) a[k] = load_vector<T, kElements>(x, vector);
+      if (present && y) b[k] = load_vector<T, kElements>(y, vector);
+      if (present) d[k] = load_vector<T, kElements>(grad, vector);
+    }
+#pragma unroll
+    for (int k = 0; k < kDotsInFlight; ++k) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        dot += (widen(a[k].element[e]) - widen(b[k].element[e])) * widen(d[k].element[e]);
+      }
+    }
   }
   return dot;
-}
-
-template <class T, int kElements>
-__device__ __forceinline__ void scale_row(const RowGroup& g, const RowConfig& c, const T* source, Acc<T> factor,
-                                          T* target) {
-  for (int first = g.lane; first < c.vectors; first += g.lanes * kInFlight) {
-    Vector<T, kElements> v[kInFlight];
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int vector = first + k * g.lanes;
-      v[k].word = {};
-      if (vector < c.vectors) v[k] = load_vector<T, kElements>(source, vector);
-    }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int vector = first + k * g.lanes;
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) v[k].element[e] = narrow<T>(factor * widen(v[k].element[e]));
-      if (vector < c.vectors) store_vector(target, vector, v[k]);
-    }
-  }
 }
 
 template <class T, int kElements>
@@ -72,11 +64,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   if (args.grad_x && present) {
     T* grad_x = static_cast<T*>(args.grad_x) + g.row * args.channels;
     const A factor = mean ? weight / total : weight;
-    if (!grad || factor == A(1)) {
-      copy_row<T, kElements>(g, c, grad, grad_x);
-    } else {
-      scale_row<T, kElements>(g, c, grad, factor, grad_x);
-    }
+    move_row<T, kElements>(g, c, grad, factor, grad_x);
   }
   if (!args.grad_weight) return;
 
@@ -102,7 +90,7 @@ __device__ __forceinline__ void share_maximum(const MergeBackwardArgs& args, con
   const T* y = row_of<T>(args.y, g.row, args.channels);
   T* grad_x = static_cast<T*>(args.grad_x);
   if (count == 1) {
-    copy_row<T, kElements>(g, c, grad, grad_x + members[0] * args.channels);
+    move_row<T, kElements>(g, c, grad, A(1), grad_x + members[0] * args.channels);
     return;
   }
   auto reaches = [](A value, A maximum) { return value == maximum || (value != value && maximum != maximum); };
@@ -137,7 +125,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   if (row < 0) {
     share_maximum<T, kElements>(args, c, g);
   } else if (row < args.images * args.tokens && args.dest[row] < 0) {
-    copy_row<T, kElements>(g, c, nullptr, static_cast<T*>(args.grad_x) + row * args.channels);
+    move_row<T, kElements>(g, c, nullptr, Acc<T>(1), static_cast<T*>(args.grad_x) + row * args.channels);
   }
 }
 

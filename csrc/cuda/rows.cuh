@@ -34,9 +34,11 @@ __device__ __forceinline__ void store_vector(T* row, int vector, const Vector<T,
   __stcs(reinterpret_cast<typename Vector<T, kElements>::Word*>(row) + vector, v.word);
 }
 
-// Copies a row, or with source null fills it with zeros.
+// target = factor * source, or zeros where source is null. A factor of 1 copies. All loads come before the factor is
+// looked at, so that the memory behind it is read at the same time.
 template <class T, int kElements>
-__device__ __forceinline__ void copy_row(const RowGroup& g, const RowConfig& c, const T* source, T* target) {
+__device__ __forceinline__ void move_row(const RowGroup& g, const RowConfig& c, const T* source, Acc<T> factor,
+                                         T* target) {
   for (int first = g.lane; first < c.vectors; first += g.lanes * kInFlight) {
     Vector<T, kElements> v[kInFlight];
 #pragma unroll
@@ -45,10 +47,17 @@ __device__ __forceinline__ void copy_row(const RowGroup& g, const RowConfig& c, 
       v[k].word = {};
       if (source && vector < c.vectors) v[k] = load_vector<T, kElements>(source, vector);
     }
+    if (source && !(factor == Acc<T>(1))) {
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) v[k].element[e] = narrow<T>(factor * widen(v[k].element[e]));
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const int vector = first + k * g.lanes;
-      if (vector < c.vectors) store_vector<T, kElements>(target, vector, v[k]);
+      if (vector < c.vectors) store_vector(target, vector, v[k]);
     }
   }
 }
