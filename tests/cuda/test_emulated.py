@@ -67,13 +67,17 @@ def check_match(emulator, metric, p, **options):
 
 # Around nothing, one tile (256 tokens) and two; a ViT's own sizes, with and without a distillation token.
 @floats
-@pytest.mark.parametrize("tokens", [2, 3, 4, 31, 197, 198, 255, 256, 257, 259])
+@pytest.mark.parametrize("tokens", [2, 3, 31, 197, 198, 256, 257])
 def test_match(emulator, tokens, dtype):
     metric = whole_numbers(2, 1, tokens, 24, dtype=dtype)
-    for r in sorted({1, 3, tokens // 4, tokens // 2}):
-        p = every_other(tokens, r, None, False, False)
-        if p:
-            check_match(emulator, metric, p, reverse=r % 2 == 1)
+    for reverse, r in enumerate((tokens // 8 + 1, tokens // 2)):
+        check_match(emulator, metric, every_other(tokens, r, None, False, False), reverse=bool(reverse))
+
+
+def test_match_of_every_r(emulator):
+    metric = whole_numbers(1, 1, 21, 8)
+    for r in range(1, 11):
+        check_match(emulator, metric, every_other(21, r, None, False, False), reverse=r % 2 == 1)
 
 
 @floats
@@ -85,7 +89,7 @@ def test_match_of_several_tiles(emulator, tokens, dtype):
 
 # One element, less than a load, just over one, over a chunk; and rows that no load of 16 bytes can read.
 @floats
-@pytest.mark.parametrize("channels", [1, 7, 9, 33, 64, 65, 200])
+@pytest.mark.parametrize("channels", [1, 7, 33, 64, 200])
 @pytest.mark.parametrize("limit", [H100_SHARED, STREAMING_SHARED], ids=["resident", "streamed"])
 def test_match_channels(emulator, channels, dtype, limit):
     tokens = 300
@@ -119,11 +123,10 @@ def test_match_rounds_the_mean_over_heads(emulator):
 
 @floats
 @pytest.mark.parametrize("prefix", [0, 1, 2, 3, 5])
-@pytest.mark.parametrize("limit", [H100_SHARED, SMALL_SHARED])
-def test_match_protects_the_prefix(emulator, prefix, dtype, limit):
+def test_match_protects_the_prefix(emulator, prefix, dtype):
     metric = whole_numbers(2, 1, 99, 8, dtype=dtype)
-    for r in (1, 20, 99):
-        check_match(emulator, metric, every_other(99, r, prefix, False, False), shared_limit=limit)
+    for r in (1, 99):
+        check_match(emulator, metric, every_other(99, r, prefix, False, False))
 
 
 @pytest.mark.parametrize("distill_token", [False, True])
@@ -297,9 +300,9 @@ def emulated_merge(emulator, x, weight, views, reduce, want_sum=True, **options)
     return y.view(*begin.shape, channels), None if total is None else total.view(begin.shape)
 
 
-# Channels: one, vectors of 2, 4 and 16 bytes, fewer and more than a warp holds at once.
+# Channels: none, one; vectors of an element, of 4 and of 16 bytes; in float64 more than a warp has in flight.
 @all_floats
-@pytest.mark.parametrize("channels", [0, 1, 6, 33, 384, 1100])
+@pytest.mark.parametrize("channels", [0, 1, 6, 33, 384])
 @pytest.mark.parametrize("reduce", ["sum", "mean", "amax"])
 def test_merge(emulator, channels, dtype, reduce):
     dest, views = random_map(2, 90, 40, long_slot=True)
@@ -374,7 +377,7 @@ def emulated_backward(emulator, grad_y, grad_total, x, y, weight, total, dest, v
 
 
 @all_floats
-@pytest.mark.parametrize("channels", [0, 1, 6, 33, 384, 1100])
+@pytest.mark.parametrize("channels", [0, 1, 6, 33, 384])
 @pytest.mark.parametrize(
     ("reduce", "weighted"), [("sum", False), ("sum", True), ("mean", False), ("mean", True), ("amax", False)]
 )
@@ -420,7 +423,7 @@ def test_amax_backward_with_nan(emulator):
 
 
 @all_floats
-@pytest.mark.parametrize("channels", [1, 6, 33, 384, 1100])
+@pytest.mark.parametrize("channels", [1, 6, 33, 384])
 @pytest.mark.parametrize("padding", [0, 2, 8])
 def test_unmerge(emulator, channels, dtype, padding):
     dest, _ = random_map(2, 50, 20)
