@@ -24,6 +24,7 @@ INTERPRETED = backends.triton_interprets()
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 def test_in_the_interpreter():
     root = Path(__file__).parents[2]
@@ -110,7 +111,9 @@ def test_match_at_any_r(device, tokens, class_token, distill_token):
         assert_same_map(tk.bipartite_match(metric, r, **flags), on_reference(tk.bipartite_match, metric, r, **flags))
 
 
-@pytest.mark.parametrize("tokens,heads,dtype,prefix", [(197, 3, torch.bfloat16, 1), (198, 1, torch.float32, 2)], ids=str)
+@pytest.mark.parametrize(
+    "tokens,heads,dtype,prefix", [(197, 3, torch.bfloat16, 1), (198, 1, torch.float32, 2)], ids=str
+)
 def test_match_of_a_vit(device, tokens, heads, dtype, prefix):
     # Keys as attention has them: (B, H, N, d), permuted out of one projection.
     keys = torch.randn(2, tokens, 3, heads, 64, device=device).to(dtype).permute(2, 0, 3, 1, 4)[1]
@@ -328,7 +331,9 @@ def test_the_maximum_divides_its_gradient_between_ties(device, dtype):
     x = torch.tensor([rows], device=device).to(dtype).requires_grad_()
     token_map = tk.TokenMap.from_dest(torch.tensor([[0, 0, 0, 0, 2, -1]]), 3).to(device)
     y = tk.merge(x, token_map, reduce="amax")
-    assert torch.equal(y.isnan(), torch.tensor([[[False, False, True], [False] * 3, [False, False, True]]], device=device))
+    assert torch.equal(
+        y.isnan(), torch.tensor([[[False, False, True], [False] * 3, [False, False, True]]], device=device)
+    )
     assert (y[0, 1] == 0).all()
     (grad,) = torch.autograd.grad(y, x, torch.full_like(y, 6.0))
     assert grad.tolist() == [[[2, 2, 3], [2, 0, 0], [0, 2, 3], [2, 2, 0], [6, 6, 6], [0, 0, 0]]]

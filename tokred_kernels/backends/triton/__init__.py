@@ -21,6 +21,12 @@ def on_device(tensor: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)
 
 
+@triton.jit
+def is_nan(value):
+    """Where a tile is NaN."""
+    return value != value  # noqa: PLR0124
+
+
 # Triton 3.7's interpreter keeps bfloat16 as bits in uint16: it cuts float32 to bfloat16 where a GPU rounds, and would
 # multiply the bits as integers in `tl.dot`. The next two make it do what the GPU does.
 
@@ -31,7 +37,7 @@ def narrow(value, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-        value = tl.where(value != value, value, rounded)
+        value = tl.where(is_nan(value), value, rounded)
     return value.to(dtype)
 
 

@@ -52,7 +52,7 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
 def _best_destination(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
     """The best score of each source, float32, and whose it is, int32: (B, num_src) each. The metric is (B, H, N, D)."""
     first, stride, num_src, num_dst, _, protected_dst, _, _, sources, destinations = partition
-    images, heads, tokens, channels = metric.shape
+    images, heads, _, channels = metric.shape
     score = metric.new_empty((images, num_src), dtype=torch.float32)
     index = metric.new_empty((images, num_src), dtype=torch.int32)
     if score.numel() == 0:
@@ -95,21 +95,13 @@ def _mean_over_heads(metric: Tensor) -> Tensor:
 @triton.jit
 def source_token(sources, i, mask, first, stride, LISTS: tl.constexpr):
     """The token that is source i; `sources` is the image's list, if it has one."""
-    if LISTS:
-        token = tl.load(sources + i, mask=mask, other=0)
-    else:
-        token = first + i + i // tl.maximum(stride - 1, 1)
-    return token
+    return tl.load(sources + i, mask=mask, other=0) if LISTS else first + i + i // tl.maximum(stride - 1, 1)
 
 
 @triton.jit
 def destination_token(destinations, j, mask, first, stride, LISTS: tl.constexpr):
     """The token that is destination j."""
-    if LISTS:
-        token = tl.load(destinations + j, mask=mask, other=0)
-    else:
-        token = first + j * stride + stride - 1
-    return token
+    return tl.load(destinations + j, mask=mask, other=0) if LISTS else first + j * stride + stride - 1
 
 
 @triton.jit
@@ -148,9 +140,7 @@ def inverse_norm(squared):
     return tl.where(squared < _MIN_SQUARED_NORM, 0.0, tl.div_rn(ones, tl.sqrt_rn(squared)))
 
 
-@triton.jit(
-    do_not_specialize=["heads", "channels", "first", "stride", "num_src", "num_dst", "protected_dst", "blocks"]
-)
+@triton.jit(do_not_specialize=["heads", "channels", "first", "stride", "num_src", "num_dst", "protected_dst", "blocks"])
 def match_kernel(
     metric,  # (B, H, N, D)
     sources,  # (B, num_src), or None
@@ -317,10 +307,7 @@ def select_kernel(
         rank += tl.sum((beats & (k < num_src)[None, :]).to(tl.int32), 1)
     joins = is_src & (i >= protected_src) & (rank < r)
     stays = is_src & (joins == 0)
-    if BY_INDEX:
-        u = tl.cumsum(stays.to(tl.int32), 0) - 1
-    else:
-        u = rank - r
+    u = tl.cumsum(stays.to(tl.int32), 0) - 1 if BY_INDEX else rank - r
     partner = tl.load(index + i, mask=is_src, other=0)
     unmerged_slot = first + tl.where(u < protected_dst, 2 * u, u + protected_dst)
     # What is joined is past protected_dst, so that its slot needs no case.

@@ -44,9 +44,9 @@ class RowsConfig:
     num_warps: int
 
 
-# Longer vectors are taken 64 channels at a time, and a thread has few scores and their running best: with more of either,
-# kernels spill where the metric's strides let no load be wide. float32 products run on the vector units, where a thread
-# holds whole rows of both operands: 16 channels.
+# Longer vectors are taken 64 channels at a time, and a thread has few scores and their running best: with more of
+# either, kernels spill where the metric's strides let no load be wide. float32 products run on the vector units, where
+# a thread holds whole rows of both operands: 16 channels.
 _MATCH_16 = {channels: MatchConfig(64, 32, channels, 8, 2) for channels in (32, 64)}
 _MATCH_32 = {16: MatchConfig(64, 64, 16, 8, 2)}
 MATCH_CONFIGS = {dtype: _MATCH_32 if dtype == torch.float32 else _MATCH_16 for dtype in DTYPES}

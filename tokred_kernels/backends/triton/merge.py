@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native import rows
-from tokred_kernels.backends.triton import narrow, on_device
+from tokred_kernels.backends.triton import is_nan, narrow, on_device
 from tokred_kernels.backends.triton.configs import rows_config
 
 
@@ -84,7 +84,7 @@ def merge_kernel(
             if REDUCE == "amax":
                 value = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
                 # A NaN replaces what is there, and nothing replaces a NaN.
-                reduced = tl.where((value > reduced) | (value != value), value, reduced)
+                reduced = tl.where((value > reduced) | is_nan(value), value, reduced)
             else:
                 value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
                 if WEIGHTED:
@@ -102,5 +102,4 @@ def merge_kernel(
     at = y + row.to(tl.int64)[:, None] * channels + channel[None, :]
     tl.store(at, narrow(reduced, y.dtype.element_ty), mask=is_row[:, None] & is_channel[None, :])
     if SUMS:
-        if tl.program_id(1) == 0:
-            tl.store(sums + row, total, mask=is_row)
+        tl.store(sums + row, total, mask=is_row & (tl.program_id(1) == 0))

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native import rows
-from tokred_kernels.backends.triton import narrow, on_device
+from tokred_kernels.backends.triton import is_nan, narrow, on_device
 from tokred_kernels.backends.triton.configs import rows_config
 
 
@@ -188,4 +188,4 @@ def amax_backward_kernel(
 @triton.jit
 def reaches(value, highest):
     """Whether a value is the maximum; NaN is NaN's."""
-    return (value == highest) | ((value != value) & (highest != highest))
+    return (value == highest) | (is_nan(value) & is_nan(highest))
