@@ -98,6 +98,15 @@ def test_nan_stays_in_its_slot(backend):
         assert y.isnan().tolist() == [[False, True, False], [False, False, False]], reduce
 
 
+def test_no_nan_is_rounded_to_a_number(backend):
+    # All bits of the fraction set: rounding to bfloat16 by adding would carry it over infinity, to a zero.
+    weight = torch.tensor([[0x7FFFFFFF, 0x3F800000]], dtype=torch.int32, device=backend).view(torch.float32)
+    token_map = tk.TokenMap.from_dest(torch.zeros(1, 2, dtype=torch.int64)).to(backend)
+    for dtype in DTYPES:
+        x = torch.ones(1, 2, 3, dtype=dtype, device=backend)
+        assert tk.merge(x, token_map, reduce="sum", weight=weight).isnan().all(), dtype
+
+
 def test_nan_wins_a_maximum_from_either_side(backend):
     token_map = tk.TokenMap.from_dest(torch.zeros(1, 3, dtype=torch.int64)).to(backend)
     for place in range(3):
