@@ -127,13 +127,6 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
         self.tokred_record = Record(kept, size, entered)
         return self.norm(x)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """timm's; an exported forward leaves no record, as its tensors are not real ones."""
-        y = self.forward_head(self.forward_features(x, attn_mask, is_causal))
-        if torch.compiler.is_exporting():
-            self.tokred_record = Record()
-        return y
-
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """timm's, with each token counting by its size, so that a mean is still one over the first tokens."""
         size = self.tokred_record.size

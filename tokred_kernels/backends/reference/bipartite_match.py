@@ -8,6 +8,8 @@ from torch import Tensor
 
 from tokred_kernels.partition import Partition
 
+# torch.compiler.is_exporting came with torch 2.7; before, this holds for other compilers too, which changes no result.
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 MIN_SQUARED_NORM = 1e-30  # as in csrc/common/numerics.h: under it a token is zero, and similar to nothing
 
 
@@ -90,7 +92,7 @@ def build_dest(best: Tensor, index: Tensor, num_tokens: int, partition: Partitio
 
 def descending(scores: Tensor) -> Tensor:
     """The order (B, n) of scores from high to low, ties by index."""
-    if not torch.compiler.is_exporting():
+    if not _exporting():
         return scores.argsort(dim=1, descending=True, stable=True)
     # ONNX has no stable sort. Here a score's rank is the number of those that go before it, so ties are by index in
     # whatever runtime the graph comes to; the same order, for O(n^2) comparisons.
