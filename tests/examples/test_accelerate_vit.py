@@ -167,6 +167,8 @@ def test_peak_memory_is_that_of_live_tensors(demo):
 
     x = torch.zeros(1000)
     assert demo.peak_memory(Chain(), x) == 2 * 4000
+    layer = torch.nn.Linear(1000, 10).requires_grad_(False)
+    assert demo.peak_memory(layer, x[None]) == 10 * 4  # its weights are not counted, nor views of them
 
 
 def test_a_patch_alone_takes_no_memory(demo):

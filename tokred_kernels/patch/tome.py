@@ -56,7 +56,8 @@ class ToMeBlock(Patched, Block):
         """The floating-point operations of choosing, an image: the product of sources and destinations, if any."""
         if self.tokred_step.joining(tokens) == 0:
             return 0
-        return 2 * (tokens - tokens // 2) * (tokens // 2) * self.attn.head_dim
+        head_dim: Any = self.attn.head_dim
+        return 2 * (tokens - tokens // 2) * (tokens // 2) * head_dim
 
 
 def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> None:
