@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "partition.h"
+#include "sizes.h"
 
 namespace tokred {
 
@@ -41,22 +42,6 @@ constexpr int64_t kTargetBlocks = 264;
 constexpr int64_t kMaxSplits = 16;
 // Sources that a block of the ranking launch ranks, one a thread.
 constexpr int kRankThreads = 256;
-
-constexpr std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
-constexpr int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
-
-inline int element_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::f16:
-    case DType::bf16:
-      return 2;
-    case DType::f32:
-      return 4;
-    case DType::f64:
-      return 8;
-  }
-  return 0;
-}
 
 struct MatchConfig {
   bool fused;          // one launch, an image a block; else match, rank and map in three

@@ -4,14 +4,15 @@
 
 #include <cstdint>
 
+#include "sizes.h"
+
 namespace tokred {
 
-constexpr int kWarpLanes = 32;
 // Threads of a block: eight warps, so that enough blocks fit a multiprocessor for their loads to overlap.
 constexpr int kRowThreads = 256;
 // Blocks that a multiprocessor must hold at least: 32 warps, each thread with 64 registers, which all movers fit.
 constexpr int kRowBlocks = 4;
-constexpr int kRowWarps = kRowThreads / kWarpLanes;
+constexpr int kRowWarps = kRowThreads / kLanes;
 // Vectors a lane has in flight: with 16 bytes each that is 2 KB a warp, 64 KB a multiprocessor at four blocks.
 constexpr int kInFlight = 4;
 // A slot of more members than this is reduced by the whole block, its members cut evenly over the warps.
@@ -39,7 +40,7 @@ inline RowConfig row_config(int64_t channels, int element_bytes, uintptr_t align
     c.vector_bytes = kNarrowBytes;
   }
   c.vectors = static_cast<int>(row_bytes / c.vector_bytes);
-  while ((kInFlight << c.lanes_log2) < c.vectors && (1 << c.lanes_log2) < kWarpLanes) ++c.lanes_log2;
+  while ((kInFlight << c.lanes_log2) < c.vectors && (1 << c.lanes_log2) < kLanes) ++c.lanes_log2;
   c.rows_per_block = kRowThreads >> c.lanes_log2;
   return c;
 }

@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
+#include "../common/sizes.h"
+
 namespace tokred::cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kLanes = 32;
 
 // The sum of `value` over the threads before this one; `total` is that over all. All threads must call it.
 template <int kThreads>

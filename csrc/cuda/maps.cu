@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 // Maps without their data: the members of each slot, and one map after another.
-#include "../common/match_config.h"
 #include "../common/row_config.h"
 #include "launch.h"
 #include "map_build.cuh"

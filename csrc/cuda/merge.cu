@@ -2,7 +2,6 @@
 // Merge: a segment reduction over the members of each slot. A group of lanes owns an output row, so there are no
 // atomics and every sum has one order. Most slots have one member, and are copies; the few long ones are shared out
 // over the warps of the block.
-#include "../common/match_config.h"
 #include "ops.h"
 #include "rows.cuh"
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The gradients of merge. Those of sums and means are a gather: a group of lanes owns a token and reads its slot's
 // gradient. That of the maximum is owned by the slot, which has to count the members that share each maximum.
-#include "../common/match_config.h"
 #include "ops.h"
 #include "rows.cuh"
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 // Unmerge: every token reads the row of its slot.
-#include "../common/match_config.h"
 #include "ops.h"
 #include "rows.cuh"
 
