@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_ROWS = 2**31 - 1  # rows are numbered in int32
+MAX_ROWS = 2**31 - 2**12  # rows are numbered in int32, and a kernel's last block may number some that are not there
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -47,6 +47,10 @@ def check_metric(op: str, value: Any) -> None:
         )
     if value.dim() == 4 and value.shape[1] == 0:
         raise ValueError(f"tokred_kernels.{op}: metric must have at least one head, got shape {shape(value)}")
+    if value.shape[0] * value.shape[-2] > MAX_ROWS:
+        raise ValueError(
+            f"tokred_kernels.{op}: metric may have at most {MAX_ROWS} tokens in all, got shape {shape(value)}"
+        )
 
 
 def check_count(op: str, name: str, value: Any, least: int = 0) -> None:

@@ -175,6 +175,7 @@ def test_leaves_no_gradient(backend):
         (lambda m: tk.bipartite_match(m, 1, num_prefix=1, class_token=True), ValueError, "num_prefix or class_token"),
         (lambda m: tk.bipartite_match(m, 1, num_prefix=-1), ValueError, "num_prefix must be at least 0, got -1"),
         (lambda m: tk.bipartite_match(m[:, None][:, :0], 1), ValueError, "at least one head"),
+        (lambda m: tk.bipartite_match(m[:1, :1].expand(2**16, 2**15, 4), 1), ValueError, "at most 2147479552 tokens"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, words):

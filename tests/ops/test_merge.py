@@ -147,7 +147,11 @@ def test_every_element_is_written(backend, monkeypatch):
 def test_empty_batch_no_tokens_and_no_channels(backend):
     for batch, tokens, slots, channels in ((0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 3, 0), (2, 5, 0, 4)):
         x = torch.randn(batch, tokens, channels, device=backend, requires_grad=True)
-        y = tk.merge(x, random_map(batch, tokens, slots, device=backend))
+        token_map = random_map(batch, tokens, slots, device=backend)
+        with tk.use_backend("reference"):
+            for reduce in REDUCES:
+                assert tk.merge(x, token_map, reduce=reduce).shape == (batch, slots, channels)
+        y = tk.merge(x, token_map)
         assert y.shape == (batch, slots, channels)
         y.sum().backward()
         assert x.grad.shape == x.shape

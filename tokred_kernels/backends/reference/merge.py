@@ -20,7 +20,7 @@ def merge(
         lowest = values.new_full((batch, num_out + 1, channels), -torch.inf)
         index = slot.expand(-1, -1, channels)
         y = lowest.scatter_reduce(1, index, values, "amax", include_self=True)[:, :num_out]
-        filled = torch.zeros_like(lowest[..., :1]).scatter(1, slot, 1.0)[:, :num_out]
+        filled = values.new_zeros(batch, num_out + 1, 1).scatter(1, slot, 1.0)[:, :num_out]
         return torch.where(filled > 0, y, 0.0).to(x.dtype), None
 
     ones = values.new_ones(batch, dest.shape[1], 1)
