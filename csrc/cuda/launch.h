@@ -23,14 +23,13 @@ inline unsigned grid_size(const char* op, int64_t blocks) {
 
 // A kernel takes this much dynamic shared memory without asking.
 constexpr int kSharedWithoutAsking = 48 * 1024;
-
-// What the kernels with a cursor in dynamic shared memory keep in static shared memory at most (a scan's sums).
+// Static shared memory, at most, of the kernels that also take dynamic (a scan's sums); the two share the limits.
 constexpr int kReservedShared = 256;
 
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
             cudaStream_t stream, Arguments... arguments) {
-  if (shared_bytes > kSharedWithoutAsking) {
+  if (shared_bytes > kSharedWithoutAsking - kReservedShared) {
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
   cudaLaunchConfig_t config{};
@@ -47,7 +46,7 @@ inline int shared_limit(const char* op) {
   int device = 0, bytes = 0;
   check(op, cudaGetDevice(&device));
   check(op, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+  return bytes - kReservedShared;
 }
 
 }  // namespace tokred::cuda

@@ -141,6 +141,7 @@ __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Par
     const int destinations = min(kTileDestinations, end - destination0);
     const int b_row = kResident ? p.num_src + destination0 : kTileSources;
     const bool busy = warp_row < sources && warp_column < destinations;
+    __syncwarp();  // the tensor cores want the warp together, and the epilogue before this tile let lanes go ahead
 
     // Rows past the tile's end repeat its last one, which is there; the epilogue leaves them out.
     LaneRows rows;

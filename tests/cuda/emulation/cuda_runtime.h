@@ -118,7 +118,8 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  if (config->dynamicSmemBytes > static_cast<size_t>(emulation::device().shared_limit)) return cudaErrorInvalidValue;
+  const size_t used = config->dynamicSmemBytes + emulation::kStaticShared;
+  if (used > static_cast<size_t>(emulation::device().shared_limit)) return cudaErrorInvalidValue;
   emulation::device().launch(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
                              [&] { kernel(arguments...); });
   return cudaSuccess;

@@ -17,6 +17,8 @@ namespace emulation {
 
 constexpr int kLanes = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+// Bytes of static shared memory that a kernel with dynamic shared memory is taken to have beside it.
+constexpr std::size_t kStaticShared = 64;
 // The largest value that the threads of a warp exchange: a lane's share of three matrices.
 constexpr std::size_t kExchangeBytes = 64;
 
