@@ -37,8 +37,7 @@ def images(batch=2, size=32):
 
 
 # aot_eager traces forward and backward as any compiler does, and spares the minutes of C++ that inductor takes.
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize(("backend", "pool"), [("reference", "token"), ("auto", "avg")])
 def test_compiles_whole_and_once(backend, pool):
     model = make(global_pool=pool)
     with use_backend(backend):
@@ -76,7 +75,7 @@ def test_compiles_with_inductor():
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_compiles_once_for_all_batches_and_token_counts(backend):
-    model = make(r=3)
+    model = make(r=3, depth=1)
     block = model.blocks[0]
     with use_backend(backend), torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         model(images())
