@@ -118,6 +118,6 @@ _match = register(
     "bipartite_match(Tensor metric, Tensor? sources, Tensor? destinations, SymInt first, SymInt stride, "
     "SymInt num_src, SymInt num_dst, SymInt protected_src, SymInt protected_dst, bool sources_by_index, SymInt r, "
     "str backend) -> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
-    _implementation,
     _fake,
+    _implementation,
 )

@@ -23,10 +23,6 @@ def invert(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
     return _invert(dest, num_out, backend)
 
 
-def _implementation(dest: Tensor, num_out: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.implementation(backend, "invert")(dest, num_out)
-
-
 def _fake(dest: Tensor, num_out: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     slots = (dest.shape[0], num_out)
     return (
@@ -38,6 +34,5 @@ def _fake(dest: Tensor, num_out: int, backend: str) -> tuple[Tensor, Tensor, Ten
 
 _invert = register(
     "invert(Tensor dest, SymInt num_out, str backend) -> (Tensor members, Tensor begin, Tensor count)",
-    _implementation,
     _fake,
 )

@@ -13,19 +13,33 @@ from typing import Any
 
 import torch
 
+from tokred_kernels import backends
+
 LIBRARY = torch.library.Library("tokred", "DEF")
 DEVICES = ("CPU", "CUDA")
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `tokred::<schema>` and return its overload, ready to be called."""
+def register(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any] | None = None) -> Any:
+    """Register `tokred::<schema>`, whose last argument names the backend, and return its overload, ready to be called.
+
+    Without an `implementation`, the backend's function of the op's name takes the other arguments as they are.
+    """
     name = schema.partition("(")[0]
+    if implementation is None:
+        implementation = _by_backend(name)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in DEVICES:
         LIBRARY.impl(name, implementation, device)
     torch.library.register_fake(f"tokred::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"tokred::{name}", _no_vmap(name), lib=LIBRARY)
     return getattr(torch.ops.tokred, name).default
+
+
+def _by_backend(name: str) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        return backends.implementation(arguments[-1], name)(*arguments[:-1])
+
+    return run
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:

@@ -134,19 +134,6 @@ class _Merge(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None, None, None, None
 
 
-def _implementation(
-    x: Tensor,
-    weight: Tensor | None,
-    members: Tensor,
-    begin: Tensor,
-    count: Tensor,
-    reduce: str,
-    weight_sum: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return backends.implementation(backend, "merge")(x, weight, members, begin, count, reduce, weight_sum)
-
-
 def _fake(
     x: Tensor,
     weight: Tensor | None,
@@ -160,27 +147,6 @@ def _fake(
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.new_empty((*begin.shape, x.shape[2]))
     return y, x.new_empty(begin.shape if weight_sum else (0,), dtype=accumulator)
-
-
-def _backward_implementation(
-    grad_y: Tensor,
-    grad_weight_sum: Tensor | None,
-    x: Tensor | None,
-    y: Tensor | None,
-    weight: Tensor | None,
-    weight_sum: Tensor | None,
-    dest: Tensor,
-    members: Tensor,
-    begin: Tensor,
-    count: Tensor,
-    reduce: str,
-    need_x: bool,
-    need_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return backends.implementation(backend, "merge_backward")(
-        *(grad_y, grad_weight_sum, x, y, weight, weight_sum, dest, members, begin, count, reduce, need_x, need_weight)
-    )
 
 
 def _backward_fake(
@@ -209,13 +175,11 @@ def _backward_fake(
 _merge = register(
     "merge(Tensor x, Tensor? weight, Tensor members, Tensor begin, Tensor count, str reduce, bool weight_sum, "
     "str backend) -> (Tensor y, Tensor weight_sum)",
-    _implementation,
     _fake,
 )
 _merge_backward = register(
     "merge_backward(Tensor grad_y, Tensor? grad_weight_sum, Tensor? x, Tensor? y, Tensor? weight, Tensor? weight_sum, "
     "Tensor dest, Tensor members, Tensor begin, Tensor count, str reduce, bool need_x, bool need_weight, "
     "str backend) -> (Tensor grad_x, Tensor grad_weight)",
-    _backward_implementation,
     _backward_fake,
 )

@@ -66,12 +66,8 @@ class _Unmerge(torch.autograd.Function):
         return once("unmerge", grad_y, grad_x), None, None, None, None, None
 
 
-def _implementation(y: Tensor, dest: Tensor, backend: str) -> Tensor:
-    return backends.implementation(backend, "unmerge")(y, dest)
-
-
 def _fake(y: Tensor, dest: Tensor, backend: str) -> Tensor:
     return y.new_empty((*dest.shape, y.shape[2]))
 
 
-_unmerge = register("unmerge(Tensor y, Tensor dest, str backend) -> Tensor", _implementation, _fake)
+_unmerge = register("unmerge(Tensor y, Tensor dest, str backend) -> Tensor", _fake)
