@@ -141,9 +141,10 @@ void Device::resume_next(bool finished) {
 void Device::wait() { resume_next(false); }
 
 void Device::wake(unsigned first, unsigned count) {
-  for (unsigned k = 0; k < count; ++k) {
+  // To the front: a warp runs as far ahead of the others as it may, which is what a missing barrier cannot stand.
+  for (unsigned k = count; k-- > 0;) {
     const unsigned t = reversed ? first + count - 1 - k : first + k;
-    if (t != thread.x) ready_.push_back(t);
+    if (t != thread.x) ready_.push_front(t);
   }
 }
 
