@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tokred_kernels as tk
 
 OPS = torch.ops.tokred
-SAMPLES = 44
+SAMPLES = 48
 
 
 def samples():
@@ -25,6 +25,7 @@ def samples():
         weight = torch.rand(batch, tokens) + 0.5
         arithmetic = (None, None, 0, 2, tokens - tokens // 2, tokens // 2, 0, 0, False, min(1, tokens // 2), "cpu")
         yield OPS.bipartite_match.default, (x, *arithmetic)
+        yield OPS.bipartite_merge.default, (x, x, None, *arithmetic[2:])
         yield OPS.bipartite_match.default, (torch.randn(batch, tokens, 2, 4).transpose(1, 2), *arithmetic)
         for values in (x, permuted):
             yield OPS.merge.default, (values, None, *views, "mean", False, "cpu")
@@ -49,7 +50,7 @@ def test_opcheck(number):
 
 def test_every_op_is_sampled():
     names = {op.name() for op, _ in samples()}
-    assert names == {f"tokred::{name}" for name in (*tk.backends.OPS,)}
+    assert names == {f"tokred::{name}" for name in (*tk.backends.OPS, "bipartite_merge")}
     assert len(list(samples())) == SAMPLES
 
 

@@ -5,11 +5,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from tokred_kernels.checks import check_same_device, check_tokens, shape
-from tokred_kernels.ops.bipartite_match import bipartite_match
-from tokred_kernels.ops.merge_wavg import merge_wavg
+from tokred_kernels import backends
+from tokred_kernels.checks import (
+    check_count,
+    check_metric,
+    check_same_device,
+    check_tokens,
+    prefix_length,
+    shape,
+)
+from tokred_kernels.ops import bipartite_match as match_op
+from tokred_kernels.ops import merge as merge_op
+from tokred_kernels.ops.library import register
+from tokred_kernels.ops.merge import prepare_weight
+from tokred_kernels.ops.merge_wavg import like_size, merge_wavg
+from tokred_kernels.partition import Partition, every_other
 from tokred_kernels.token_map import TokenMap
 
 
@@ -46,16 +59,81 @@ def bipartite_merge(
     Differentiable once in `x` and `size`. Raises as `bipartite_match` and `merge_wavg` do, and ValueError where the
     metric's B, N or device are not x's. Two kernel launches on a GPU.
     """
+    op = "bipartite_merge"
+    check_tokens(op, "x", x)
+    check_count(op, "r", r)
     if metric is None:
         metric = x
-    check_tokens("bipartite_merge", "x", x)
-    token_map = bipartite_match(metric, r, class_token=class_token, distill_token=distill_token, num_prefix=num_prefix)
-    if metric is not x:
-        if token_map.dest.shape != x.shape[:2]:
+    else:
+        check_metric(op, metric)
+        if metric.shape[0] != x.shape[0] or metric.shape[-2] != x.shape[1]:
             raise ValueError(
-                f"tokred_kernels.bipartite_merge: metric must have x's B and N: metric is {shape(metric)}, "
-                f"x is {shape(x)}"
+                f"tokred_kernels.{op}: metric must have x's B and N: metric is {shape(metric)}, x is {shape(x)}"
             )
-        check_same_device("bipartite_merge", "metric", metric, "x", x)
-    merged, merged_size = merge_wavg(x, token_map, size)
-    return MergeOutput(merged, merged_size, token_map)
+        check_same_device(op, "metric", metric, "x", x)
+    prefix = prefix_length(op, num_prefix, class_token, distill_token)
+    partition = every_other(x.shape[1], r, prefix, class_token, distill_token)
+    backend = backends.choose("bipartite_match", metric)
+    one_call = partition is not None and backend != "reference" and backend == backends.choose("merge", x)
+    if not one_call or (torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))):
+        token_map = match_op.match(metric, partition)
+        return MergeOutput(*merge_wavg(x, token_map, size), token_map)
+
+    assert partition is not None  # for mypy
+    weight = None if size is None else prepare_weight(op, "size", size, x)
+    first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, _, _ = partition
+    y, total, dest, members, begin, count = _bipartite_merge(
+        *(x, metric, weight, first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, backend)
+    )
+    token_map = TokenMap(dest, partition.num_out, members, begin, count)
+    return MergeOutput(y, like_size(total, size), token_map)
+
+
+def _implementation(
+    x: Tensor,
+    metric: Tensor,
+    weight: Tensor | None,
+    first: int,
+    stride: int,
+    num_src: int,
+    num_dst: int,
+    protected_src: int,
+    protected_dst: int,
+    sources_by_index: bool,
+    r: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    partition = Partition(first, stride, num_src, num_dst, protected_src, protected_dst, sources_by_index, r)
+    dest, members, begin, count = backends.implementation(backend, "bipartite_match")(metric, partition)
+    y, total = backends.implementation(backend, "merge")(x, weight, members, begin, count, "mean", True)
+    return y, total, dest, members, begin, count
+
+
+def _fake(
+    x: Tensor,
+    metric: Tensor,
+    weight: Tensor | None,
+    first: int,
+    stride: int,
+    num_src: int,
+    num_dst: int,
+    protected_src: int,
+    protected_dst: int,
+    sources_by_index: bool,
+    r: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    partition = (first, stride, num_src, num_dst, protected_src, protected_dst, sources_by_index, r, backend)
+    dest, members, begin, count = match_op._fake(metric, None, None, *partition)
+    y, total = merge_op._fake(x, weight, members, begin, count, "mean", True, backend)
+    return y, total, dest, members, begin, count
+
+
+# Without gradients both kernels go by one registered call: at batch 1 what a call costs the host is what counts.
+_bipartite_merge = register(
+    "bipartite_merge(Tensor x, Tensor metric, Tensor? weight, SymInt first, SymInt stride, SymInt num_src, "
+    "SymInt num_dst, SymInt protected_src, SymInt protected_dst, bool sources_by_index, SymInt r, str backend) "
+    "-> (Tensor y, Tensor weight_sum, Tensor dest, Tensor members, Tensor begin, Tensor count)",
+    _fake,
+    _implementation,
+)

@@ -28,8 +28,11 @@ def merge_wavg(x: Tensor, token_map: TokenMap, size: Tensor | None = None) -> tu
     weight = None if size is None else prepare_weight("merge_wavg", "size", size, x)
     y, total = segment_reduce(x, token_map, weight, "mean", weight_sum=True)
     assert total is not None  # it was asked for
+    return y, like_size(total, size)
+
+
+def like_size(total: Tensor, size: Tensor | None) -> Tensor:
+    """The (B, N') sums of sizes as they are handed out: float32, or float64 if `size` is, and of the rank of `size`."""
     if total.dtype == torch.float64 and (size is None or size.dtype != torch.float64):
         total = total.float()
-    if size is None or size.dim() == 3:
-        total = total.unsqueeze(-1)
-    return y, total
+    return total.unsqueeze(-1) if size is None or size.dim() == 3 else total
