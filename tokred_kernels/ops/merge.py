@@ -75,7 +75,9 @@ def prepare_weight(op: str, name: str, weight: Any, x: Tensor) -> Tensor:
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     if weight.dtype != accumulator:
         weight = weight.to(accumulator)
-    return weight.reshape(x.shape[:2]).contiguous()
+    if weight.dim() == 3:
+        weight = weight.squeeze(-1)
+    return weight if weight.is_contiguous() else weight.contiguous()
 
 
 def segment_reduce(
