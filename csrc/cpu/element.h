@@ -68,9 +68,6 @@ void with_element(DType dtype, Function&& function) {
 // Below this much data a second thread costs more than it saves.
 constexpr int64_t kSerialBytes = 100 * 1024;
 
-// Bytes that memory moves at a time.
-constexpr int64_t kCacheLine = 64;
-
 // Channels that are summed at a time, so that the sums stay in registers and the first-level cache.
 constexpr int64_t kChannelBlock = 256;
 

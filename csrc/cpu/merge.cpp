@@ -66,23 +66,11 @@ void reduce_row(const MergeArgs& a, int64_t row) {
   }
 }
 
-// Asks for the first member of a slot ahead of its turn. Members are no stream that the hardware could foresee.
-template <class T>
-void prefetch_row(const MergeArgs& a, int64_t row) {
-  if (row >= a.rows_out || a.count[row] == 0) return;
-  const char* start = reinterpret_cast<const char*>(static_cast<const T*>(a.x) + a.members[a.begin[row]] * a.x_stride);
-  const char* end = start + a.channels * sizeof(T);
-  for (const char* line = start; line < end; line += kCacheLine) __builtin_prefetch(line);
-}
-
 template <class T, Reduce kReduce>
 void merge_rows(const MergeArgs& a) {
   const bool parallel = a.rows_out * a.channels * static_cast<int64_t>(sizeof(T)) > kSerialBytes;
 #pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t row = 0; row < a.rows_out; ++row) {
-    prefetch_row<T>(a, row + 1);
-    reduce_row<T, kReduce>(a, row);
-  }
+  for (int64_t row = 0; row < a.rows_out; ++row) reduce_row<T, kReduce>(a, row);
 }
 
 }  // namespace
