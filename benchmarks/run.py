@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+# The profiler that counts launches would print a line at each start and stop. Read when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 

@@ -19,6 +19,8 @@ from tokred_kernels.backends import native
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 AUTO = "auto"
 OPS = ("bipartite_match", "merge", "merge_backward", "unmerge", "invert", "compose")
+# Registered ops that run the kernels of others, and can be where all of those can.
+COMPOUNDS = {"bipartite_merge": ("bipartite_match", "merge")}
 TRITON_OPS = ("bipartite_match", "merge", "merge_backward", "unmerge")
 
 # What `auto` tries, in order, by device; the first that can serve the call, and has been shown right there, does.
@@ -76,6 +78,9 @@ def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> st
     """Why `backend` cannot run `op` on tensors of this device and dtype; None where it can."""
     if backend == "reference":
         return None
+    if op in COMPOUNDS:
+        reasons = (reason_against(part, backend, device, dtype) for part in COMPOUNDS[op])
+        return next(filter(None, reasons), None)
     if backend == "triton":
         if not _TRITON_FOUND:
             return 'triton is not installed (pip install "tokred_kernels[triton]")'
@@ -121,8 +126,11 @@ def _choose(op: str, wanted: str, tensor: Tensor) -> str:
 def _decide(op: str, wanted: str, device: str, dtype: torch.dtype) -> str:
     if wanted == AUTO:
         for backend in PREFERENCE.get(device, ("reference",)):
-            shown_right = device == "cpu" or backend == "reference" or op in VERIFIED.get(backend, [])
-            if shown_right and reason_against(op, backend, device, dtype) is None:
+            parts = COMPOUNDS.get(op, (op,))
+            shown_right = all(part in VERIFIED.get(backend, []) for part in parts)
+            if (shown_right or device == "cpu" or backend == "reference") and reason_against(
+                op, backend, device, dtype
+            ) is None:
                 return backend
     reason = reason_against(op, wanted, device, dtype)
     if reason is not None:

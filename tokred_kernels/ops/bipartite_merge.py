@@ -73,13 +73,14 @@ def bipartite_merge(
         check_same_device(op, "metric", metric, "x", x)
     prefix = prefix_length(op, num_prefix, class_token, distill_token)
     partition = every_other(x.shape[1], r, prefix, class_token, distill_token)
-    backend = backends.choose("bipartite_match", metric)
-    one_call = partition is not None and backend != "reference" and backend == backends.choose("merge", x)
-    if not one_call or (torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))):
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))
+    # A metric of another dtype may need another backend: then, too, each op chooses for itself.
+    apart = partition is None or wants_gradient or metric.dtype != x.dtype
+    backend = "reference" if apart else backends.choose(op, x)
+    if partition is None or backend == "reference":
         token_map = match_op.match(metric, partition)
         return MergeOutput(*merge_wavg(x, token_map, size), token_map)
 
-    assert partition is not None  # for mypy
     weight = None if size is None else prepare_weight(op, "size", size, x)
     first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, _, _ = partition
     y, total, dest, members, begin, count = _bipartite_merge(

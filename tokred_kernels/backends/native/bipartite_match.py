@@ -24,9 +24,9 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
     first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, sources, destinations = partition
     num_out = first + num_src - r + num_dst
     dest = metric.new_empty((images, tokens), dtype=torch.int32)
-    members = metric.new_empty(images * tokens, dtype=torch.int32)
-    begin = metric.new_empty((images, num_out), dtype=torch.int32)
-    count = metric.new_empty((images, num_out), dtype=torch.int32)
+    members = dest.new_empty(images * tokens)
+    begin = dest.new_empty((images, num_out))
+    count = dest.new_empty((images, num_out))
     problem = (
         *(metric.data_ptr(), stride_b, stride_h, stride_n, images, heads, tokens, channels, DTYPE_CODE[metric.dtype]),
         *(address(sources), address(destinations), first, stride, num_src, num_dst),
