@@ -8,8 +8,10 @@ import pytest
 import torch
 from support import random_map
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokred_kernels as tk
+from tokred_kernels.ops import library
 
 OPS = torch.ops.tokred
 SAMPLES = 48
@@ -156,6 +158,36 @@ def test_runs_in_onnxruntime():
     got = session.run(None, dict(zip(names, (x.numpy(), keys.numpy()), strict=True)))
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w.numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Listener(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.seen.add(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+def test_modes_see_every_op():
+    x = torch.randn(2, 9, 4, requires_grad=True)
+    token_map = tk.bipartite_match(x, 3)
+    with Listener() as listener:
+        out = tk.bipartite_merge(x.detach(), 3)
+        tk.unmerge(tk.merge(x, token_map), token_map.then(out.token_map.identity(2, 6))).sum().backward()
+    ours = {name for name in listener.seen if name.startswith("tokred")}
+    expected = ("bipartite_merge", "merge", "merge_backward", "unmerge", "compose", "invert")
+    assert ours == {f"tokred.{name}.default" for name in expected}
+
+
+def test_the_dispatcher_and_the_direct_way_give_the_same(monkeypatch):
+    x, size, keys = inputs(21)
+    direct = reduce_twice(x, size, keys)
+    monkeypatch.setattr(library, "_CAN_SKIP", False)
+    dispatched = reduce_twice(x, size, keys)
+    for got, want in zip(direct[:3], dispatched[:3], strict=True):
+        assert torch.equal(got, want)
 
 
 def test_works_under_autocast():

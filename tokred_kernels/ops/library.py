@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Registering ops with torch: one schema, one implementation that hands over to a backend, one fake kernel.
 
-`Library.define` and `impl` cost some 2.5 us a call where `torch.library.custom_op` costs tens, so they are used here.
-Autograd stands above the registered ops, in one autograd.Function an op (its own 16 us are paid only when a gradient
-is asked for).
+`Library.define` and `impl` cost far less a call than `torch.library.custom_op`, so they are used here, and even those
+only where somebody listens (see `_nobody_listens`). Autograd stands above the registered ops, in one autograd.Function
+an op, whose cost is paid only when a gradient is asked for.
 """
 
 from __future__ import annotations
@@ -19,8 +19,34 @@ LIBRARY = torch.library.Library("tokred", "DEF")
 DEVICES = ("CPU", "CUDA")
 
 
+# Private names of torch, so each may go missing; where one has, every call goes by the dispatcher.
+_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transform_level: Any = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
+_profiler_runs: Any = getattr(torch.autograd, "_profiler_enabled", None)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs)
+
+
+def _nobody_listens(tensor: Any) -> bool:
+    """Whether an eager call on this tensor may go straight to the backend.
+
+    The dispatcher serves compilers, subclasses, modes (flop counters, fake tensors), transforms and the profiler.
+    Where there is none of them it only costs, and most where a model calls from: between kernels that have driven its
+    code out of the caches.
+    """
+    return (
+        _CAN_SKIP
+        and not torch.compiler.is_compiling()
+        and type(tensor) in _PLAIN
+        and _dispatch_modes() == 0
+        and _transform_level() is None
+        and not _profiler_runs()
+        and not torch.jit.is_tracing()
+    )
+
+
 def register(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any] | None = None) -> Any:
-    """Register `tokred::<schema>`, whose last argument names the backend, and return its overload, ready to be called.
+    """Register `tokred::<schema>`, whose last argument names the backend, and return the function to call.
 
     Without an `implementation`, the backend's function of the op's name takes the other arguments as they are.
     """
@@ -32,7 +58,12 @@ def register(schema: str, fake: Callable[..., Any], implementation: Callable[...
         LIBRARY.impl(name, implementation, device)
     torch.library.register_fake(f"tokred::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"tokred::{name}", _no_vmap(name), lib=LIBRARY)
-    return getattr(torch.ops.tokred, name).default
+    overload = getattr(torch.ops.tokred, name).default
+
+    def call(*arguments: Any) -> Any:
+        return (implementation if _nobody_listens(arguments[0]) else overload)(*arguments)
+
+    return call
 
 
 def _by_backend(name: str) -> Callable[..., Any]:
