@@ -127,14 +127,15 @@ class TokenMap:
         """
         if not isinstance(after, TokenMap):
             raise TypeError(f"TokenMap.then: after must be a TokenMap, got {type(after).__name__}")
-        if after.batch != self.batch or after.num_tokens != self.num_out:
+        first, second = self.dest, after.dest
+        if second.shape != (first.shape[0], self.num_out):
             raise ValueError(
                 f"TokenMap.then: after must map ({self.batch}, {self.num_out}) tokens, "
                 f"got a map of ({after.batch}, {after.num_tokens}) tokens"
             )
-        if after.device != self.device:
+        if second.device != first.device:
             raise ValueError(f"TokenMap.then: after is on {after.device}, this map on {self.device}")
-        return TokenMap(compose(self.dest, after.dest), after.num_out)
+        return TokenMap(compose(first, second), after.num_out)
 
     def source(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense (B, N', N) matrix of zeros and ones that published code carries: row s marks the members of slot s.

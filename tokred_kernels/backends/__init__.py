@@ -41,7 +41,7 @@ def _valid(name: str) -> str:
 
 
 _wanted = _valid(os.environ.get("TOKRED_BACKEND", AUTO))
-_chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
+_chosen: dict[tuple[str, str, torch.device, torch.dtype], str] = {}
 _implementations: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -115,12 +115,13 @@ def choose(op: str, tensor: Tensor) -> str:
 
 
 def _choose(op: str, wanted: str, tensor: Tensor) -> str:
-    key = (op, wanted, tensor.device.type, tensor.dtype)
     if torch.compiler.is_compiling():  # the cache would become a guard of the graph, and its growth a recompilation
-        return _decide(*key)
-    if key not in _chosen:
-        _chosen[key] = _decide(*key)
-    return _chosen[key]
+        return _decide(op, wanted, tensor.device.type, tensor.dtype)
+    key = (op, wanted, tensor.device, tensor.dtype)
+    chosen = _chosen.get(key)
+    if chosen is None:
+        chosen = _chosen[key] = _decide(op, wanted, tensor.device.type, tensor.dtype)
+    return chosen
 
 
 def _decide(op: str, wanted: str, device: str, dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tokred_kernels.backends.native import kernels, stream
@@ -12,7 +13,7 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
     """See `ops.compose`."""
     first, second = first.contiguous(), second.contiguous()
     batch, tokens = first.shape
-    dest = first.new_empty((batch, tokens))
+    dest = torch.empty_like(first)
     kernels(first).compose(
         *(first.data_ptr(), second.data_ptr(), batch, tokens, second.shape[1], dest.data_ptr(), stream(first))
     )
