@@ -343,7 +343,7 @@ def test_table_is_made_of_the_newest_complete_run(tmp_path):
     assert table.main(options) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| 1 ms | - | 200 us (cpu) | 5.0x | at least 6x the published chain | **missed** |" in text
+    assert "| 1 ms | - | - | 200 us (cpu) | 5.0x | at least 6x the published chain | **missed** |" in text
     assert "[2026-01-03.json](results/2026-01-03.json)" in text
     assert "not measured yet: no GPU at hand" in text
     assert table.main([*options, "--check"]) == 0
