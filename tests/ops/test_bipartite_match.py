@@ -101,6 +101,15 @@ def test_zero_tokens_are_similar_to_nothing(backend):
     assert_valid_match(token_map, metric, 9)
 
 
+def test_a_zero_token_is_more_similar_than_an_opposite_one(backend):
+    # Token 0 is opposite to destination 1 and has similarity 0, not NaN, to the zero destination 3: it joins that one.
+    # The zero token 2 ties with it, and the lower index goes first.
+    metric = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]], device=backend)
+    assert tk.bipartite_match(metric, 1).dest.tolist() == [[2, 1, 0, 2]]
+    with tk.use_backend("reference"):
+        assert tk.bipartite_match(metric, 1).dest.tolist() == [[2, 1, 0, 2]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("tokens", [20, 197])
 def test_nan_and_infinity_never_win(backend, value, tokens):
