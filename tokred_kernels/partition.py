@@ -27,9 +27,21 @@ class Partition(NamedTuple):
     destinations: Tensor | None = None
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """All fields but the lists, as `SCHEMA` declares them and `Partition(*numbers)` takes them back."""
+        return self[:8]
+
+    @property
     def num_out(self) -> int:
         """N', the number of slots."""
         return self.first + self.num_src - self.r + self.num_dst
+
+
+# The numbers of a partition among the arguments of a registered op.
+SCHEMA = (
+    "SymInt first, SymInt stride, SymInt num_src, SymInt num_dst, SymInt protected_src, SymInt protected_dst, "
+    "bool sources_by_index, SymInt r"
+)
 
 
 def every_other(tokens: int, r: int, prefix: int | None, class_token: bool, distill_token: bool) -> Partition | None:

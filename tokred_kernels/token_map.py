@@ -151,9 +151,7 @@ class TokenMap:
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
-        moved = move(self.dest)
-        assert moved is not None
-        return TokenMap(moved, self.num_out, move(self._members), move(self._begin), move(self._count))
+        return TokenMap(self.dest.to(device), self.num_out, move(self._members), move(self._begin), move(self._count))
 
     def __repr__(self) -> str:
         return f"TokenMap(batch={self.batch}, {self.num_tokens} tokens -> {self.num_out}, device={self.device})"

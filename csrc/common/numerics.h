@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 
 #ifdef __CUDACC__
 #define TOKRED_HD __host__ __device__ __forceinline__
@@ -20,11 +19,6 @@ constexpr float kMinSquaredNorm = 1e-30f;
 // 1 / |v| from |v|^2; 0 for a zero vector. Infinity gives 0, NaN stays NaN.
 TOKRED_HD float inverse_norm(float squared_norm) {
   return squared_norm < kMinSquaredNorm ? 0.0f : 1.0f / sqrtf(squared_norm);
-}
-
-// Whether a candidate replaces the best so far: greater wins, equal goes to the lower index, NaN never wins.
-TOKRED_HD bool beats(float score, int32_t index, float best_score, int32_t best_index) {
-  return score > best_score || (score == best_score && index < best_index);
 }
 
 }  // namespace tokred

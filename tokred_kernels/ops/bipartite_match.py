@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import bipartite_match as reference
 from tokred_kernels.checks import check_count, check_metric, prefix_length
 from tokred_kernels.ops.library import register
-from tokred_kernels.partition import Partition, every_other
+from tokred_kernels.partition import SCHEMA, Partition, every_other
 from tokred_kernels.token_map import TokenMap
 
 
@@ -61,51 +63,29 @@ def match(metric: Tensor, partition: Partition | None) -> TokenMap:
     backend = backends.choose("bipartite_match", metric)
     if backend == "reference":
         return TokenMap(reference.bipartite_match(metric, partition), partition.num_out)
-    # Field by field: unpacking through a property or a method costs as much as the whole call.
-    first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, sources, destinations = partition
-    dest, members, begin, count = _match(
-        metric,
-        *(sources, destinations, first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, backend),
-    )
-    return TokenMap(dest, first + num_src - r + num_dst, members, begin, count)
+    dest, members, begin, count = _match(metric, partition.sources, partition.destinations, *partition.numbers, backend)
+    return TokenMap(dest, partition.num_out, members, begin, count)
 
 
 def _implementation(
-    metric: Tensor,
-    sources: Tensor | None,
-    destinations: Tensor | None,
-    first: int,
-    stride: int,
-    num_src: int,
-    num_dst: int,
-    protected_src: int,
-    protected_dst: int,
-    sources_by_index: bool,
-    r: int,
-    backend: str,
+    metric: Tensor, sources: Tensor | None, destinations: Tensor | None, *numbers_and_backend: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    partition = Partition(
-        *(first, stride, num_src, num_dst, protected_src, protected_dst, sources_by_index, r, sources, destinations)
+    *numbers, backend = numbers_and_backend
+    return backends.implementation(backend, "bipartite_match")(
+        metric, Partition._make((*numbers, sources, destinations))
     )
-    return backends.implementation(backend, "bipartite_match")(metric, partition)
 
 
 def _fake(
-    metric: Tensor,
-    sources: Tensor | None,
-    destinations: Tensor | None,
-    first: int,
-    stride: int,
-    num_src: int,
-    num_dst: int,
-    protected_src: int,
-    protected_dst: int,
-    sources_by_index: bool,
-    r: int,
-    backend: str,
+    metric: Tensor, sources: Tensor | None, destinations: Tensor | None, *numbers_and_backend: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_map(metric, Partition(*numbers_and_backend[:-1]))
+
+
+def fake_map(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`dest`, `members`, `begin` and `count` in shape and dtype alone."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    slots = (batch, first + num_src - r + num_dst)
+    slots = (batch, partition.num_out)
     return (
         metric.new_empty((batch, tokens), dtype=torch.int32),
         metric.new_empty(batch * tokens, dtype=torch.int32),
@@ -115,9 +95,8 @@ def _fake(
 
 
 _match = register(
-    "bipartite_match(Tensor metric, Tensor? sources, Tensor? destinations, SymInt first, SymInt stride, "
-    "SymInt num_src, SymInt num_dst, SymInt protected_src, SymInt protected_dst, bool sources_by_index, SymInt r, "
-    "str backend) -> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
+    f"bipartite_match(Tensor metric, Tensor? sources, Tensor? destinations, {SCHEMA}, str backend) "
+    "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
     _implementation,
 )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from tokred_kernels.ops import merge as merge_op
 from tokred_kernels.ops.library import register
 from tokred_kernels.ops.merge import prepare_weight
 from tokred_kernels.ops.merge_wavg import like_size, merge_wavg
-from tokred_kernels.partition import Partition, every_other
+from tokred_kernels.partition import SCHEMA, Partition, every_other
 from tokred_kernels.token_map import TokenMap
 
 
@@ -82,58 +82,27 @@ def bipartite_merge(
         return MergeOutput(*merge_wavg(x, token_map, size), token_map)
 
     weight = None if size is None else prepare_weight(op, "size", size, x)
-    first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, _, _ = partition
-    y, total, dest, members, begin, count = _bipartite_merge(
-        *(x, metric, weight, first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, backend)
-    )
+    y, total, dest, members, begin, count = _bipartite_merge(x, metric, weight, *partition.numbers, backend)
     token_map = TokenMap(dest, partition.num_out, members, begin, count)
     return MergeOutput(y, like_size(total, size), token_map)
 
 
-def _implementation(
-    x: Tensor,
-    metric: Tensor,
-    weight: Tensor | None,
-    first: int,
-    stride: int,
-    num_src: int,
-    num_dst: int,
-    protected_src: int,
-    protected_dst: int,
-    sources_by_index: bool,
-    r: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    partition = Partition(first, stride, num_src, num_dst, protected_src, protected_dst, sources_by_index, r)
-    dest, members, begin, count = backends.implementation(backend, "bipartite_match")(metric, partition)
-    y, total = backends.implementation(backend, "merge")(x, weight, members, begin, count, "mean", True)
-    return y, total, dest, members, begin, count
+def _implementation(x: Tensor, metric: Tensor, weight: Tensor | None, *numbers_and_backend: Any) -> tuple[Tensor, ...]:
+    *numbers, backend = numbers_and_backend
+    dest, *views = backends.implementation(backend, "bipartite_match")(metric, Partition(*numbers))
+    y, total = backends.implementation(backend, "merge")(x, weight, *views, "mean", True)
+    return y, total, dest, *views
 
 
-def _fake(
-    x: Tensor,
-    metric: Tensor,
-    weight: Tensor | None,
-    first: int,
-    stride: int,
-    num_src: int,
-    num_dst: int,
-    protected_src: int,
-    protected_dst: int,
-    sources_by_index: bool,
-    r: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    partition = (first, stride, num_src, num_dst, protected_src, protected_dst, sources_by_index, r, backend)
-    dest, members, begin, count = match_op._fake(metric, None, None, *partition)
-    y, total = merge_op._fake(x, weight, members, begin, count, "mean", True, backend)
-    return y, total, dest, members, begin, count
+def _fake(x: Tensor, metric: Tensor, weight: Tensor | None, *numbers_and_backend: Any) -> tuple[Tensor, ...]:
+    dest, *views = match_op.fake_map(metric, Partition(*numbers_and_backend[:-1]))
+    y, total = merge_op.fake_merge(x, views[1], weight_sum=True)
+    return y, total, dest, *views
 
 
 # Without gradients both kernels go by one registered call: at batch 1 what a call costs the host is what counts.
 _bipartite_merge = register(
-    "bipartite_merge(Tensor x, Tensor metric, Tensor? weight, SymInt first, SymInt stride, SymInt num_src, "
-    "SymInt num_dst, SymInt protected_src, SymInt protected_dst, bool sources_by_index, SymInt r, str backend) "
+    f"bipartite_merge(Tensor x, Tensor metric, Tensor? weight, {SCHEMA}, str backend) "
     "-> (Tensor y, Tensor weight_sum, Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
     _implementation,

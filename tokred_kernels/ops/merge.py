@@ -146,6 +146,11 @@ def _fake(
     weight_sum: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    return fake_merge(x, begin, weight_sum)
+
+
+def fake_merge(x: Tensor, begin: Tensor, weight_sum: bool) -> tuple[Tensor, Tensor]:
+    """What the merge of x along a map whose `begin` is (B, N') gives, in shape and dtype alone."""
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.new_empty((*begin.shape, x.shape[2]))
     return y, x.new_empty(begin.shape if weight_sum else (0,), dtype=accumulator)

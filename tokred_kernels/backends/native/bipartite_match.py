@@ -22,7 +22,7 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
         stride_b, stride_n, _ = metric.stride()
         stride_h = 0
     first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, sources, destinations = partition
-    num_out = first + num_src - r + num_dst
+    num_out = partition.num_out
     dest = metric.new_empty((images, tokens), dtype=torch.int32)
     members = dest.new_empty(images * tokens)
     begin = dest.new_empty((images, num_out))
