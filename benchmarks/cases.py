@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # What a target bounds, and how to say so. Ratios are medians of the ratios of each round; see timing.py.
 MEASURES = {
     "speedup_published": ("least", "{:g}x the published chain"),
     "speedup_compiled": ("least", "{:g}x the compiled chain"),
+    "speedup_reference": ("least", "{:g}x the eager reference"),
     "copy_share": ("least", "{:.0%} of the copy bandwidth"),
+    "matmul_share": ("least", "{:.0%} of a matrix product's rate"),
     "flops_efficiency": ("least", "{:g} of the FLOPs ratio"),
     "times_clone": ("most", "{:g}x the time of x.clone()"),
     "median_us": ("most", "{:g} us"),
+    "peak_share_published": ("most", "{:.0%} of the published chain's peak memory"),
+    "peak_per_token": ("most", "{:g} bytes of memory a token"),
 }
+WINDOW_OPS = ("window_match", "window_merge")
+# These decide how many tokens merge by the tokens themselves; inputs are drawn so that it is `r`.
+ADAPTIVE_OPS = (*WINDOW_OPS, "adaptive_bipartite_match")
 
 
 @dataclass(frozen=True)
@@ -37,13 +45,15 @@ class Case:
     """One op at one shape.
 
     Attributes:
-        op: the op's name; "then" is TokenMap.then, "invert" the making of a map's second view.
+        op: the op's name; "then" is TokenMap.then, "invert" the making of a map's second view, "window_merge" a
+            window_match followed by merge_wavg.
         model: what the shape comes from.
         shape: (B, N, C).
-        r: tokens to merge; the k of kth_bipartite_match.
+        r: tokens to merge, or windows; the k of kth_bipartite_match.
         metric_dim: D of the metric (B, N, D), or the d of keys (B, H, N, d).
         heads: H of the keys; 0 for a metric (B, N, D).
         reduce: how `merge` reduces.
+        window: height and width of a window, or of a cell of grid_bipartite_match.
         training: forward and backward, for the gradient of the tokens; else forward, without gradients.
         host: times what a call costs the host (tiny tensors), not what it costs the device.
         quick: part of --quick.
@@ -59,6 +69,7 @@ class Case:
     metric_dim: int = 64
     heads: int = 0
     reduce: str = "mean"
+    window: tuple[int, int] = (2, 2)
     training: bool = False
     host: bool = False
     quick: bool = False
@@ -71,13 +82,30 @@ class Case:
         variant = self.reduce if self.op == "merge" else ""
         variant += "overhead" if self.host else "training" if self.training else ""
         variant += f"keys{self.heads}" if self.heads else ""
+        variant += "{}x{}".format(*self.window) if self.window != (2, 2) else ""
         batch = f"b{self.shape[0]}"
         return "/".join(filter(None, (self.op, variant, self.model, batch, f"r{self.r}", self.dtype, self.device)))
+
+    @property
+    def prefix(self) -> int:
+        """Leading tokens that are protected: the class token, which a diffusion model has not."""
+        return int(self.op != "grid_bipartite_match")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the tokens behind the prefix: as square as their number allows."""
+        tokens = self.shape[1] - self.prefix
+        height = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
+        return height, tokens // height
 
     @property
     def label(self) -> str:
         """The shapes, for tables."""
         batch, tokens, channels = self.shape
+        if self.op in WINDOW_OPS:
+            height, width = self.window
+            windows = (self.grid[0] // height) * (self.grid[1] // width)
+            return f"({batch}, {tokens}, {channels}), {self.r} of {windows} windows {height}x{width}"
         if self.op.endswith("_match"):
             heads = f"{self.heads}, " if self.heads else ""
             shape = f"({batch}, {heads}{tokens}, {self.metric_dim})"
@@ -117,7 +145,12 @@ DEIT_S = (8, 197, 384)
 VIT_B = (8, 197, 768)
 VIT_L_384 = (4, 577, 1024)
 UNET_64 = (2, 4096, 320)  # Stable Diffusion 1.5's first blocks at 512 x 512, with guidance
+SEGMENTER_S = (8, 1025, 384)  # ViT-S/16 at 512 x 512
+SEGMENTER_S_LATER = (8, 593, 384)  # after 144 windows of it have merged: what ALGM's later layers match
 TINY = (1, 8, 8)
+
+NO_SLOWER = (Target("speedup_published", 1),)
+ADAPTIVE = "adaptive_bipartite_match"
 
 CPU_CASES = (
     Case("bipartite_match", "deit_small", DEIT_S, 16, "cpu", quick=True, targets=(Target("speedup_published", 1.5),)),
@@ -140,6 +173,37 @@ CPU_CASES = (
     Case("bipartite_merge", "deit_small", DEIT_S, 16, "cpu", quick=True, quick_compile=True),
     Case("bipartite_merge", "vit_base", VIT_B, 16, "cpu"),
     Case("bipartite_merge", "tiny", TINY, 2, "cpu", metric_dim=8, host=True, quick=True, targets=OVERHEAD),
+    Case("window_match", "segmenter_small_512", SEGMENTER_S, 144, "cpu", quick=True),
+    Case(
+        "window_merge",
+        "segmenter_small_512",
+        SEGMENTER_S,
+        144,
+        "cpu",
+        quick=True,
+        targets=(Target("speedup_published", 60),),
+    ),
+    Case("window_merge", "segmenter_small_512", SEGMENTER_S, 36, "cpu", window=(4, 4)),
+    Case("window_merge", "segmenter_small_512", SEGMENTER_S, 144, "cpu", dtype="bfloat16"),
+    Case(ADAPTIVE, "deit_tiny", (1, 197, 192), 36, "cpu", metric_dim=192, quick=True, targets=NO_SLOWER),
+    Case(ADAPTIVE, "vit_small_patch32", (1, 50, 384), 8, "cpu", metric_dim=384, quick=True, targets=NO_SLOWER),
+    Case(ADAPTIVE, "deit_small", DEIT_S, 34, "cpu", metric_dim=384, quick=True, targets=NO_SLOWER),
+    Case(ADAPTIVE, "segmenter_small_512", SEGMENTER_S_LATER, 112, "cpu", metric_dim=384, quick=True, targets=NO_SLOWER),
+    Case(ADAPTIVE, "vit_small_384x512", (8, 769, 384), 140, "cpu", metric_dim=384, quick=True, targets=NO_SLOWER),
+    Case(ADAPTIVE, "vit_base_512", (2, 1025, 768), 194, "cpu", metric_dim=768, quick=True, targets=NO_SLOWER),
+    Case(
+        "grid_bipartite_match",
+        "sd_unet_64",
+        (1, 4096, 320),
+        2048,
+        "cpu",
+        metric_dim=320,
+        quick=True,
+        targets=(Target("speedup_published", 1.3), Target("peak_share_published", 0.25)),
+    ),
+    Case("grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cpu", metric_dim=320),
+    Case("importance_match", "deit_small", DEIT_S, 67, "cpu", quick=True),
+    Case("importance_match", "deit_small", DEIT_S, 67, "cpu", heads=6),
     Case("then", "deit_small", DEIT_S, 16, "cpu", quick=True, targets=AT_LEAST_50),
     Case("then", "vit_large_384", VIT_L_384, 23, "cpu", quick=True, targets=AT_LEAST_50),
     Case("invert", "deit_small", DEIT_S, 16, "cpu", quick=True),
@@ -150,6 +214,11 @@ DEIT_S_64 = (64, 197, 384)
 VIT_L_384_256 = (256, 577, 1024)
 GPU_MERGE = (Target("speedup_published", 10), Target("speedup_compiled", 3), Target("median_us", 25))
 MOSTLY_COPY = (Target("copy_share", 0.7),)
+VIT_B_1024 = (64, 1 + 64 * 64, 768)  # ViT-B/16 at 1024 x 1024
+UNET_128 = (2, 128 * 128, 320)  # Stable Diffusion's first blocks at 1024 x 1024, with guidance
+WINDOWS_AS_COPY = (Target("copy_share", 0.6), Target("speedup_reference", 20))
+# Of what a match writes (dest, members, begin, count) and ranks by; a row of scores would take 6144 times the dtype.
+GRID_AS_PRODUCT = (Target("matmul_share", 0.5), Target("peak_per_token", 128))
 
 CUDA_CASES = (
     Case("bipartite_match", "deit_small", DEIT_S_64, 16, "cuda", BF16, quick=True),
@@ -172,6 +241,24 @@ CUDA_CASES = (
     ),
     Case("bipartite_merge", "vit_large_384", (64, 577, 1024), 23, "cuda", BF16),
     Case("bipartite_merge", "tiny", TINY, 2, "cuda", metric_dim=8, host=True, quick=True, targets=OVERHEAD),
+    Case("window_match", "vit_base_1024", VIT_B_1024, 576, "cuda", BF16, quick=True),
+    Case("window_merge", "vit_base_1024", VIT_B_1024, 576, "cuda", BF16, quick=True, targets=WINDOWS_AS_COPY),
+    Case("window_merge", "segmenter_small_512", SEGMENTER_S, 144, "cuda", BF16),
+    Case(ADAPTIVE, "deit_small", DEIT_S_64, 28, "cuda", BF16, metric_dim=384, quick=True),
+    Case(ADAPTIVE, "vit_base_512", (16, 1025, 768), 186, "cuda", BF16, metric_dim=768),
+    Case(
+        "grid_bipartite_match",
+        "sd_unet_128",
+        UNET_128,
+        8192,
+        "cuda",
+        BF16,
+        metric_dim=320,
+        quick=True,
+        targets=GRID_AS_PRODUCT,
+    ),
+    Case("grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cuda", "float16", metric_dim=320),
+    Case("importance_match", "deit_small", DEIT_S_64, 67, "cuda", BF16, quick=True),
     Case("then", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
     Case("invert", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
 )

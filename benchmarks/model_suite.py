@@ -15,7 +15,8 @@ import tokred_kernels as tk
 from benchmarks import footprint
 from benchmarks.agreement import Disagreement
 from benchmarks.cases import ModelCase
-from benchmarks.micro import REFERENCE, Settings, judge
+from benchmarks.micro import Settings, judge
+from benchmarks.providers import REFERENCE
 from benchmarks.timing import Visit, event_visit, interleave, ratio, summarise, wall_visit
 from tokred_kernels import backends
 from tokred_kernels.flops import count

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor
 
 import tokred_kernels as tk
-from benchmarks import published, traffic
-from benchmarks.cases import Case
+from benchmarks import published, published_algm, published_others
+from benchmarks.cases import ADAPTIVE_OPS, Case
+from benchmarks.inputs import Inputs
 from tokred_kernels import backends
 
 PUBLISHED, COMPILED, CLONE = "published", "compiled", "clone"
 BASELINES = (PUBLISHED, COMPILED, CLONE)
-LARGEST_SIZE = 4  # tokens stand for 1 to 4 first tokens, as after some layers; exact in every dtype
+REFERENCE = "reference"  # says what is right, and is asked for no speed
 
-# What a case's rows run on, by the names that the backends know: every one of these must be able to serve.
+# What a case's rows run on, by the names that the backends know.
 KERNEL_OPS = {
     "bipartite_match": ("bipartite_match",),
     "kth_bipartite_match": ("bipartite_match",),
@@ -29,77 +31,32 @@ KERNEL_OPS = {
     "merge_wavg": ("merge",),
     "unmerge": ("unmerge",),
     "bipartite_merge": ("bipartite_match", "merge"),
+    "window_match": ("window_similarity", "window_map"),
+    "window_merge": ("window_similarity", "window_map", "merge"),
+    "adaptive_bipartite_match": ("best_match", "similar_count", "match_map"),
+    "grid_bipartite_match": ("bipartite_match",),
+    "importance_match": ("best_match", "match_map"),
     "then": ("compose",),
     "invert": ("invert",),
 }
 BACKWARD_OPS = {"merge": ("merge_backward",), "merge_wavg": ("merge_backward",), "unmerge": ("merge",)}
 
 
-@dataclass
-class Inputs:
-    """What the providers of one case are given: all of them the same tensors, on the same map.
-
-    Shapes: metric (B, N, D) or (B, H, N, d); x (B, N, C); size (B, N, 1) float32, and as the published code has it, in
-    x's dtype; y (B, N', C); source (B, N', N); grad is what flows back, shaped as the op's output.
-    """
-
-    metric: Tensor
-    x: Tensor
-    size: Tensor
-    size_as_x: Tensor
-    plan: published.Plan
-    token_map: tk.TokenMap
-    y: Tensor
-    grad: Tensor | None = None
-    second_plan: published.BipartitePlan | None = None
-    second_map: tk.TokenMap | None = None
-    source: Tensor | None = None
-
-
-def draw(case: Case, seed: int) -> Inputs:
-    """Fresh random inputs; no zeros, which hide unwritten outputs and can run faster than real data."""
-    generator = torch.Generator(case.device).manual_seed(seed)
-    batch, tokens, channels = case.shape
-    dtype, out = getattr(torch, case.dtype), traffic.slots(case)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=case.device).to(dtype)
-
-    keys = (case.heads, tokens, case.metric_dim) if case.heads else (tokens, case.metric_dim)
-    metric, x = normal(batch, *keys), normal(batch, tokens, channels)
-    size = torch.randint(1, LARGEST_SIZE + 1, (batch, tokens, 1), generator=generator, device=case.device).float()
-    plan = _plan(case, metric)
-    dest = published.destinations(plan, out, tokens)
-    token_map = tk.TokenMap.from_dest(dest, out)
-    inputs = Inputs(metric, x, size, size.to(dtype), plan, token_map, normal(batch, out, channels))
-    token_map.views()  # a selector leaves a map with both views; making them is not the movers' work
-    if case.training:
-        moved = inputs.y if case.op == "unmerge" else inputs.x
-        moved.requires_grad_()
-        inputs.grad = normal(batch, tokens if case.op == "unmerge" else out, channels)
-    if case.op == "then":
-        inputs.second_plan = published.bipartite_plan(normal(batch, out, case.metric_dim), case.r, class_token=True)
-        last = out - case.r
-        inputs.second_map = tk.TokenMap.from_dest(published.destinations(inputs.second_plan, last, out), last)
-        inputs.source = published.merge_source(plan.merge, x)
-    return inputs
-
-
-def _plan(case: Case, metric: Tensor) -> published.Plan:
-    if case.op == "kth_bipartite_match":
-        return published.kth_plan(metric, case.r)
-    if case.op == "random_bipartite_match":
-        return published.random_plan(metric, case.r)
-    return published.bipartite_plan(metric, case.r, class_token=True)
-
-
 def chain(case: Case) -> tuple[Callable[..., Any], Callable[[Inputs], tuple[Any, ...]]] | None:
     """The published chain as a function of tensors, and the arguments it takes; None where nothing is published."""
-    r, mode = case.r, case.reduce
+    r, mode, window, grid = case.r, case.reduce, case.window, case.grid
+    kept = case.shape[1] - r
 
     def bipartite_merge(metric: Tensor, x: Tensor, size: Tensor) -> tuple[published.Plan, Tensor, Tensor]:
         plan = published.bipartite_plan(metric, r, class_token=True)
         return plan, *published.merge_wavg(plan.merge, x, size)
+
+    def window_merge(x: Tensor, threshold: float) -> tuple[published.Plan, Tensor, Tensor]:
+        plan = published_algm.window_plan(x, threshold, window)
+        return plan, *published.merge_wavg(plan.merge, x)
+
+    def importance_match(metric: Tensor) -> tuple[published.Plan, Tensor]:
+        return published_others.importance_plan(_heads_averaged(metric), kept)
 
     return {
         "bipartite_match": (lambda m: published.bipartite_plan(m, r, class_token=True), lambda i: (i.metric,)),
@@ -112,6 +69,14 @@ def chain(case: Case) -> tuple[Callable[..., Any], Callable[[Inputs], tuple[Any,
         ),
         "unmerge": (lambda p, y: p.unmerge(y), lambda i: (i.plan, i.y)),
         "bipartite_merge": (bipartite_merge, lambda i: (i.metric, i.x, i.size_as_x)),
+        "window_match": (lambda x, t: published_algm.window_plan(x, t, window), lambda i: (i.x, i.threshold)),
+        "window_merge": (window_merge, lambda i: (i.x, i.threshold)),
+        "adaptive_bipartite_match": (
+            lambda m, layer: published_algm.adaptive_plan(m, layer, class_token=True),
+            lambda i: (i.metric, i.layer_index),
+        ),
+        "grid_bipartite_match": (lambda m: published_others.grid_plan(m, r, grid, window), lambda i: (i.metric,)),
+        "importance_match": (importance_match, lambda i: (i.metric,)),
         "then": (
             lambda p, x, source: published.merge_source(p.merge, x, source),
             lambda i: (i.second_plan, i.y, i.source),
@@ -121,9 +86,15 @@ def chain(case: Case) -> tuple[Callable[..., Any], Callable[[Inputs], tuple[Any,
 
 def ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
     """The package's own call; which backend serves it is set around it, by `scope`."""
-    r, reduce = case.r, case.reduce
+    r, reduce, window, grid = case.r, case.reduce, case.window, case.grid
+    kept = case.shape[1] - r
     if case.op in ("then", "invert"):
         return _whole_numbers(case, backend)
+
+    def window_merge(i: Inputs) -> tk.MergeOutput:
+        token_map = tk.window_match(i.x, i.threshold, window=window)
+        return tk.MergeOutput(*tk.merge_wavg(i.x, token_map), token_map)
+
     return {
         "bipartite_match": lambda i: tk.bipartite_match(i.metric, r, class_token=True),
         "kth_bipartite_match": lambda i: tk.kth_bipartite_match(i.metric, r),
@@ -132,6 +103,13 @@ def ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
         "merge_wavg": lambda i: tk.merge_wavg(i.x, i.token_map, i.size),
         "unmerge": lambda i: tk.unmerge(i.y, i.token_map),
         "bipartite_merge": lambda i: tk.bipartite_merge(i.x, r, metric=i.metric, size=i.size, class_token=True),
+        "window_match": lambda i: tk.window_match(i.x, i.threshold, window=window),
+        "window_merge": window_merge,
+        "adaptive_bipartite_match": lambda i: tk.adaptive_bipartite_match(
+            i.metric, layer_index=i.layer_index, class_token=True
+        ),
+        "grid_bipartite_match": lambda i: tk.grid_bipartite_match(i.metric, r, grid=grid, stride=window),
+        "importance_match": lambda i: tk.importance_match(i.metric, kept, class_token=True),
     }[case.op]
 
 
@@ -165,18 +143,27 @@ class Provider:
 
 
 def providers(case: Case, chosen: list[str], compile_chain: bool) -> list[Provider]:
-    """Baselines first, then those of the `chosen` backends that can serve the case."""
+    """Baselines first, then those of the `chosen` backends that can serve the case.
+
+    An adaptive count is read back to the host, where a compiled chain falls into parts; it is compiled anew for each
+    count. So on a GPU, where inputs of several counts rotate, such a chain has no compiled form.
+    """
     found = []
     published_chain = chain(case)
     if published_chain is not None:
         function, arguments = published_chain
         found.append(Provider(PUBLISHED, lambda i: function(*arguments(i))))
-        if compile_chain:
+        in_parts = case.op in ADAPTIVE_OPS
+        if compile_chain and not (in_parts and case.device == "cuda"):
             torch._dynamo.reset()  # all cases share these few code objects, and would use up their recompilations
-            compiled = torch.compile(function, fullgraph=True, dynamic=False)
+            if in_parts:  # each place where it falls apart would be told at length
+                logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+            compiled = torch.compile(function, fullgraph=not in_parts, dynamic=False)
             found.append(Provider(COMPILED, lambda i: compiled(*arguments(i))))
-    if case.op in ("merge", "merge_wavg", "unmerge") and not case.training:
+    if case.op in ("merge", "merge_wavg", "unmerge", "window_merge") and not case.training:
         found.append(Provider(CLONE, lambda i: (i.y if case.op == "unmerge" else i.x).clone()))
+    if any(target.measure == "speedup_reference" for target in case.targets):  # then it is a baseline, asked for or not
+        chosen = list(dict.fromkeys([REFERENCE, *chosen]))
     found += [Provider(name, ours(case, name), name) for name in chosen if reason_against(case, name) is None]
     if case.training:
         found = [Provider(p.name, _with_backward(case, p.run), p.backend) for p in found]
@@ -186,6 +173,8 @@ def providers(case: Case, chosen: list[str], compile_chain: bool) -> list[Provid
 def reason_against(case: Case, backend: str) -> str | None:
     """Why a backend cannot run a case; None where it can."""
     ops = KERNEL_OPS[case.op] + (BACKWARD_OPS[case.op] if case.training else ())
+    # After its scores, whole numbers may be left to another backend; see `backends.beside`.
+    ops = tuple(op for op in ops if op not in backends.MAP_OPS) or ops
     for op in ops:
         reason = backends.reason_against(op, backend, case.device, getattr(torch, case.dtype))
         if reason is not None:
@@ -201,3 +190,8 @@ def _with_backward(case: Case, forward: Callable[[Inputs], Any]) -> Callable[[In
         return moved.detach(), gradient
 
     return run
+
+
+def _heads_averaged(metric: Tensor) -> Tensor:
+    """Models do this before they call the published function."""
+    return metric.mean(1) if metric.dim() == 4 else metric

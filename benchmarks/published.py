@@ -10,12 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Merge = Callable[..., Tensor]
+
+
+class Plan(Protocol):
+    """What every plan has, those of published_algm.py and published_others.py too."""
+
+    joined: Tensor
+
+    def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
+        """Reduce (B, N, C) to (B, N', C)."""
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Spread (B, N', C) over (B, N, C)."""
 
 
 class BipartitePlan(NamedTuple):
@@ -93,9 +105,6 @@ class RandomPlan(NamedTuple):
         x.scatter_(-2, self.others.expand(-1, -1, channels), y)
         x.scatter_(-2, self.drawn.expand(-1, -1, channels), drawn)
         return x
-
-
-Plan = BipartitePlan | KthPlan | RandomPlan
 
 
 def bipartite_plan(metric: Tensor, r: int, class_token: bool = False, distill_token: bool = False) -> BipartitePlan:

@@ -41,14 +41,15 @@ def markdown(rows: list[Row]) -> str:
     micro = [row for row in rows if row["suite"] == "micro"]
     if micro:
         parts.append(table(
-            "Case|Provider|Median, us|20% to 80%|x published|x compiled|Copy share|Floor, us|Launches|Peak, MB|Targets",
+            "Case|Provider|Median, us|20% to 80%|x published|x compiled|Copy share|Matmul share|Floor, us|Launches|"
+            "Peak, MB|Targets",
             [
                 [
                     row["case"], row["provider"], number(row["median_us"]),
                     f"{number(row['p20_us'])} to {number(row['p80_us'])}",
                     number(row["speedup_published"]), number(row["speedup_compiled"]),
-                    percent(row.get("copy_share")), number(row.get("floor_us")), number(row["launches"]),
-                    number(row["peak_bytes"] / 1e6), verdicts(row),
+                    percent(row.get("copy_share")), percent(row.get("matmul_share")), number(row.get("floor_us")),
+                    number(row["launches"]), number(row["peak_bytes"] / 1e6), verdicts(row),
                 ]
                 for row in micro
             ],

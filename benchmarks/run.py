@@ -23,7 +23,7 @@ import torch
 if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import ceilings, footprint, machine, micro, model_suite, providers, report
+from benchmarks import ceilings, footprint, machine, micro, model_suite, providers, report, resident
 from benchmarks.agreement import Disagreement
 from benchmarks.cases import CASES, MODEL_CASES, OPS, Case, ModelCase
 from benchmarks.timing import FULL, QUICK
@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             "complete": not (options.quick or ops or options.dtype) and chosen != ["reference"],
             "budget": settings.budget._asdict(),
             "memory": footprint.GPU_MEMORY if device == "cuda" else footprint.CPU_MEMORY,
+            "resident_memory": resident.MEMORY,
         },
         "ceilings": {"copy_bytes_per_second": limits.copy, "matmul_operations_per_second": limits.matmul},
         "rows": rows,

@@ -26,16 +26,22 @@ DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 REACHED = {
     "speedup_published": "{:.1f}x",
     "speedup_compiled": "{:.1f}x",
+    "speedup_reference": "{:.1f}x",
     "copy_share": "{:.0%}",
+    "matmul_share": "{:.0%}",
     "flops_efficiency": "{:.2f}",
     "times_clone": "{:.2f}x",
     "median_us": "{:.1f} us",
+    "peak_share_published": "{:.0%}",
+    "peak_per_token": "{:.0f} B",
 }
 
 NOTE = """Medians, all providers in turns in one run, after a check that their results agree. Published: the chain of
 torch ops of the authors' code. `x.clone()` copies the tokens and does no more: what must read and write them all can
 hardly be faster, so where the published chain takes less than the target's multiple of it, the target is out of reach
-on that machine. On a GPU these are GPU times of replayed CUDA graphs; the files have eager times too."""
+on that machine. Where the number of merged tokens is adaptive, it is read back to the host: "compiled" is then compiled
+in parts. Peak memory is that of a process of its own, what C++ code takes included. On a GPU these are GPU times of
+replayed CUDA graphs, or, where a read back forbids these, of eager calls; the files have eager times of all."""
 
 
 class Run:

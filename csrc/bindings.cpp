@@ -26,7 +26,13 @@ T* pointer(Address address) {
 
 struct Cpu {
   static std::size_t match_workspace_bytes(const tokred::MatchArgs&) { return 0; }
+  static std::size_t best_match_workspace_bytes(const tokred::BestMatchArgs&) { return 0; }
   static void bipartite_match(const tokred::MatchArgs& a, Address) { tokred::cpu::bipartite_match(a); }
+  static void best_match(const tokred::BestMatchArgs& a, Address) { tokred::cpu::best_match(a); }
+  static void match_map(const tokred::MatchMapArgs& a, Address) { tokred::cpu::match_map(a); }
+  static void similar_count(const tokred::SimilarCountArgs& a, Address) { tokred::cpu::similar_count(a); }
+  static void window_similarity(const tokred::WindowSimilarityArgs& a, Address) { tokred::cpu::window_similarity(a); }
+  static void window_map(const tokred::WindowMapArgs& a, Address) { tokred::cpu::window_map(a); }
   static void invert(const tokred::InvertArgs& a, Address) { tokred::cpu::invert(a); }
   static void compose(const tokred::ComposeArgs& a, Address) { tokred::cpu::compose(a); }
   static void merge(const tokred::MergeArgs& a, Address) { tokred::cpu::merge(a); }
@@ -40,7 +46,17 @@ struct Cuda {
   static std::size_t match_workspace_bytes(const tokred::MatchArgs& a) {
     return tokred::cuda::match_workspace_bytes(a);
   }
+  static std::size_t best_match_workspace_bytes(const tokred::BestMatchArgs& a) {
+    return tokred::cuda::best_match_workspace_bytes(a);
+  }
   static void bipartite_match(const tokred::MatchArgs& a, Address s) { tokred::cuda::bipartite_match(a, on(s)); }
+  static void best_match(const tokred::BestMatchArgs& a, Address s) { tokred::cuda::best_match(a, on(s)); }
+  static void match_map(const tokred::MatchMapArgs& a, Address s) { tokred::cuda::match_map(a, on(s)); }
+  static void similar_count(const tokred::SimilarCountArgs& a, Address s) { tokred::cuda::similar_count(a, on(s)); }
+  static void window_similarity(const tokred::WindowSimilarityArgs& a, Address s) {
+    tokred::cuda::window_similarity(a, on(s));
+  }
+  static void window_map(const tokred::WindowMapArgs& a, Address s) { tokred::cuda::window_map(a, on(s)); }
   static void invert(const tokred::InvertArgs& a, Address s) { tokred::cuda::invert(a, on(s)); }
   static void compose(const tokred::ComposeArgs& a, Address s) { tokred::cuda::compose(a, on(s)); }
   static void merge(const tokred::MergeArgs& a, Address s) { tokred::cuda::merge(a, on(s)); }
@@ -49,59 +65,127 @@ struct Cuda {
 };
 #endif
 
-tokred::MatchArgs match_args(Address metric, int64_t stride_b, int64_t stride_h, int64_t stride_n, int64_t images,
-                             int64_t heads, int64_t tokens, int64_t channels, int dtype, Address sources,
-                             Address destinations, int32_t first, int32_t stride, int32_t num_src, int32_t num_dst,
-                             int32_t protected_src, int32_t protected_dst, int32_t sources_by_index, int32_t r) {
-  tokred::MatchArgs a{};
-  a.metric = pointer(metric);
-  a.stride_b = stride_b, a.stride_h = stride_h, a.stride_n = stride_n;
-  a.images = images, a.heads = heads, a.tokens = tokens, a.channels = channels;
-  a.dtype = static_cast<DType>(dtype);
-  a.partition = {pointer<int32_t>(sources),
-                 pointer<int32_t>(destinations),
-                 first,
-                 stride,
-                 num_src,
-                 num_dst,
-                 protected_src,
-                 protected_dst,
-                 sources_by_index,
-                 r};
+// Takes a tuple of whole numbers apart, in order.
+class Reader {
+ public:
+  explicit Reader(const py::tuple& values) : values_(values) {}
+  int64_t number() { return values_[next_++].cast<int64_t>(); }
+  int32_t small() { return static_cast<int32_t>(number()); }
+  template <class T = void>
+  T* address() {
+    return pointer<T>(static_cast<Address>(number()));
+  }
+
+ private:
+  const py::tuple& values_;
+  std::size_t next_ = 0;
+};
+
+tokred::Partition partition(Reader& r) {
+  tokred::Partition p{};
+  p.sources = r.address<int32_t>();
+  p.destinations = r.address<int32_t>();
+  p.first = r.small(), p.stride = r.small(), p.num_src = r.small(), p.num_dst = r.small();
+  p.protected_src = r.small(), p.protected_dst = r.small(), p.sources_by_index = r.small(), p.r = r.small();
+  return p;
+}
+
+tokred::Windows windows(const py::tuple& values) {
+  Reader r(values);
+  tokred::Windows w{};
+  w.first = r.small(), w.grid_height = r.small(), w.grid_width = r.small();
+  w.height = r.small(), w.width = r.small();
+  return w;
+}
+
+template <class Args>
+Args match_args(const py::tuple& values) {
+  Reader r(values);
+  Args a{};
+  a.metric = r.address();
+  a.stride_b = r.number(), a.stride_h = r.number(), a.stride_n = r.number();
+  a.images = r.number(), a.heads = r.number(), a.tokens = r.number(), a.channels = r.number();
+  a.dtype = static_cast<DType>(r.small());
+  a.starts = r.address<int32_t>();
+  a.partition = partition(r);
   return a;
 }
 
 // Every op of one device, under the name it has in Python. The last argument is the CUDA stream (0 on the CPU).
+// A problem comes as one tuple, read while the GIL is held; the work itself is done without it.
 template <class Device>
 void bind_ops(py::module_ m) {
   using release = py::call_guard<py::gil_scoped_release>;
+  m.def("match_workspace_bytes",
+        [](const py::tuple& problem) { return Device::match_workspace_bytes(match_args<tokred::MatchArgs>(problem)); });
+  m.def("best_match_workspace_bytes", [](const py::tuple& problem) {
+    return Device::best_match_workspace_bytes(match_args<tokred::BestMatchArgs>(problem));
+  });
+  m.def("bipartite_match", [](const py::tuple& problem, Address dest, Address members, Address begin, Address count,
+                              Address workspace, Address stream) {
+    auto a = match_args<tokred::MatchArgs>(problem);
+    a.dest = pointer<int32_t>(dest), a.members = pointer<int32_t>(members);
+    a.begin = pointer<int32_t>(begin), a.count = pointer<int32_t>(count);
+    a.workspace = pointer(workspace);
+    py::gil_scoped_release without_gil;
+    Device::bipartite_match(a, stream);
+  });
+  m.def("best_match",
+        [](const py::tuple& problem, Address score, Address partner, Address rank, Address workspace, Address stream) {
+          auto a = match_args<tokred::BestMatchArgs>(problem);
+          a.score = pointer<float>(score), a.partner = pointer<int32_t>(partner), a.rank = pointer<int32_t>(rank);
+          a.workspace = pointer(workspace);
+          py::gil_scoped_release without_gil;
+          Device::best_match(a, stream);
+        });
+  m.def("match_map", [](const py::tuple& partition_values, Address partner, Address rank, int64_t images,
+                        int64_t tokens, Address counts, Address starts_in, Address starts_out, int64_t num_out,
+                        Address dest, Address members, Address begin, Address count, Address stream) {
+    Reader r(partition_values);
+    tokred::MatchMapArgs a{};
+    a.partition = partition(r);
+    a.partner = pointer<int32_t>(partner), a.rank = pointer<int32_t>(rank);
+    a.images = images, a.tokens = tokens, a.num_out = num_out;
+    a.counts = pointer<int32_t>(counts);
+    a.starts_in = pointer<int32_t>(starts_in), a.starts_out = pointer<int32_t>(starts_out);
+    a.dest = pointer<int32_t>(dest), a.members = pointer<int32_t>(members);
+    a.begin = pointer<int32_t>(begin), a.count = pointer<int32_t>(count);
+    py::gil_scoped_release without_gil;
+    Device::match_map(a, stream);
+  });
   m.def(
-      "match_workspace_bytes", [](Address metric, int64_t stride_b, int64_t stride_h, int64_t stride_n, int64_t images,
-                                  int64_t heads, int64_t tokens, int64_t channels, int dtype, Address sources,
-                                  Address destinations, int32_t first, int32_t stride, int32_t num_src, int32_t num_dst,
-                                  int32_t protected_src, int32_t protected_dst, int32_t sources_by_index, int32_t r) {
-        return Device::match_workspace_bytes(match_args(metric, stride_b, stride_h, stride_n, images, heads, tokens,
-                                                        channels, dtype, sources, destinations, first, stride, num_src,
-                                                        num_dst, protected_src, protected_dst, sources_by_index, r));
-      });
-  m.def(
-      "bipartite_match",
-      [](Address metric, int64_t stride_b, int64_t stride_h, int64_t stride_n, int64_t images, int64_t heads,
-         int64_t tokens, int64_t channels, int dtype, Address sources, Address destinations, int32_t first,
-         int32_t stride, int32_t num_src, int32_t num_dst, int32_t protected_src, int32_t protected_dst,
-         int32_t sources_by_index, int32_t r, Address dest, Address members, Address begin, Address count,
-         Address workspace, Address stream) {
-        auto a = match_args(metric, stride_b, stride_h, stride_n, images, heads, tokens, channels, dtype, sources,
-                            destinations, first, stride, num_src, num_dst, protected_src, protected_dst,
-                            sources_by_index, r);
-        a.dest = pointer<int32_t>(dest);
-        a.members = pointer<int32_t>(members);
-        a.begin = pointer<int32_t>(begin);
-        a.count = pointer<int32_t>(count);
-        a.workspace = pointer(workspace);
-        Device::bipartite_match(a, stream);
+      "similar_count",
+      [](Address score, int64_t images, int64_t sources, double threshold, double divisor, int32_t own, Address moments,
+         Address counts, Address stream) {
+        Device::similar_count({pointer<float>(score), images, sources, threshold, divisor, own,
+                               pointer<double>(moments), pointer<int32_t>(counts)},
+                              stream);
       },
       release());
+  m.def("window_similarity",
+        [](const py::tuple& window_values, Address x, int64_t stride_b, int64_t stride_n, int64_t images,
+           int64_t channels, int dtype, float threshold, Address score, Address counts, Address stream) {
+          tokred::WindowSimilarityArgs a{};
+          a.windows = windows(window_values);
+          a.x = pointer(x), a.stride_b = stride_b, a.stride_n = stride_n;
+          a.images = images, a.channels = channels;
+          a.dtype = static_cast<DType>(dtype), a.threshold = threshold;
+          a.score = pointer<float>(score), a.counts = pointer<int32_t>(counts);
+          py::gil_scoped_release without_gil;
+          Device::window_similarity(a, stream);
+        });
+  m.def("window_map",
+        [](const py::tuple& window_values, Address score, int64_t images, int32_t r, Address counts, Address starts_out,
+           Address dest, Address members, Address begin, Address count, Address stream) {
+          tokred::WindowMapArgs a{};
+          a.windows = windows(window_values);
+          a.score = pointer<float>(score), a.images = images, a.r = r;
+          a.counts = pointer<int32_t>(counts), a.starts_out = pointer<int32_t>(starts_out);
+          a.dest = pointer<int32_t>(dest), a.members = pointer<int32_t>(members);
+          a.begin = pointer<int32_t>(begin), a.count = pointer<int32_t>(count);
+          py::gil_scoped_release without_gil;
+          Device::window_map(a, stream);
+        });
   m.def(
       "invert",
       [](Address dest, int64_t images, int64_t tokens, int64_t num_out, Address members, Address begin, Address count,

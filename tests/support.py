@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
 """What tests share: how close is close enough, and when a match is right although another is just as good."""
 
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from tokred_kernels.backends.reference import bipartite_match as reference
-from tokred_kernels.partition import every_other
+from tokred_kernels import partition as partitions
+from tokred_kernels.backends.reference import best_match as reference
+from tokred_kernels.backends.reference.match_map import dest_of_ranks
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,15 +41,23 @@ def assert_sum_close(actual, exact, terms, magnitude=None):
 
 def assert_valid_match(token_map, metric, r, *, prefix=None, class_token=False, distill_token=False):
     """The map is what float64 cosines say, or differs from it only where they tie to within `COSINE_BAND`."""
-    metric = metric.cpu()
-    partition = every_other(metric.shape[-2], r, prefix, class_token, distill_token)
-    dest = token_map.dest.cpu().long()
+    partition = partitions.every_other(metric.shape[-2], r, prefix, class_token, distill_token)
     if partition is None:
-        assert torch.equal(dest, torch.arange(metric.shape[-2]).expand_as(dest))
-        return
+        identity = torch.arange(metric.shape[-2], dtype=torch.int32)
+        assert torch.equal(token_map.dest.cpu(), identity.expand(token_map.dest.shape))
+    else:
+        assert_follows(token_map, metric, partition)
+
+
+def assert_follows(token_map, metric, partition):
+    """The same for any partition, as it is: with an `r` of its own."""
+    metric = metric.cpu()
+    dest = token_map.dest.cpu().long()
     assert token_map.num_out == partition.num_out
+    assert torch.equal(dest[:, : partition.first], torch.arange(partition.first).expand(dest.shape[0], -1))
     best, index = reference.best_destination(metric, partition, torch.float64)
-    if torch.equal(reference.build_dest(best, index, metric.shape[-2], partition), dest.int()):
+    _, partner, rank = reference.rank_sources(best, index, partition.protected_src)
+    if torch.equal(dest_of_ranks(partner, rank, metric.shape[-2], partition), dest.int()):
         return
     source, destination = reference.tokens(partition, metric.shape[0], metric.device)
     rounded = metric.double().mean(1).to(metric.dtype) if metric.dim() == 4 else metric
@@ -88,3 +100,177 @@ def random_map(batch, tokens, num_out, *, dropped=0.0, device="cpu"):
     if num_out == 0:
         dest.fill_(-1)
     return TokenMap.from_dest(dest.to(device), num_out)
+
+
+PACKED_SLOTS = (5, 1, 0, 17)
+
+
+def random_packed_map(tokens, *, dropped=0.0, device="cpu"):
+    """The same for four images that keep as many slots each as `PACKED_SLOTS` says.
+
+    `tokens` is their N, or the lengths in which they come packed.
+    """
+    from tokred_kernels import Packing, TokenMap
+
+    packed_in = None if isinstance(tokens, int) else Packing.of(tokens, torch.device(device))
+    parts, start = [], 0
+    for length, slots in zip([tokens] * 4 if packed_in is None else tokens, PACKED_SLOTS, strict=True):
+        dest = random_map(1, length, slots, dropped=dropped).dest[0]
+        parts.append(torch.where(dest < 0, -1, dest + start))
+        start += slots
+    dest = torch.stack(parts) if packed_in is None else torch.cat(parts)
+    packed = Packing.of(PACKED_SLOTS, torch.device(device))
+    return TokenMap(dest.to(device), start, packed=packed, packed_in=packed_in)
+
+
+# What goes in: (B, N), or packed, one image being empty.
+PACKED_TOKENS = pytest.mark.parametrize("tokens", [23, (9, 0, 4, 40)], ids=str)
+
+
+def images_in(values, token_map):
+    """The rows of each image before a map, each as a batch of one."""
+    lengths = None if token_map.packed_in is None else token_map.packed_in.lengths
+    return [part[None] for part in (values if lengths is None else values.split(lengths))]
+
+
+def images_out(values, token_map):
+    """The rows of each image after a packed map, each as a batch of one."""
+    return [part[None] for part in values.split(token_map.packed.lengths)]
+
+
+def assert_views(token_map):
+    """`members`, `begin` and `count` say what `dest` says."""
+    from tokred_kernels import TokenMap
+
+    again = TokenMap(token_map.dest, token_map.num_out, packed=token_map.packed, packed_in=token_map.packed_in)
+    for written, made in zip(token_map.views(), again.views(), strict=True):
+        assert written.shape == made.shape
+        assert torch.equal(written, made)
+
+
+def poison(monkeypatch):
+    """Fill what kernels are given to write with numbers that they would not write, so that what they leave shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        fresh = new_empty(*args, **kwargs)
+        return fresh.fill_(float("nan") if fresh.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **kwargs: tensor.new_empty(tensor.shape, **kwargs))
+
+
+# The rest is the truth: each selector's definition in plain loops over lists, in float64, one image at a time. Tokens
+# are numbered, and a map is its list of slots, each the list of tokens in it.
+
+
+def exact_tokens(*shape, zeros=0.1):
+    """Tokens whose cosines no rounding touches, in any dtype, so that most of them tie: the last size a power of 4."""
+    tokens = torch.randint(0, 2, shape) * 2.0 - 1
+    tokens = tokens * 2.0 ** torch.randint(-2, 3, (*shape[:-1], 1))
+    return torch.where(torch.rand(*shape[:-1], 1) < zeros, 0.0, tokens)
+
+
+def cosines(tokens):
+    """All pairwise cosines of the tokens (N, C), as lists; 0 with a zero token, -inf with one that is not finite."""
+    tokens = tokens.double().cpu()
+    norm = tokens.norm(dim=1, keepdim=True)
+    unit = tokens / torch.where(norm < 1e-15, math.inf, norm)
+    return (unit @ unit.T).nan_to_num(nan=-math.inf).tolist()
+
+
+def partners(cosine, sources, destinations):
+    """For each source the highest cosine and the destination that has it, the first of equals."""
+    best = {s: max(destinations, key=lambda d: cosine[s][d]) for s in sources}
+    return {s: (cosine[s][d], d) for s, d in best.items()}
+
+
+def match_slots(best, destinations, r, *, lead=(), by_index=False):
+    """The slots when the `r` best sources join: the `lead` tokens, unmerged sources, destinations with who joined."""
+    order = sorted(best, key=lambda s: (-best[s][0], s))
+    joined, unmerged = order[:r], order[r:]
+    groups = {d: [d] for d in destinations}
+    for s in joined:
+        groups[best[s][1]].append(s)
+    return [[token] for token in (*lead, *(sorted(unmerged) if by_index else unmerged))] + list(groups.values())
+
+
+def every_other(number, prefix):
+    """The tokens after the prefix that are sources, and those that are destinations, in ToMe's split."""
+    rest = range(prefix, number)
+    return [n for n in rest if n % 2 == 0], [n for n in rest if n % 2 == 1]
+
+
+def every_other_partners(tokens, prefix):
+    """The same as `partners` for that split of one image (N, C)."""
+    sources, destinations = every_other(len(tokens), prefix)
+    return partners(cosines(tokens), sources, destinations) if destinations else {}
+
+
+def every_other_dest(best, number, r, prefix):
+    """`dest` when the `r` best of them join."""
+    if r == 0:
+        return list(range(number))
+    slots = match_slots(best, every_other(number, prefix)[1], r, lead=range(prefix), by_index=prefix > 0)
+    return dest_of(slots, number)
+
+
+def window_members(first, grid, window):
+    """The tokens of each window, by rows."""
+    (height, width), (down, across) = grid, window
+    return [
+        [first + (top + i) * width + left + j for i in range(down) for j in range(across)]
+        for top in range(0, height - down + 1, down)
+        for left in range(0, width - across + 1, across)
+    ]
+
+
+def window_scores(tokens, windows):
+    """The mean cosine of the pairs of different tokens of each window of one image (N, C); -inf where undefined."""
+    cosine = cosines(tokens)
+    return [
+        sum(cosine[a][b] for a in members for b in members if a != b) / (len(members) * (len(members) - 1))
+        for members in windows
+    ]
+
+
+def window_slots(scores, windows, first, number, r):
+    """The slots when the `r` windows of highest score merge, of `number` tokens."""
+    order = sorted(range(len(windows)), key=lambda w: (-scores[w], w))[:r]
+    gone = {token for w in order for token in windows[w]}
+    others = [[n] for n in range(first, number) if n not in gone]
+    return [[n] for n in range(first)] + [windows[w] for w in order] + others
+
+
+def dest_of(slots, number):
+    """The slot of each of `number` tokens."""
+    dest = [-1] * number
+    for slot, members in enumerate(slots):
+        for token in members:
+            assert dest[token] == -1
+            dest[token] = slot
+    return dest
+
+
+def slots_of(dest, num_out):
+    """The tokens of each slot, from the row of a `dest`."""
+    slots = [[] for _ in range(num_out)]
+    for token, slot in enumerate(dest.tolist()):
+        slots[slot].append(token)
+    return slots
+
+
+def assert_valid_windows(token_map, x, r, *, first, grid, window):
+    """The map merges `r` windows as float64 cosines say, save for near-ties."""
+    windows = window_members(first, grid, window)
+    for image, dest in zip(x, token_map.dest, strict=True):
+        scores = dict(enumerate(window_scores(image, windows)))
+        slots = slots_of(dest, token_map.num_out)
+        merged = [windows.index(members) for members in slots[first : first + r]]
+        assert slots == window_slots(
+            [-merged.index(w) if w in merged else -r for w in scores], windows, first, len(dest), r
+        )
+        ranked = [scores.pop(w) for w in merged]
+        assert all(a >= b - COSINE_BAND for a, b in itertools.pairwise(ranked)), "not in descending order"
+        if merged and scores:
+            assert ranked[-1] >= max(scores.values()) - COSINE_BAND, "merged none of the r best"

@@ -47,6 +47,64 @@ def test_count_agrees_with_torchs_counter(name, r, backend):
         assert flops.count(model).total == pytest.approx(counted(model), rel=1e-9)
 
 
+ALGM = {
+    "fixed": {"count": [9, 5]},
+    "more than there are": {"count": 100},
+    "windows only": {"layers": (2,), "count": 7},
+    "nothing": {"count": 0},
+    "batch": {"threshold": 0.0, "count": "batch"},
+    "image": {"threshold": 0.0, "count": "image"},
+    "rim": {"threshold": -1.0, "window": (3, 3), "count": "image"},
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("settings", ALGM.values(), ids=ALGM)
+@pytest.mark.parametrize("name", MODELS)
+def test_algm_agrees_with_torchs_counter(name, settings, backend):
+    model = patch(make(name), "algm", **{"layers": (1, 3), **settings})
+    images = torch.randn(3, 3, *model.patch_embed.img_size)
+    with use_backend(backend):
+        model(images)
+        with flops.counter(display=False) as counter:
+            model(images)
+    found = flops.count(model)
+    assert found.total == pytest.approx(counter.get_total_flops() / 3, rel=1e-6)  # every block is rounded
+    assert found.tokens[-1] == model.token_map.count.numel() / 3
+    assert len(found.tokens) == 4
+
+
+def test_counts_that_depend_on_images_need_some():
+    model = patch(VisionTransformer(**TINY, dynamic_img_size=True).eval(), "algm", layers=(1, 3), threshold=-1.0)
+    with pytest.raises(RuntimeError, match=r"first run a forward of images of 65 tokens \(there was none\)"):
+        flops.count(model)
+    assert flops.count(model, tokens=[17, 17, 10]).tokens == (65, 17, 17, 10)
+    model(torch.randn(2, 3, 32, 64))
+    with pytest.raises(RuntimeError, match=r"images of 65 tokens \(the last one had images of 33\)"):
+        flops.count(model)
+    assert flops.count(model, (32, 64)).tokens[:3] == (33, 9, 9)
+
+
+def test_a_forward_without_images_tells_nothing():
+    model = patch(make("vit"), "algm", layers=(1, 3))
+    model(torch.zeros(0, 3, 64, 64))
+    with pytest.raises(RuntimeError, match="there was none"):
+        flops.count(model)
+
+
+def test_means_over_images_are_of_operations_and_not_of_tokens():
+    model = patch(make("vit"), "algm", layers=(1,), threshold=0.9, count="image")
+    plain = torch.cat([torch.full((1, 3, 64, 64), 20.0), 20 * torch.randn(1, 3, 64, 64)])
+    model(plain)
+    both = flops.count(model)
+    model(plain[:1])
+    merged = flops.count(model)
+    assert both.tokens == (65, 41, 41, 41)
+    assert merged.tokens == (65, 17, 17, 17)
+    model(plain[1:])
+    assert both.per_block[1] == (merged.per_block[1] + flops.count(model).per_block[1]) / 2
+
+
 def test_tokens_are_those_that_the_model_has():
     model = patch(make("vit"), "tome", r=[7, 0, 60])
     model(torch.zeros(1, 3, 64, 64))

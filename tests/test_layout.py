@@ -11,12 +11,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tokred_kernels"
 # Ops that call another op's kernel with other arguments, and that op.
 BUILT_ON = {
+    "adaptive_bipartite_match": ("best_match", "similar_count", "match_map"),
     "bipartite_merge": ("bipartite_match", "merge"),
+    "grid_bipartite_match": ("bipartite_match",),
+    "importance_match": ("best_match", "match_map"),
     "kth_bipartite_match": ("bipartite_match",),
     "merge_wavg": ("merge",),
     "random_bipartite_match": ("bipartite_match",),
+    "window_match": ("window_similarity", "window_map"),
 }
-NOT_OPS = {"__init__", "library"}
+NOT_OPS = {"__init__", "library", "counts"}
 # Registered beside the op whose gradient it is; the reference's gradients are autograd's.
 GRADIENTS = {"merge_backward"}
 # Two whole-number kernels that share a file, and are tested with the token map.
@@ -35,13 +39,13 @@ def test_every_op_has_a_file_in_each_layer():
     assert set(backends.TRITON_OPS) <= names(PACKAGE / "backends/triton", ".py")
     for folder, suffix in (("csrc/cpu", ".cpp"), ("csrc/cuda", ".cu")):
         assert names(ROOT / folder, suffix) - {"dispatch"} == (kernels - MAP_OPS) | {"maps"}
-    tested = {name.removeprefix("test_") for name in names(ROOT / "tests/ops", ".py")}
+    tested = {name.removeprefix("test_") for name in names(ROOT / "tests/ops", ".py") - {"conftest"}}
     assert tested == (kernels - GRADIENTS - MAP_OPS) | set(BUILT_ON)
 
 
-def test_every_op_has_a_benchmark_case():
+def test_every_public_op_has_a_benchmark_case():
     cases = (ROOT / "benchmarks/cases.py").read_text()
-    for op in {*backends.OPS, *BUILT_ON} - MAP_OPS - GRADIENTS:
+    for op in {*backends.OPS, *BUILT_ON} & set(tk.__all__):
         assert re.search(rf'"{op}"', cases), f"benchmarks/cases.py has no case of {op}"
 
 

@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 import torch
-from support import golden, random_map
+from support import PACKED_SLOTS, PACKED_TOKENS, assert_views, golden, images_in, random_map, random_packed_map
+from torch.utils import _pytree as pytree
 
 import tokred_kernels as tk
 from tokred_kernels import backends
@@ -87,9 +88,9 @@ def test_from_dest_is_validated(dest, slots, error, words):
 
 def test_then_is_validated():
     token_map = tk.TokenMap.identity(2, 4)
-    with pytest.raises(ValueError, match=r"after must map \(2, 4\) tokens, got a map of \(2, 5\)"):
+    with pytest.raises(ValueError, match="after must map batch=2, 4 tokens, got a map of batch=2, 5 tokens"):
         token_map.then(tk.TokenMap.identity(2, 5))
-    with pytest.raises(ValueError, match=r"got a map of \(1, 4\)"):
+    with pytest.raises(ValueError, match="got a map of batch=1, 4 tokens"):
         token_map.then(tk.TokenMap.identity(1, 4))
     with pytest.raises(TypeError, match="after must be a TokenMap, got Tensor"):
         token_map.then(token_map.dest)
@@ -109,6 +110,142 @@ def test_copies_pickles_and_moves():
         assert torch.equal(other.dest, token_map.dest)
         assert torch.equal(other.members, token_map.members)
         assert other.num_out == 4
+
+
+@PACKED_TOKENS
+def test_views_of_a_packed_map_say_the_same_as_dest(tokens):
+    token_map = random_packed_map(tokens, dropped=0.2)
+    members, begin, count = (view.tolist() for view in token_map.views())
+    dest = token_map.dest.flatten().tolist()
+    assert len(members) == len(dest)
+    assert len(begin) == len(count) == token_map.num_out == 23
+    for slot in range(23):
+        assert members[begin[slot] : begin[slot] + count[slot]] == [n for n, where in enumerate(dest) if where == slot]
+    assert_views(token_map)
+
+
+@PACKED_TOKENS
+def test_properties_of_a_packed_map(tokens):
+    token_map = random_packed_map(tokens, dropped=0.2)
+    assert (token_map.batch, token_map.num_out, token_map.out_shape) == (4, 23, (23,))
+    assert token_map.packed.cu_seqlens.tolist() == [0, 5, 6, 6, 23]
+    assert token_map.packed.cu_seqlens.dtype == torch.int32
+    assert token_map.packed.rows == 23
+    if token_map.packed_in is None:
+        assert (token_map.num_tokens, token_map.in_shape) == (23, (4, 23))
+        assert repr(token_map) == "TokenMap(batch=4, 23 tokens -> [5, 1, 0, 17] packed, device=cpu)"
+    else:
+        assert (token_map.num_tokens, token_map.in_shape) == (53, (53,))
+        words = "[9, 0, 4, 40] packed tokens -> [5, 1, 0, 17] packed"
+        assert repr(token_map) == f"TokenMap(batch=4, {words}, device=cpu)"
+
+
+@PACKED_TOKENS
+def test_source_and_image_of_a_packed_map(tokens):
+    token_map = random_packed_map(tokens, dropped=0.2)
+    source = token_map.source(torch.float64)
+    assert source.shape == (23, token_map.dest.numel())
+    x = torch.randn(*token_map.in_shape, 3, dtype=torch.float64)
+    expected = tk.merge(x, token_map, reduce="sum")
+    torch.testing.assert_close(source @ x.reshape(-1, 3), expected)
+    inputs = images_in(x, token_map)
+    for index, (rows, part) in enumerate(zip(inputs, expected.split(PACKED_SLOTS), strict=True)):
+        alone = token_map.image(index)
+        assert alone.packed is None
+        assert alone.num_out == PACKED_SLOTS[index]
+        torch.testing.assert_close(tk.merge(rows.view(1, -1, 3), alone, reduce="sum")[0], part)
+
+
+def test_an_image_of_a_rectangular_map():
+    token_map = random_map(3, 9, 4, dropped=0.2)
+    assert torch.equal(token_map.image(2).dest, token_map.dest[2:])
+    assert token_map.image(2).num_out == 4
+    for index, error, words in (
+        (3, ValueError, "index must be under 3, got 3"),
+        (-1, ValueError, "at least 0, got -1"),
+    ):
+        with pytest.raises(error, match=rf"TokenMap\.image: .*{words}"):
+            token_map.image(index)
+    with pytest.raises(TypeError, match="index must be an int, got float"):
+        token_map.image(1.0)
+
+
+def packed_after(packing):
+    """A packed map that takes tokens so packed, and halves them."""
+    parts, start = [], 0
+    lengths = tuple((length + 1) // 2 for length in packing.lengths)
+    for length, slots in zip(packing.lengths, lengths, strict=True):
+        parts.append(torch.arange(length) // 2 + start)
+        start += slots
+    packed = tk.Packing.of(lengths, packing.cu_seqlens.device)
+    return tk.TokenMap(torch.cat(parts).int(), start, packed=packed, packed_in=packing)
+
+
+@PACKED_TOKENS
+def test_then_along_packed_maps_is_one_after_the_other(tokens):
+    first = random_packed_map(tokens, dropped=0.2)
+    second = packed_after(first.packed)
+    both = first.then(second)
+    assert both.in_shape == first.in_shape
+    assert both.out_shape == second.out_shape == (3 + 1 + 0 + 9,)
+    assert both.packed_in is first.packed_in
+    assert both.packed is second.packed
+    assert both.batch == 4
+    x = torch.randn(*first.in_shape, 5)
+    merged = tk.merge(tk.merge(x, first, reduce="sum"), second, reduce="sum")
+    torch.testing.assert_close(tk.merge(x, both, reduce="sum"), merged)
+    y = torch.randn(13, 5)
+    assert torch.equal(tk.unmerge(y, both), tk.unmerge(tk.unmerge(y, second), first))
+    assert_views(both)
+    for index in range(4):
+        assert torch.equal(both.image(index).dest, first.image(index).then(second.image(index)).dest)
+
+
+def test_then_from_a_rectangle_into_a_packing():
+    first, second = random_map(4, 31, 23, dropped=0.2), random_packed_map(23, dropped=0.2)
+    both = first.then(second)
+    assert (both.in_shape, both.out_shape) == ((4, 31), (23,))
+    for index in range(4):
+        assert torch.equal(both.image(index).dest, first.image(index).then(second.image(index)).dest)
+
+
+def test_then_is_validated_for_packed_maps():
+    packed = random_packed_map(23)
+    swapped = packed_after(tk.Packing.of((1, 5, 0, 17), torch.device("cpu")))
+    with pytest.raises(
+        ValueError, match=r"must map batch=4, \[5, 1, 0, 17\] packed .*got a map of batch=4, \[1, 5, 0, 17\]"
+    ):
+        packed.then(swapped)
+    for other in (tk.TokenMap.identity(1, 23), tk.TokenMap.identity(4, 23), random_packed_map(23)):
+        with pytest.raises(
+            ValueError, match=r"after must map batch=4, \[5, 1, 0, 17\] packed tokens, got a map of batch="
+        ):
+            packed.then(other)
+    with pytest.raises(ValueError, match=r"after must map batch=1, 23 tokens, got a map of batch=4, \[5, 1, 0, 17\]"):
+        tk.TokenMap.identity(1, 23).then(packed_after(packed.packed))
+
+
+@PACKED_TOKENS
+def test_packed_maps_copy_pickle_move_and_flatten(tokens):
+    for fresh in (True, False):
+        token_map = random_packed_map(tokens, dropped=0.2)
+        if not fresh:
+            token_map.views()
+        leaves, spec = pytree.tree_flatten(token_map)
+        copies = (copy.deepcopy(token_map), pickle.loads(pickle.dumps(token_map)), token_map.to("cpu"))
+        for other in (*copies, pytree.tree_unflatten(leaves, spec)):
+            assert torch.equal(other.dest, token_map.dest)
+            assert other.num_out == 23
+            assert torch.equal(other.packed.cu_seqlens, token_map.packed.cu_seqlens)
+            assert other.packed.lengths == PACKED_SLOTS
+            assert (other.packed_in is None) == (token_map.packed_in is None)
+            assert other.in_shape == token_map.in_shape
+            assert_views(other)
+        doubled = pytree.tree_map(lambda leaf: leaf * 2 if isinstance(leaf, torch.Tensor) else leaf, token_map)
+        assert torch.equal(doubled.packed.cu_seqlens, token_map.packed.cu_seqlens * 2)
+        on_meta = token_map.to("meta")
+        assert on_meta.device == on_meta.packed.cu_seqlens.device == torch.device("meta")
+        assert on_meta.packed_in is None or on_meta.packed_in.cu_seqlens.is_meta
 
 
 @pytest.mark.gpu

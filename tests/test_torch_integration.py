@@ -14,7 +14,7 @@ import tokred_kernels as tk
 from tokred_kernels.ops import library
 
 OPS = torch.ops.tokred
-SAMPLES = 48
+SAMPLES = 80
 
 
 def samples():
@@ -42,6 +42,33 @@ def samples():
         yield OPS.merge_backward.default, (y, None, x, y, None, None, *common, "amax", True, False, "cpu")
         yield OPS.invert.default, (dest, 3, "cpu")
         yield OPS.compose.default, (dest, random_map(batch, 3, 2).dest, "cpu")
+        yield from selector_samples(x, arithmetic[2:-1])
+
+
+def selector_samples(x, numbers):
+    """Calls of the ops that selectors are made of: rectangular and packed."""
+    batch, tokens, channels = x.shape
+    lengths = tuple(max(tokens - b, 0) for b in range(batch))
+    packed = tk.Packing.of(lengths, x.device)
+    longest = (None, None, *numbers)
+    score, partner, rank = OPS.best_match.default(x, *longest, None, "cpu")
+    yield OPS.best_match.default, (x, *longest, None, "cpu")
+    yield OPS.best_match.default, (torch.randn(packed.rows, channels), *longest, packed.cu_seqlens, "cpu")
+    yield OPS.match_map.default, (partner, rank, *longest, tokens, None, None, None, tokens - numbers[-1], "cpu")
+    counts = torch.full((batch,), min(1, tokens // 2), dtype=torch.int32)
+    after = tk.Packing.of(tuple(tokens - n for n in counts.tolist()), x.device)
+    packing = counts, None, after.cu_seqlens, after.rows
+    yield OPS.match_map.default, (partner, rank, *longest, tokens, *packing, "cpu")
+    yield OPS.similar_count.default, (score, 0.1, 0.0, False, "cpu")
+    windows = (0, 1, tokens, 1, max(tokens // 3, 1))
+    number = 0 if batch == 0 else tokens // windows[-1]
+    yield OPS.window_similarity.default, (x, *windows, 0.1, "cpu")
+    likeness = torch.randn(batch, tokens // windows[-1])
+    gone = windows[-1] - 1
+    yield OPS.window_map.default, (likeness, *windows, 1, None, None, tokens - gone, "cpu")
+    counts = torch.full((batch,), number, dtype=torch.int32)
+    after = tk.Packing.of((tokens - number * gone,) * batch, x.device)
+    yield OPS.window_map.default, (likeness, *windows, 0, counts, after.cu_seqlens, after.rows, "cpu")
 
 
 @pytest.mark.parametrize("number", range(SAMPLES))
@@ -116,6 +143,61 @@ def test_compiles_once_for_any_number_of_tokens(which):
         assert counter.frame_count == 1
 
 
+def select_by_all(images):
+    """Every selector that needs no count from the host, on (B, H, W, C)."""
+    grid = tuple(images.shape[1:3])
+    x = images.flatten(1, 2)
+    local = tk.window_match(x, 0.3, grid=grid, num_prefix=0, count=4)
+    y, size = tk.merge_wavg(x, local)
+    alike = tk.adaptive_bipartite_match(y, class_token=True, count=3)
+    y, size = tk.merge_wavg(y, alike, size)
+    important, similarity = tk.importance_match(y, 12, class_token=True)
+    y, size = tk.merge_wavg(y, important, size)
+    sparse = tk.grid_bipartite_match(x, 5, grid=grid)
+    maps = local, alike, important, sparse
+    return y, size, similarity, tk.merge(x, sparse), *(token_map.dest for token_map in maps)
+
+
+def assert_all_equal(got, want):
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_compiles_the_selectors_whole(which):
+    with tk.use_backend(which):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(select_by_all, fullgraph=True, dynamic=False, backend=counter)
+        for _ in range(2):
+            images = torch.randn(2, 6, 7, 8)
+            assert_all_equal(compiled(images), select_by_all(images))
+        assert counter.frame_count == 1
+
+
+def test_compiles_the_selectors_once_for_any_grid():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(select_by_all, fullgraph=True, dynamic=True, backend=counter)
+    for height, width in ((6, 8), (5, 9), (9, 7), (16, 16)):
+        images = torch.randn(2, height, width, 3)
+        assert_all_equal(compiled(images), select_by_all(images))
+    assert counter.frame_count == 1
+
+
+class Selectors(torch.nn.Module):
+    def forward(self, images):
+        return select_by_all(images)
+
+
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_exports_the_selectors(which):
+    with tk.use_backend(which):
+        module = torch.export.export(Selectors(), (torch.randn(2, 6, 8, 3),)).module()
+        images = torch.randn(2, 6, 8, 3)
+        assert_all_equal(module(images), Selectors()(images))
+
+
 class Reducer(torch.nn.Module):
     def forward(self, x, keys):
         out = tk.bipartite_merge(x, 4, metric=keys, class_token=True)
@@ -156,6 +238,20 @@ def test_runs_in_onnxruntime():
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     got = session.run(None, dict(zip(names, (x.numpy(), keys.numpy()), strict=True)))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_selectors_run_in_onnxruntime():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    images = torch.randn(2, 6, 7, 3)
+    images[:, 2:4] = images[:, :2]  # windows that tie
+    buffer = io.BytesIO()
+    with tk.use_backend("reference"):
+        torch.onnx.export(Selectors().eval(), (images,), dynamo=True, verbose=False).save(buffer)
+        want = Selectors()(images)
+    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w.numpy(), rtol=1e-5, atol=1e-6)
 

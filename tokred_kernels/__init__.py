@@ -3,24 +3,32 @@
 
 from tokred_kernels import flops, viz
 from tokred_kernels.backends import show_config, use_backend
+from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.bipartite_merge import MergeOutput, bipartite_merge
+from tokred_kernels.ops.grid_bipartite_match import grid_bipartite_match
+from tokred_kernels.ops.importance_match import importance_match
 from tokred_kernels.ops.kth_bipartite_match import kth_bipartite_match
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.ops.random_bipartite_match import random_bipartite_match
 from tokred_kernels.ops.unmerge import unmerge
+from tokred_kernels.ops.window_match import window_match
 from tokred_kernels.patch import patch, unpatch
-from tokred_kernels.token_map import TokenMap
+from tokred_kernels.token_map import Packing, TokenMap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MergeOutput",
+    "Packing",
     "TokenMap",
+    "adaptive_bipartite_match",
     "bipartite_match",
     "bipartite_merge",
     "flops",
+    "grid_bipartite_match",
+    "importance_match",
     "kth_bipartite_match",
     "merge",
     "merge_wavg",
@@ -31,4 +39,5 @@ __all__ = [
     "unpatch",
     "use_backend",
     "viz",
+    "window_match",
 ]

@@ -31,11 +31,12 @@ def check_floating(op: str, name: str, value: Any) -> None:
         raise TypeError(f"tokred_kernels.{op}: {name} must be a dense (strided) tensor, got {value.layout}")
 
 
-def check_tokens(op: str, name: str, value: Any) -> None:
-    """Raise unless `value` is a floating (B, N, C) tensor."""
+def check_tokens(op: str, name: str, value: Any, packed: bool = False) -> None:
+    """Raise unless `value` is a floating (B, N, C) tensor, or, packed, (T, C)."""
     check_floating(op, name, value)
-    if value.dim() != 3:
-        raise ValueError(f"tokred_kernels.{op}: {name} must be (B, N, C), got shape {shape(value)}")
+    if value.dim() != (2 if packed else 3):
+        wanted = "(T, C), packed" if packed else "(B, N, C)"
+        raise ValueError(f"tokred_kernels.{op}: {name} must be {wanted}, got shape {shape(value)}")
 
 
 def check_metric(op: str, value: Any) -> None:

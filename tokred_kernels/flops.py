@@ -25,13 +25,14 @@ class Flops(NamedTuple):
         per_block: of each block, its match included.
         patch_embed: of the patch embedding.
         head: of pooling and head.
-        tokens: how many tokens enter each block, and, last, how many leave: one more than there are blocks.
+        tokens: how many tokens enter each block, and, last, how many leave: one more than there are blocks. The mean,
+            where images differ.
     """
 
     per_block: tuple[int, ...]
     patch_embed: int
     head: int
-    tokens: tuple[int, ...]
+    tokens: tuple[float, ...]
 
     @property
     def total(self) -> int:
@@ -60,11 +61,12 @@ def count(
     Args:
         model: a VisionTransformer of timm's own blocks, as `patch` takes it.
         img_size: pixels, (height, width) or one number for both; default the model's own.
-        tokens: how many tokens leave each block. Default: what the patch's schedule says, or, unpatched, all of them.
-            Give it for methods whose counts depend on the image.
+        tokens: how many tokens leave each block. Default: what the patch's settings say, or, unpatched, all of them.
+            Where that depends on the images, those of the last forward: the mean over its images.
 
     Raises:
         TypeError, ValueError: a wrong `img_size` or `tokens`.
+        RuntimeError: the tokens depend on the images, and there was no forward of this size.
         NotImplementedError: a model of other parts.
         ImportError: timm is not installed.
     """
@@ -93,6 +95,7 @@ def counter(**settings: Any) -> FlopCounterMode:
     known = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         torch.ops.tokred.bipartite_match: _match,
+        torch.ops.tokred.best_match: _best_match,
     }
     return FlopCounterMode(custom_mapping={**known, **settings.pop("custom_mapping", {})}, **settings)
 
@@ -104,6 +107,18 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 def _match(metric: Any, sources: Any, destinations: Any, first: int, stride: int, *rest: Any, **_: Any) -> int:
     num_src, num_dst = rest[0], rest[1]
     return 2 * metric[0] * num_src * num_dst * metric[-1]
+
+
+def _best_match(metric: Any, sources: Any, destinations: Any, *others: Any, **more: Any) -> int:
+    *numbers, cu_seqlens, _ = others
+    if cu_seqlens is None:
+        return _match(metric.shape, sources, destinations, *numbers)
+    tokens = cu_seqlens.diff().tolist()  # split into even and odd, each image by itself
+    return sum(2 * (number - number // 2) * (number // 2) * metric.shape[-1] for number in tokens)
+
+
+# The counter hands over tensors, not their shapes: how long packed images are stands in one.
+_best_match._get_raw = True  # type: ignore[attr-defined]
 
 
 def _grid(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -124,22 +139,58 @@ def _grid(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]
     return embed.dynamic_feat_size(size)
 
 
-def _count(model: Any, grid: tuple[int, int], tokens: Sequence[int] | None) -> Flops:
-    patches, depth = grid[0] * grid[1], len(model.blocks)
-    if tokens is not None and len(tokens) != depth:
-        raise ValueError(
-            f"tokred_kernels.flops.count: tokens must have one number for each of {depth} blocks, got {len(tokens)}"
-        )
-    entering = [patches + model.num_prefix_tokens]
+def _count(model: Any, grid: tuple[int, int], given: Sequence[int] | None) -> Flops:
+    images = _tokens(model, grid, given)
     per_block = []
     for index, block in enumerate(model.blocks):
-        before = entering[-1]
-        after = tokens[index] if tokens is not None else getattr(block, "tokens_after", int)(before)
-        match = block.match_flops(before) if hasattr(block, "match_flops") else 0
-        per_block.append(_self_attention(block.attn, before) + match + after * _linear(block.mlp))
-        entering.append(after)
-    embed = patches * 2 * model.patch_embed.proj.weight.numel()
-    return Flops(tuple(per_block), embed, _head(model, entering[-1]), tuple(entering))
+        per_block.append(round(_mean([_block(block, *tokens[index : index + 2]) for tokens in images])))
+    embed = grid[0] * grid[1] * 2 * model.patch_embed.proj.weight.numel()
+    head = round(_mean([_head(model, tokens[-1]) for tokens in images]))
+    return Flops(tuple(per_block), embed, head, tuple(_mean(column) for column in zip(*images, strict=True)))
+
+
+def _tokens(model: Any, grid: tuple[int, int], given: Sequence[int] | None) -> list[list[int]]:
+    """Of each image, or of one for all, how many tokens enter each block, and, last, how many leave."""
+    entering, depth = grid[0] * grid[1] + model.num_prefix_tokens, len(model.blocks)
+    if given is not None:
+        if len(given) != depth:
+            raise ValueError(
+                f"tokred_kernels.flops.count: tokens must have one number for each of {depth} blocks, got {len(given)}"
+            )
+        return [[entering, *given]]
+    own = [entering]
+    for block in model.blocks:
+        after = block.tokred_step.tokens_after(own[-1], grid) if hasattr(block, "tokred_step") else own[-1]
+        if after is None:
+            return _recorded(model, entering)
+        own.append(after)
+    return [own]
+
+
+def _recorded(model: Any, entering: int) -> list[list[int]]:
+    """The same, of the images of the last forward."""
+    record = model.tokred_record
+    batch, tokens = record.entered[:2] if record.entered is not None else (0, 0)
+    if batch == 0 or tokens != entering:
+        found = f"the last one had images of {tokens}" if batch else "there was none"
+        raise RuntimeError(
+            "tokred_kernels.flops.count: how many tokens merge depends on the images: first run a forward of images of "
+            f"{entering} tokens ({found}), or give tokens="
+        )
+    columns = [(left,) * batch if isinstance(left, int) else left for left in record.left]
+    return [[entering, *own] for own in zip(*columns, strict=True)]
+
+
+def _mean(values: Sequence[int]) -> float:
+    """The mean; an int where it is a whole number."""
+    whole, rest = divmod(sum(values), len(values))
+    return whole if rest == 0 else sum(values) / len(values)
+
+
+def _block(block: Any, before: int, after: int) -> int:
+    """Of one block that `before` tokens enter, of which `after` are left after its attention."""
+    match = block.tokred_step.match_flops(before, block) if hasattr(block, "tokred_step") else 0
+    return _self_attention(block.attn, before) + match + after * _linear(block.mlp)
 
 
 def _linear(module: nn.Module) -> int:

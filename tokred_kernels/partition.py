@@ -12,7 +12,8 @@ class Partition(NamedTuple):
     """Sources, destinations, what is protected, and how the slots are laid out; csrc/common/args.h has the formulas.
 
     Either `sources` and `destinations` list tokens, (B, num_src) and (B, num_dst) int32, or both are None and they are
-    arithmetic: after `first` untouched tokens, the last of every `stride` tokens is a destination.
+    arithmetic: after `first` untouched tokens, the last of every `stride` tokens is a destination; with stride 1 the
+    destinations come first and the sources are the rest.
     """
 
     first: int
@@ -30,6 +31,10 @@ class Partition(NamedTuple):
     def numbers(self) -> tuple[int, ...]:
         """All fields but the lists, as `SCHEMA` declares them and `Partition(*numbers)` takes them back."""
         return self[:8]
+
+    def of_tokens(self, tokens: int) -> Partition:
+        """The same split into even and odd, of so many tokens: for images of several lengths."""
+        return self._replace(num_src=(tokens + 1) // 2, num_dst=tokens // 2)
 
     @property
     def num_out(self) -> int:
@@ -61,6 +66,11 @@ def every_other(tokens: int, r: int, prefix: int | None, class_token: bool, dist
     if r <= 0 or num_dst <= protected_dst:
         return None
     return Partition(0, 2, (tokens + 1) // 2, num_dst, protected_src, protected_dst, by_index, r)
+
+
+def prefix_and_rest(tokens: int, num_kept: int, first: int) -> Partition:
+    """The tokens up to `num_kept` are destinations, save the `first` ones; all after them join."""
+    return Partition(first, 1, tokens - num_kept, num_kept - first, 0, 0, False, tokens - num_kept)
 
 
 def every_kth(tokens: int, k: int, prefix: int) -> Partition:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -10,6 +12,33 @@ from torch.utils import _pytree as pytree
 from tokred_kernels.checks import MAX_ROWS, check_count, shape
 from tokred_kernels.ops.compose import compose
 from tokred_kernels.ops.invert import invert
+
+
+class Packing(NamedTuple):
+    """How images of several lengths lie one after the other in one tensor, as variable-length attention takes them.
+
+    Attributes:
+        cu_seqlens: (B + 1,) int32, where each image's rows start, and, last, where they end.
+        lengths: the same as a row count for each image, on the host.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Packing:
+        """The packing of images of these lengths."""
+        starts = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(starts.to(device), lengths)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are in all."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device | str) -> Packing:
+        """The same, with its tensor on `device`."""
+        return Packing(self.cu_seqlens.to(device), self.lengths)
 
 
 class TokenMap:
@@ -27,6 +56,11 @@ class TokenMap:
 
     `members`, `begin` and `count` say the same as `dest`; a selector writes both views, and a map that was made from
     `dest` alone makes them when they are first asked for.
+
+    In a **packed** map every image keeps its own count. Its output is (T', C), T' = `num_out` being the sum of the
+    images' counts, with `packed.cu_seqlens` (B + 1,) saying where each image starts. There `dest` holds rows of that
+    output, and `begin` and `count` are (T',). What goes in is (B, N, C) still, or, after an earlier packed map, (T, C)
+    with `packed_in`; then `dest` is (T,). Movers take a packed map as any other.
     """
 
     def __init__(
@@ -36,12 +70,16 @@ class TokenMap:
         members: Tensor | None = None,
         begin: Tensor | None = None,
         count: Tensor | None = None,
+        packed: Packing | None = None,
+        packed_in: Packing | None = None,
     ) -> None:
         self.dest = dest
         self.num_out = num_out
         self._members = members
         self._begin = begin
         self._count = count
+        self.packed = packed
+        self.packed_in = packed_in
 
     @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> TokenMap:
@@ -85,12 +123,22 @@ class TokenMap:
     @property
     def batch(self) -> int:
         """B, the number of images."""
-        return self.dest.shape[0]
+        return self.dest.shape[0] if self.packed_in is None else len(self.packed_in.lengths)
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of tokens that go in."""
-        return self.dest.shape[1]
+        """N, the number of tokens that go in; of a map that takes packed tokens, those of all images together."""
+        return self.dest.shape[-1]
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """What x.shape[:-1] must be: (B, N), or (T,) where packed tokens go in."""
+        return tuple(self.dest.shape)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """What y.shape[:-1] is: (B, N'), or (T',) where packed tokens come out."""
+        return (self.dest.shape[0], self.num_out) if self.packed is None else (self.num_out,)
 
     @property
     def device(self) -> torch.device:
@@ -115,52 +163,102 @@ class TokenMap:
     def views(self) -> tuple[Tensor, Tensor, Tensor]:
         """`members`, `begin` and `count`, made from `dest` if no kernel has written them yet."""
         if self._members is None or self._begin is None or self._count is None:
-            self._members, self._begin, self._count = invert(self.dest, self.num_out)
+            dest = self.dest if self.packed is None else self.dest.view(1, -1)
+            members, begin, count = invert(dest, self.num_out)
+            self._members, self._begin, self._count = members, begin.view(self.out_shape), count.view(self.out_shape)
         return self._members, self._begin, self._count
+
+    def as_rows(self) -> TokenMap:
+        """A packed map as a rectangular one, of a single image that has all the rows: how kernels see it."""
+        members, begin, count = self.views()
+        return TokenMap(self.dest.view(1, -1), self.num_out, members, begin.view(1, -1), count.view(1, -1))
 
     def then(self, after: TokenMap) -> TokenMap:
         """This map followed by `after`: from this map's tokens to the slots of `after`, in O(B N).
 
         Raises:
             TypeError: `after` is no TokenMap.
-            ValueError: `after` does not take this map's slots (another B or N), or is on another device.
+            ValueError: `after` does not take this map's slots (another B, N or packing), or is on another device.
         """
         if not isinstance(after, TokenMap):
             raise TypeError(f"TokenMap.then: after must be a TokenMap, got {type(after).__name__}")
+        lengths = None if self.packed is None else self.packed.lengths
+        lengths_in = None if after.packed_in is None else after.packed_in.lengths
+        if self.out_shape != after.in_shape or lengths != lengths_in:
+            raise ValueError(f"TokenMap.then: after must map {_rows(self, out=True)}, got a map of {_rows(after)}")
         first, second = self.dest, after.dest
-        if second.shape != (first.shape[0], self.num_out):
-            raise ValueError(
-                f"TokenMap.then: after must map ({self.batch}, {self.num_out}) tokens, "
-                f"got a map of ({after.batch}, {after.num_tokens}) tokens"
-            )
         if second.device != first.device:
             raise ValueError(f"TokenMap.then: after is on {after.device}, this map on {self.device}")
-        return TokenMap(compose(first, second), after.num_out)
+        if self.packed is None:
+            dest = compose(first, second)
+        else:
+            dest = compose(first.view(1, -1), second.view(1, -1)).view(first.shape)
+        return TokenMap(dest, after.num_out, packed=after.packed, packed_in=self.packed_in)
+
+    def image(self, index: int) -> TokenMap:
+        """The map of one image alone, rectangular: of its N tokens, or however many it has, to its own slots.
+
+        Raises:
+            ValueError: there is no such image.
+        """
+        check_count("TokenMap.image", "index", index)
+        if index >= self.batch:
+            raise ValueError(f"TokenMap.image: index must be under {self.batch}, got {index}")
+        if self.packed_in is None:
+            dest = self.dest[index]
+        else:
+            first = sum(self.packed_in.lengths[:index])
+            dest = self.dest[first : first + self.packed_in.lengths[index]]
+        if self.packed is None:
+            return TokenMap(dest[None], self.num_out)
+        first = sum(self.packed.lengths[:index])
+        return TokenMap(torch.where(dest < 0, -1, dest - first)[None], self.packed.lengths[index])
 
     def source(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense (B, N', N) matrix of zeros and ones that published code carries: row s marks the members of slot s.
 
-        O(B N' N) memory: for looking at, not for computing with.
+        O(B N' N) memory: for looking at, not for computing with. Of a packed map it is (T', rows that go in).
         """
         slots = torch.arange(self.num_out, dtype=torch.int32, device=self.device)
+        if self.packed is not None:
+            return (self.dest.view(1, -1) == slots[:, None]).to(dtype)
         return (self.dest[:, None, :] == slots[None, :, None]).to(dtype)
 
     def to(self, device: torch.device | str) -> TokenMap:
         """The map with its tensors on `device`."""
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
+        def move(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.to(device)
 
-        return TokenMap(self.dest.to(device), self.num_out, move(self._members), move(self._begin), move(self._count))
+        return TokenMap(
+            self.dest.to(device),
+            self.num_out,
+            move(self._members),
+            move(self._begin),
+            move(self._count),
+            None if self.packed is None else self.packed.to(device),
+            None if self.packed_in is None else self.packed_in.to(device),
+        )
 
     def __repr__(self) -> str:
-        return f"TokenMap(batch={self.batch}, {self.num_tokens} tokens -> {self.num_out}, device={self.device})"
+        return f"TokenMap({_rows(self)} -> {self._slots()}, device={self.device})"
+
+    def _slots(self) -> str:
+        return str(self.num_out) if self.packed is None else f"{list(self.packed.lengths)} packed"
+
+
+def _rows(token_map: TokenMap, out: bool = False) -> str:
+    """What goes into a map, or comes out of it, in words."""
+    packing = token_map.packed if out else token_map.packed_in
+    if packing is not None:
+        return f"batch={token_map.batch}, {list(packing.lengths)} packed tokens"
+    return f"batch={token_map.batch}, {token_map.num_out if out else token_map.num_tokens} tokens"
 
 
 # A pytree, so that torch.export and torch.compile pass maps in and out of graphs.
 pytree.register_pytree_node(
     TokenMap,
-    lambda m: ([m.dest, m.num_out, m._members, m._begin, m._count], None),
+    lambda m: ([m.dest, m.num_out, m._members, m._begin, m._count, m.packed, m.packed_in], None),
     lambda children, _: TokenMap(*children),
     serialized_type_name="tokred_kernels.TokenMap",
 )

@@ -62,9 +62,10 @@ def draw_tokens(
     check_count("viz.draw_tokens", "image_index", image_index)
     if image_index >= token_map.batch:
         raise ValueError(f"tokred_kernels.viz: image_index must be under {token_map.batch}, got {image_index}")
+    token_map = token_map.image(image_index)
     patches = token_map.num_tokens - num_prefix
     down, across = _grid(pixels.shape[:2], patches, patch_size, grid)
-    slot = token_map.dest[image_index, num_prefix:].cpu().numpy().reshape(down, across)
+    slot = token_map.dest[0, num_prefix:].cpu().numpy().reshape(down, across)
 
     # Nearest patch of each pixel, so that any size of image goes with any grid.
     height, width = pixels.shape[:2]

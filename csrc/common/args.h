@@ -16,10 +16,11 @@ enum class Reduce : int { sum = 0, mean = 1, amax = 2 };
 
 // Which tokens may join which, as address arithmetic or as lists, and how the slots are laid out.
 //   tokens [0, first)            slots 0 .. first-1, untouched
-//   source i                     token sources[b, i], or first + i + i / (stride - 1)
-//   destination j                token destinations[b, j], or first + j * stride + stride - 1
+//   source i                     token sources[b, i], or first + i + i / (stride - 1), with stride 1 first + num_dst +
+//   i destination j                token destinations[b, j], or first + j * stride + stride - 1
 // With stride 2 and first 0 that is ToMe's even and odd split (num_src = ceil(N / 2): the odd tail is a source);
-// with stride k it is the k-th split (num_src = num_dst * (k - 1): the tail is in neither, and is dropped).
+// with stride k it is the k-th split (num_src = num_dst * (k - 1): the tail is in neither, and is dropped); with
+// stride 1 the destinations come first, and the sources are the rest.
 // The first protected_src sources never join, the first protected_dst destinations are never joined.
 // The r best sources (similarity descending, ties to the lower source number) join their best destination.
 // protected_src > 0 comes with sources_by_index only, so that the protected sources lead the unmerged ones.
@@ -40,19 +41,103 @@ struct Partition {
   int32_t r;                 // 0 <= r <= num_src - protected_src, and 0 where num_dst <= protected_dst
 };
 
-// A token map's two views. num_out is N'; for image b the members occupy members[b * N, (b + 1) * N), grouped by
-// slot, ascending inside a slot; what dropped tokens leave free at the end holds -1.
-struct MatchArgs {
+// What is matched. Packed images (starts given; heads 1) lie one after the other: image b has the rows starts[b] to
+// starts[b + 1] of metric, stride_b is not used, `tokens` is the length of the longest image, and the partition is that
+// of the longest one: with stride 2, first 0 and no lists, image b of n tokens has ceil(n / 2) sources and n / 2
+// destinations.
+struct MatchProblem {
   const void* metric;  // (B, H, N, D); the mean over H is taken in float, and rounded to dtype when H > 1
   int64_t stride_b, stride_h, stride_n;
   int64_t images, heads, tokens, channels;
   DType dtype;
   Partition partition;
-  int32_t* dest;     // (B, N): the slot of each token, -1 where it is dropped
-  int32_t* members;  // (B * N): absolute rows
-  int32_t* begin;    // (B * N'): where a slot's members start in `members`
-  int32_t* count;    // (B * N'): how many there are
-  void* workspace;   // bytes as match_workspace_bytes says, or null where that is 0
+  const int32_t* starts;  // (B + 1), or null: not packed
+};
+
+// A token map's two views. num_out is N'; for image b the members occupy members[b * N, (b + 1) * N), grouped by
+// slot, ascending inside a slot; what dropped tokens leave free at the end holds -1.
+struct MatchArgs : MatchProblem {  // never packed
+  int32_t* dest;                   // (B, N): the slot of each token, -1 where it is dropped
+  int32_t* members;                // (B * N): absolute rows
+  int32_t* begin;                  // (B * N'): where a slot's members start in `members`
+  int32_t* count;                  // (B * N'): how many there are
+  void* workspace;                 // bytes as match_workspace_bytes says, or null where that is 0
+};
+
+// The part of a match that does not depend on r. A source that is protected, or absent because its image is shorter
+// than the longest, has score -infinity and rank kNoRank; one that no number wins (it holds NaN) has score -infinity.
+struct BestMatchArgs : MatchProblem {
+  float* score;      // (B, num_src): the highest cosine
+  int32_t* partner;  // (B, num_src): the number of the destination that has it, the lowest of equals
+  int32_t* rank;     // (B, num_src): the place among the sources that may join, by descending score, ties by number
+  void* workspace;   // bytes as best_match_workspace_bytes says, or null where that is 0
+};
+
+// The map of a match, r of whose sources join. Where r is 0 every token keeps its place.
+// Packed (counts and starts_out given): counts[b] takes the place of r in image b, its slots are the rows starts_out[b]
+// to starts_out[b + 1] of the output, dest holds such rows, and begin and count have one entry for each of them,
+// num_out in all. Then tokens may come packed as well, as in MatchProblem (starts_in given), and an image's members
+// start at its first row.
+struct MatchMapArgs {
+  const int32_t* partner;  // (B, num_src)
+  const int32_t* rank;     // (B, num_src)
+  int64_t images, tokens;  // tokens: N; those of all images together where they come packed
+  Partition partition;
+  const int32_t* counts;      // (B), or null
+  const int32_t* starts_in;   // (B + 1), or null
+  const int32_t* starts_out;  // (B + 1), or null
+  int64_t num_out;            // where packed
+  int32_t* dest;
+  int32_t* members;
+  int32_t* begin;
+  int32_t* count;
+};
+
+// How many scores of each image reach a threshold: `threshold` as a float, or, where divisor is not 0, mean + std /
+// divisor of the scores above -infinity, in double: of the image itself where `own`, else averaged over the images. The
+// std is unbiased; with fewer than two scores it is NaN, and so is the threshold, which nothing reaches. -infinity
+// never does.
+struct SimilarCountArgs {
+  const float* score;  // (B, sources)
+  int64_t images, sources;
+  double threshold, divisor;
+  int32_t own;      // 0 or 1
+  double* moments;  // (B, 2), or null on the CPU: workspace for the mean and std of each image
+  int32_t* counts;  // (B)
+};
+
+// Windows of height x width tokens over a grid, row by row from its top left, after `first` other tokens. What they
+// leave of the grid at its right and bottom is in none.
+struct Windows {
+  int32_t first, grid_height, grid_width, height, width;
+};
+
+// With unit vectors u_i (0 for a zero token) of a window of n tokens: (|sum u_i|^2 - sum |u_i|^2) / (n (n - 1)), its
+// mean pairwise cosine, in float; -infinity where that is NaN.
+struct WindowSimilarityArgs {
+  const void* x;  // (B, N, C)
+  int64_t stride_b, stride_n;
+  int64_t images, channels;
+  DType dtype;
+  Windows windows;
+  float threshold;
+  float* score;     // (B, W)
+  int32_t* counts;  // (B): how many of them reach the threshold
+};
+
+// The map that merges the r windows of highest score, ties to the lower number. Slots: the `first` tokens, the merged
+// windows by rank, all other tokens by index. Packed (counts and starts_out given): as in MatchMapArgs.
+struct WindowMapArgs {
+  const float* score;  // (B, W), no NaN
+  int64_t images;
+  Windows windows;
+  int32_t r;
+  const int32_t* counts;      // (B), or null
+  const int32_t* starts_out;  // (B + 1), or null
+  int32_t* dest;
+  int32_t* members;
+  int32_t* begin;
+  int32_t* count;
 };
 
 struct InvertArgs {

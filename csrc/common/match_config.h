@@ -17,8 +17,6 @@ constexpr int kTileDestinations = 128;
 constexpr int kTileRows = kTileSources + kTileDestinations;
 constexpr int kMatchThreads = 512;
 
-// The 16-byte unit of a load, and of a row in shared memory.
-constexpr int kUnitBytes = 16;
 // Units of a row that are loaded at a time: eight lanes read 128 bytes, a whole line.
 constexpr int kChunkUnits = 8;
 // One step of the tensor cores (16 halves, or 8 floats) is this many units deep, whatever the dtype.
@@ -40,11 +38,15 @@ constexpr int64_t kMaxFusedTokens = 1088;
 constexpr int64_t kTargetBlocks = 264;
 // Candidates per source that the ranking launch then has to combine.
 constexpr int64_t kMaxSplits = 16;
-// Sources that a block of the ranking launch ranks, one a thread.
+// The ranking launch: lanes that share the counting for one source, sources a block ranks, keys in shared memory at a
+// time. Several lanes a source cut the work finely enough for all multiprocessors where the images are few.
 constexpr int kRankThreads = 256;
+constexpr int kRankLanes = 4;
+constexpr int kRankSources = kRankThreads / kRankLanes;
+constexpr int kRankKeys = 1024;
 
 struct MatchConfig {
-  bool fused;          // one launch, an image a block; else match, rank and map in three
+  bool fused;          // one launch, an image a block; else match and rank in two, and the map, if wanted, in a third
   bool resident;       // the whole metric of an image stays in shared memory; else it is streamed in chunks
   int row_units;       // 16-byte units of a row that are multiplied: D rounded up to a step
   int pitch;           // bytes between rows in shared memory
@@ -76,8 +78,8 @@ inline MatchConfig layout(MatchConfig c, std::size_t operand_bytes, std::size_t 
 
 }  // namespace detail
 
-// `shared_limit` is the most dynamic shared memory of a block, in bytes.
-inline MatchConfig match_config(const MatchArgs& args, int64_t shared_limit) {
+// `shared_limit` is the most dynamic shared memory of a block, in bytes. Does not look at r.
+inline MatchConfig match_config(const MatchProblem& args, int64_t shared_limit) {
   const Partition& p = args.partition;
   MatchConfig c{};
   c.row_units =
@@ -88,8 +90,8 @@ inline MatchConfig match_config(const MatchArgs& args, int64_t shared_limit) {
   c.fused = args.tokens <= kMaxFusedTokens;
   if (c.fused) {
     const std::size_t rows = static_cast<std::size_t>(p.num_src) + p.num_dst;
-    // Once matched, the operands' place holds the map under construction: ranks, slots and cursors.
-    const std::size_t map_bytes = sizeof(int32_t) * (static_cast<std::size_t>(p.num_src) + args.tokens + num_slots(p));
+    // Once matched, the operands' place holds the map under construction: ranks, slots and, for each slot, a cursor.
+    const std::size_t map_bytes = sizeof(int32_t) * (static_cast<std::size_t>(p.num_src) + 2 * args.tokens);
     c.resident = true;
     c.pitch = pitch_bytes(c.row_units);
     // A long metric must not overflow the offsets; it is streamed anyway.
@@ -111,24 +113,9 @@ inline MatchConfig match_config(const MatchArgs& args, int64_t shared_limit) {
   return detail::layout(c, kStages * kStageBytes, kTileRows, p.num_src);
 }
 
-// What the tiled path keeps between its launches, in device memory.
-struct MatchWorkspace {
-  uint64_t* candidates;  // (B, splits, num_src): see pack_candidate
-  int32_t* rank;         // (B, num_src)
-  int32_t* best;         // (B, num_src)
-};
-
-inline std::size_t workspace_bytes(const MatchConfig& c, int64_t images, int64_t num_src) {
-  if (c.fused) return 0;
-  return static_cast<std::size_t>(images * num_src) * (sizeof(uint64_t) * c.splits + 2 * sizeof(int32_t));
-}
-
-TOKRED_HD MatchWorkspace workspace_at(void* memory, const MatchConfig& c, int64_t images, int64_t num_src) {
-  MatchWorkspace w{};
-  w.candidates = static_cast<uint64_t*>(memory);
-  w.rank = reinterpret_cast<int32_t*>(w.candidates + images * c.splits * num_src);
-  w.best = w.rank + images * num_src;
-  return w;
+// Bytes of device memory that the tiled match keeps for its ranking launch: (B, splits, num_src), see pack_candidate.
+inline std::size_t candidate_bytes(const MatchConfig& c, int64_t images, int64_t num_src) {
+  return c.fused ? 0 : sizeof(uint64_t) * static_cast<std::size_t>(images * c.splits * num_src);
 }
 
 }  // namespace tokred

@@ -17,6 +17,14 @@ TOKRED_HD uint32_t ordered_key(float value) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// The number that has this key.
+TOKRED_HD float key_score(uint32_t key) {
+  const uint32_t bits = key >> 31 ? key & 0x7fffffffu : ~key;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // The key of what never takes part: below that of every number, -infinity included.
 constexpr uint32_t kAbsentKey = 0;
 

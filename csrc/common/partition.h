@@ -9,7 +9,7 @@ namespace tokred {
 
 TOKRED_HD int32_t source_token(const Partition& p, int64_t image, int32_t i) {
   if (p.sources) return p.sources[image * p.num_src + i];
-  return p.first + i + i / (p.stride - 1);
+  return p.first + (p.stride == 1 ? p.num_dst + i : i + i / (p.stride - 1));
 }
 
 TOKRED_HD int32_t destination_token(const Partition& p, int64_t image, int32_t j) {

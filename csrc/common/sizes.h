@@ -11,6 +11,9 @@ namespace tokred {
 
 constexpr int kLanes = 32;  // threads of a warp
 
+// The widest load or store of a thread, and the unit of a row in shared memory.
+constexpr int kUnitBytes = 16;
+
 constexpr std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
 constexpr int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 

@@ -19,6 +19,14 @@ TOKRED_HD int32_t source_slot(const Partition& p, int32_t i, int32_t rank, int32
   return unmerged_slot(p, by_index ? i - joined_before : p.protected_src + rank - p.r);
 }
 
+// The partition of an image of so many tokens where images of several lengths are packed: even and odd tokens.
+TOKRED_HD Partition of_tokens(const Partition& p, int64_t tokens) {
+  Partition own = p;
+  own.num_src = static_cast<int32_t>((tokens + 1) / 2);
+  own.num_dst = static_cast<int32_t>(tokens / 2);
+  return own;
+}
+
 // How many of an image's tokens have a slot; the others are dropped.
 TOKRED_HD int32_t kept_tokens(const Partition& p) { return p.first + p.num_src + p.num_dst; }
 

@@ -7,14 +7,17 @@
 
 #include "ops.h"
 
-#define TOKRED_DECLARE(isa)                      \
-  namespace tokred::cpu::isa {                   \
-  void bipartite_match(const MatchArgs&);        \
-  void merge(const MergeArgs&);                  \
-  void merge_backward(const MergeBackwardArgs&); \
-  void unmerge(const UnmergeArgs&);              \
+#define TOKRED_DECLARE(isa)                            \
+  namespace tokred::cpu::isa {                         \
+  void bipartite_match(const MatchArgs&);              \
+  void best_match(const BestMatchArgs&);               \
+  void window_similarity(const WindowSimilarityArgs&); \
+  void merge(const MergeArgs&);                        \
+  void merge_backward(const MergeBackwardArgs&);       \
+  void unmerge(const UnmergeArgs&);                    \
   }
-#define TOKRED_TABLE(isa) {#isa, isa::bipartite_match, isa::merge, isa::merge_backward, isa::unmerge}
+#define TOKRED_TABLE(isa) \
+  {#isa, isa::bipartite_match, isa::best_match, isa::window_similarity, isa::merge, isa::merge_backward, isa::unmerge}
 
 TOKRED_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -28,6 +31,8 @@ namespace {
 struct Kernels {
   const char* name;
   void (*bipartite_match)(const MatchArgs&);
+  void (*best_match)(const BestMatchArgs&);
+  void (*window_similarity)(const WindowSimilarityArgs&);
   void (*merge)(const MergeArgs&);
   void (*merge_backward)(const MergeBackwardArgs&);
   void (*unmerge)(const UnmergeArgs&);
@@ -71,6 +76,8 @@ const Kernels& kernels() {
 }  // namespace
 
 void bipartite_match(const MatchArgs& args) { kernels().bipartite_match(args); }
+void best_match(const BestMatchArgs& args) { kernels().best_match(args); }
+void window_similarity(const WindowSimilarityArgs& args) { kernels().window_similarity(args); }
 void merge(const MergeArgs& args) { kernels().merge(args); }
 void merge_backward(const MergeBackwardArgs& args) { kernels().merge_backward(args); }
 void unmerge(const UnmergeArgs& args) { kernels().unmerge(args); }

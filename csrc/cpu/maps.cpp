@@ -14,9 +14,9 @@ constexpr int64_t kSerialTokens = 16 * 1024;
 
 }  // namespace
 
-void invert_image(const int32_t* dest, int64_t image, int64_t tokens, int64_t num_out, int32_t* members, int32_t* begin,
-                  int32_t* count) {
-  const int32_t row = static_cast<int32_t>(image * tokens);
+void invert_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
+                  int32_t* begin, int32_t* count) {
+  const int32_t row = static_cast<int32_t>(first_row);
   std::fill(count, count + num_out, 0);
   for (int64_t n = 0; n < tokens; ++n) {
     if (dest[n] >= 0) ++count[dest[n]];
@@ -33,11 +33,15 @@ void invert_image(const int32_t* dest, int64_t image, int64_t tokens, int64_t nu
   for (int64_t s = 0; s < num_out; ++s) begin[s] += row - count[s];
 }
 
+void offset_slots(int32_t* dest, int64_t tokens, int32_t first_slot) {
+  for (int64_t n = 0; n < tokens; ++n) dest[n] += dest[n] < 0 ? 0 : first_slot;
+}
+
 void invert(const InvertArgs& a) {
 #pragma omp parallel for schedule(static) if (a.images * a.tokens > kSerialTokens)
   for (int64_t b = 0; b < a.images; ++b) {
-    invert_image(a.dest + b * a.tokens, b, a.tokens, a.num_out, a.members + b * a.tokens, a.begin + b * a.num_out,
-                 a.count + b * a.num_out);
+    invert_image(a.dest + b * a.tokens, b * a.tokens, a.tokens, a.num_out, a.members + b * a.tokens,
+                 a.begin + b * a.num_out, a.count + b * a.num_out);
   }
 }
 

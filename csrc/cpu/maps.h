@@ -1,13 +1,24 @@
 // SPDX-License-Identifier: MIT
-// Both views of one image's map.
+// Both views of one image's map. Slots are counted from the image's first; rows are absolute.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/args.h"
+
 namespace tokred::cpu {
 
-// From dest (N) of image `image`: its part of members (N), begin (N') and count (N'), by counting.
-void invert_image(const int32_t* dest, int64_t image, int64_t tokens, int64_t num_out, int32_t* members, int32_t* begin,
-                  int32_t* count);
+// dest (N) of the map in which the sources of rank under `r` join their partners, both (num_src); image `image`'s
+// tokens are split as `partition` says.
+void dest_of_ranks(const Partition& partition, int64_t image, int64_t tokens, const int32_t* partner,
+                   const int32_t* rank, int32_t* dest);
+
+// From dest (N) of an image whose tokens start at row `first_row`: its part of members (N), begin (N') and count (N'),
+// by counting.
+void invert_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
+                  int32_t* begin, int32_t* count);
+
+// Slots counted from the image's first become rows of a packed output, in which that one is row `first_slot`.
+void offset_slots(int32_t* dest, int64_t tokens, int32_t first_slot);
 
 }  // namespace tokred::cpu

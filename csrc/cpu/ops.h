@@ -7,6 +7,11 @@
 namespace tokred::cpu {
 
 void bipartite_match(const MatchArgs& args);
+void best_match(const BestMatchArgs& args);
+void match_map(const MatchMapArgs& args);
+void similar_count(const SimilarCountArgs& args);
+void window_similarity(const WindowSimilarityArgs& args);
+void window_map(const WindowMapArgs& args);
 void invert(const InvertArgs& args);
 void compose(const ComposeArgs& args);
 void merge(const MergeArgs& args);

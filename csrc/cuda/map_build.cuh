@@ -7,18 +7,23 @@
 
 namespace tokred::cuda {
 
-// Writes dest[0, tokens) of an image from the rank and the best destination of each source. The pointers may be to
-// shared or to global memory. Ends with a barrier.
+// Writes dest[0, tokens) of an image from the rank and the best destination of each source. `slot0` is what the image's
+// first slot is called. The pointers may be to shared or to global memory. Ends with a barrier.
 template <int kThreads>
 __device__ __forceinline__ void write_dest(const Partition& p, int64_t image, int32_t tokens, const int32_t* rank,
-                                           const int32_t* best, int32_t* dest) {
+                                           const int32_t* best, int32_t slot0, int32_t* dest) {
+  if (p.r == 0) {
+    for (int32_t t = threadIdx.x; t < tokens; t += kThreads) dest[t] = t < kept_tokens(p) ? slot0 + t : -1;
+    __syncthreads();
+    return;
+  }
   if (kept_tokens(p) < tokens) {
     for (int32_t t = threadIdx.x; t < tokens; t += kThreads) dest[t] = -1;
     __syncthreads();
   }
-  for (int32_t t = threadIdx.x; t < p.first; t += kThreads) dest[t] = t;
+  for (int32_t t = threadIdx.x; t < p.first; t += kThreads) dest[t] = slot0 + t;
   for (int32_t j = threadIdx.x; j < p.num_dst; j += kThreads) {
-    dest[destination_token(p, image, j)] = destination_slot(p, j);
+    dest[destination_token(p, image, j)] = slot0 + destination_slot(p, j);
   }
   int32_t joined = 0;  // sources of the rounds before this one that join
   for (int32_t start = 0; start < p.num_src; start += kThreads) {
@@ -27,23 +32,25 @@ __device__ __forceinline__ void write_dest(const Partition& p, int64_t image, in
     const int32_t own_rank = present ? rank[i] : kNoRank;
     int32_t total;
     const int32_t before = joined + exclusive_scan<kThreads>(joins(p, own_rank), total);
-    if (present) dest[source_token(p, image, i)] = source_slot(p, i, own_rank, before, best[i]);
+    if (present) dest[source_token(p, image, i)] = slot0 + source_slot(p, i, own_rank, before, best[i]);
     joined += total;
   }
   __syncthreads();
 }
 
 // Members of each slot, ascending: a counting sort of the tokens of one image by slot, stable, so that it has one
-// result. `row0` is the image's first row. `cursor` has num_out entries, in shared memory or, where that is too small,
-// `begin` itself; it counts, then points at where the slot's next member goes.
+// result. `row0` is the image's first row, `slot0` what dest calls its first slot. `cursor` has num_out entries, in
+// shared memory or, where that is too small, `begin` itself; it counts, then points at where the slot's next member
+// goes.
 template <int kThreads>
 __device__ __forceinline__ void invert_image(const int32_t* dest, int32_t tokens, int32_t num_out, int32_t row0,
-                                             int32_t* cursor, int32_t* members, int32_t* begin, int32_t* count) {
+                                             int32_t slot0, int32_t* cursor, int32_t* members, int32_t* begin,
+                                             int32_t* count) {
   const int32_t thread = threadIdx.x;
   for (int32_t s = thread; s < num_out; s += kThreads) cursor[s] = 0;
   __syncthreads();
   for (int32_t t = thread; t < tokens; t += kThreads) {
-    if (dest[t] >= 0) atomicAdd(&cursor[dest[t]], 1);  // whole numbers: any order gives the same counts
+    if (dest[t] >= 0) atomicAdd(&cursor[dest[t] - slot0], 1);  // whole numbers: any order gives the same counts
   }
   __syncthreads();
 
@@ -66,7 +73,7 @@ __device__ __forceinline__ void invert_image(const int32_t* dest, int32_t tokens
   const int lane = thread % kLanes, warp = thread / kLanes;
   for (int32_t start = 0; start < tokens; start += kThreads) {
     const int32_t t = start + thread;
-    const int32_t slot = t < tokens ? dest[t] : -1;
+    const int32_t slot = t < tokens && dest[t] >= 0 ? dest[t] - slot0 : -1;
     const unsigned peers = __match_any_sync(kFullWarp, slot);
     const int before = __popc(peers & ((1u << lane) - 1));
     const int turns = (min(kThreads, tokens - start) + kLanes - 1) / kLanes;

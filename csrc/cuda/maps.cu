@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kInvertThreads)
   int32_t* begin = args.begin + slot0;
   int32_t* cursor = cursor_in_shared ? reinterpret_cast<int32_t*>(dynamic_shared()) : begin;
   invert_image<kInvertThreads>(args.dest + row0, static_cast<int32_t>(args.tokens), static_cast<int32_t>(args.num_out),
-                               static_cast<int32_t>(row0), cursor, args.members + row0, begin, args.count + slot0);
+                               static_cast<int32_t>(row0), 0, cursor, args.members + row0, begin, args.count + slot0);
 }
 
 __global__ void __launch_bounds__(kRowThreads) compose_tokens(const __grid_constant__ ComposeArgs args) {

@@ -4,7 +4,7 @@
 
 #include "../common/match_config.h"
 #include "block_scan.cuh"
-#include "dtype.cuh"
+#include "units.cuh"
 
 namespace tokred::cuda {
 
@@ -14,12 +14,6 @@ constexpr int kRowsPerThread = kTileRows / kRowGroups;
 
 // Heads whose loads a thread has in flight together when it averages over them.
 constexpr int kHeadsAtOnce = 2;
-
-template <class T>
-constexpr int kUnitElements = kUnitBytes / static_cast<int>(sizeof(T));
-
-template <class T>
-using Unit = Vector<T, kUnitElements<T>>;
 
 // The metric of one image, (H, N, D).
 template <class T>
@@ -39,21 +33,8 @@ struct TileMemory {
 // 16 bytes of a token's row, zero past its end, and zero for an absent token (-1).
 template <class T>
 __device__ __forceinline__ Unit<T> load_unit(const ImageMetric<T>& m, int head, int32_t token, int unit) {
-  constexpr int kElements = kUnitElements<T>;
-  Unit<T> v;
-  v.word = make_uint4(0, 0, 0, 0);
-  const int left = token < 0 ? 0 : m.channels - unit * kElements;
-  if (left <= 0) return v;
-  const T* row = m.data + head * m.stride_h + token * m.stride_n + unit * kElements;
-  if (m.aligned && left >= kElements) {
-    v.word = __ldg(reinterpret_cast<const uint4*>(row));
-  } else {
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      if (e < left) v.element[e] = row[e];
-    }
-  }
-  return v;
+  const int left = token < 0 ? 0 : m.channels - unit * kUnitElements<T>;
+  return load_unit(m.data + head * m.stride_h + token * m.stride_n + unit * kUnitElements<T>, left, m.aligned);
 }
 
 // One unit of each of a thread's rows, averaged over heads. The means of kAtOnce rows are in the making at a time: each

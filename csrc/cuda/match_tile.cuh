@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/order.h"
+#include "../common/slots.h"
 #include "match_load.cuh"
 #include "ptx.cuh"
 
@@ -134,8 +135,9 @@ __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Par
 
   float best[kLaneRows];
   int32_t best_index[kLaneRows];
+  const int32_t fallback = p.protected_dst < p.num_dst ? p.protected_dst : 0;  // where no number wins
 #pragma unroll
-  for (int k = 0; k < kLaneRows; ++k) best[k] = -INFINITY, best_index[k] = p.protected_dst;
+  for (int k = 0; k < kLaneRows; ++k) best[k] = -INFINITY, best_index[k] = fallback;
 
   for (int destination0 = begin; destination0 < end; destination0 += kTileDestinations) {
     const int destinations = min(kTileDestinations, end - destination0);

@@ -10,10 +10,7 @@ namespace {
 
 constexpr const char* kName = "merge";
 
-// Vectors a lane sums at a time. Rows that are copies have twice as many in flight; here the sums take the registers,
-// and few rows are sums.
-constexpr int kSumsInFlight = 2;
-// Members of a long slot whose vectors a lane has in flight.
+// Members of a slot whose vectors a lane has in flight: all of a merged window of 2 x 2.
 constexpr int kMembersInFlight = 4;
 
 template <class T>
@@ -50,11 +47,42 @@ __device__ __forceinline__ Vector<T, kElements> finish(const Acc<T> (&values)[kE
   return v;
 }
 
+// One vector of members [begin, end) and their weights, in order; with no vector, their weights alone.
+template <class T, int kElements, bool kMax>
+__device__ __forceinline__ void reduce_vector(const MergeArgs& args, const int32_t* members, int32_t begin, int32_t end,
+                                              int vector, bool present, Acc<T> (&values)[kElements], Acc<T>& weights) {
+#pragma unroll
+  for (int e = 0; e < kElements; ++e) values[e] = Reduction<T, kMax>::start();
+  for (int32_t m = begin; m < end; m += kMembersInFlight) {
+    // All loads come before the first use, and none behind a branch. Past the end the last member is loaded again, from
+    // the cache, and zeros of weight zero are added in its place, which changes no sum.
+    int32_t member[kMembersInFlight];
+#pragma unroll
+    for (int k = 0; k < kMembersInFlight; ++k) member[k] = members[min(m + k, end - 1)];
+    Vector<T, kElements> v[kMembersInFlight];
+    Acc<T> weight[kMembersInFlight];
+#pragma unroll
+    for (int k = 0; k < kMembersInFlight; ++k) {
+      v[k].word = {};
+      if (present) v[k] = load_vector<T, kElements>(row_of<T>(args, member[k]), vector);
+    }
+#pragma unroll
+    for (int k = 0; k < kMembersInFlight; ++k) weight[k] = weight_of<T>(args, member[k]);
+#pragma unroll
+    for (int k = 0; k < kMembersInFlight; ++k) {
+      if (kMax && m + k >= end) break;
+      if (m + k >= end) v[k].word = {}, weight[k] = 0;
+      weights += weight[k];
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) values[e] = Reduction<T, kMax>::step(values[e], weight[k], v[k].element[e]);
+    }
+  }
+}
+
 template <class T, int kElements, bool kMax>
 __device__ __forceinline__ void reduce_short(const MergeArgs& args, const RowConfig& c, const RowGroup& g,
                                              const int32_t* members, int32_t count) {
   using A = Acc<T>;
-  using R = Reduction<T, kMax>;
   T* y = static_cast<T*>(args.y) + g.row * args.channels;
   const bool mean = args.reduce == Reduce::mean;
   if (count <= 1) {
@@ -70,34 +98,10 @@ __device__ __forceinline__ void reduce_short(const MergeArgs& args, const RowCon
   for (int32_t m = 0; m < count; ++m) total += weight_of<T>(args, members[m]);
   if (args.weight_sum && g.lane == 0) static_cast<A*>(args.weight_sum)[g.row] = total;
 
-  for (int first = g.lane; first < c.vectors; first += g.lanes * kSumsInFlight) {
-    A values[kSumsInFlight][kElements];
-#pragma unroll
-    for (int k = 0; k < kSumsInFlight; ++k) {
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) values[k][e] = R::start();
-    }
-    for (int32_t m = 0; m < count; ++m) {
-      const int32_t row = members[m];
-      const A weight = weight_of<T>(args, row);
-      Vector<T, kElements> v[kSumsInFlight];
-#pragma unroll
-      for (int k = 0; k < kSumsInFlight; ++k) {
-        const int vector = first + k * g.lanes;
-        v[k].word = {};
-        if (vector < c.vectors) v[k] = load_vector<T, kElements>(row_of<T>(args, row), vector);
-      }
-#pragma unroll
-      for (int k = 0; k < kSumsInFlight; ++k) {
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) values[k][e] = R::step(values[k][e], weight, v[k].element[e]);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kSumsInFlight; ++k) {
-      const int vector = first + k * g.lanes;
-      if (vector < c.vectors) store_vector(y, vector, finish<T, kElements>(values[k], mean, total));
-    }
+  for (int vector = g.lane; vector < c.vectors; vector += g.lanes) {
+    A values[kElements], weights = 0;
+    reduce_vector<T, kElements, kMax>(args, members, 0, count, vector, true, values, weights);
+    store_vector(y, vector, finish<T, kElements>(values, mean, total));
   }
 }
 
@@ -118,27 +122,7 @@ __device__ __forceinline__ void reduce_long(const MergeArgs& args, const RowConf
   for (int first = 0; first == 0 || first < c.vectors; first += kLanes) {
     const int vector = first + lane;
     A values[kElements], weights = 0;
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) values[e] = R::start();
-    for (int32_t m = warp * share; m < end; m += kMembersInFlight) {
-      A weight[kMembersInFlight];
-      Vector<T, kElements> v[kMembersInFlight];
-#pragma unroll
-      for (int k = 0; k < kMembersInFlight; ++k) {
-        v[k].word = {};
-        if (m + k >= end) continue;
-        const int32_t member = members[m + k];
-        weight[k] = weight_of<T>(args, member);
-        if (vector < c.vectors) v[k] = load_vector<T, kElements>(row_of<T>(args, member), vector);
-      }
-#pragma unroll
-      for (int k = 0; k < kMembersInFlight; ++k) {
-        if (m + k >= end) continue;
-        weights += weight[k];
-#pragma unroll
-        for (int e = 0; e < kElements; ++e) values[e] = R::step(values[e], weight[k], v[k].element[e]);
-      }
-    }
+    reduce_vector<T, kElements, kMax>(args, members, warp * share, end, vector, vector < c.vectors, values, weights);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) partial[warp][e][lane] = values[e];
     if (lane == 0) partial_weight[warp] = weights;

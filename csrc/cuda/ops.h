@@ -14,6 +14,13 @@ namespace tokred::cuda {
 // Device bytes that bipartite_match wants as args.workspace; 0 where one launch does it all.
 std::size_t match_workspace_bytes(const MatchArgs& args);
 void bipartite_match(const MatchArgs& args, cudaStream_t stream);
+// The same for best_match.
+std::size_t best_match_workspace_bytes(const BestMatchArgs& args);
+void best_match(const BestMatchArgs& args, cudaStream_t stream);
+void match_map(const MatchMapArgs& args, cudaStream_t stream);
+void similar_count(const SimilarCountArgs& args, cudaStream_t stream);
+void window_similarity(const WindowSimilarityArgs& args, cudaStream_t stream);
+void window_map(const WindowMapArgs& args, cudaStream_t stream);
 void invert(const InvertArgs& args, cudaStream_t stream);
 void compose(const ComposeArgs& args, cudaStream_t stream);
 void merge(const MergeArgs& args, cudaStream_t stream);

@@ -2,6 +2,8 @@
 // A source's rank is the number of sources that come before it: no sort, and ties need no care afterwards.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace tokred::cuda {

@@ -1,59 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The Triton kernels against the reference: on a GPU, and without one in Triton's interpreter.
+"""Match, merge, unmerge and their gradients in Triton against the reference; conftest.py says where they run."""
 
-Whether kernels are interpreted is settled when triton is first imported, by TRITON_INTERPRET. So where that is not set,
-the tests below are for a GPU, and `test_in_the_interpreter` runs this file once more in a process where it is.
-"""
-
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, assert_sum_close, assert_valid_match, golden, random_map
+from support import DTYPES, assert_sum_close, assert_valid_match, assert_views, golden, random_map
 
 import tokred_kernels as tk
-from tokred_kernels import backends
-from tokred_kernels.backends.reference.invert import invert
-
-INTERPRETED = backends.triton_interprets()
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-def test_in_the_interpreter():
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1200,
-    )
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-
-
-@pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where the kernels run. All memory they are given is poisoned, so that what they leave unwritten shows."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(*args, **kwargs):
-        tensor = new_empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -77)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    with tk.use_backend("triton"):
-        yield request.param
 
 
 def on_reference(call, *arguments, **settings):
@@ -66,11 +20,6 @@ def assert_same_map(token_map, expected):
     assert token_map.num_out == expected.num_out
     assert torch.equal(token_map.dest, expected.dest)
     assert_views(token_map)
-
-
-def assert_views(token_map):
-    for written, made in zip(token_map.views(), invert(token_map.dest, token_map.num_out), strict=True):
-        assert torch.equal(written, made)
 
 
 # One token, one pair, an odd tail, more than one block of destinations, ViT sizes, the second and third block of
@@ -125,7 +74,7 @@ def test_match_of_a_vit(device, tokens, heads, dtype, prefix):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mean_over_heads_in_a_launch_of_its_own_is_the_same(device, dtype, monkeypatch):
-    from tokred_kernels.backends.triton import bipartite_match as module
+    from tokred_kernels.backends.triton import best_match as module
 
     keys = torch.randn(2, 21, 3, 16, device=device).to(dtype).transpose(1, 2)
     expected = tk.bipartite_match(keys, 7)
@@ -399,15 +348,3 @@ def test_two_runs_are_equal_bit_by_bit(device):
         runs.append((token_map.dest, *token_map.views(), y, size, *torch.autograd.grad(again.sin().sum(), x)))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
-
-
-def test_every_shape_gets_a_config_that_is_compiled_in_the_tests():
-    from tokred_kernels.backends.triton import configs
-
-    for dtype, channels in itertools.product(DTYPES, [0, 1, 16, 17, 33, 64, 65, 192, 384, 768, 1024, 1280]):
-        assert configs.match_config(channels, dtype) in configs.MATCH_CONFIGS[dtype].values()
-        assert configs.rows_config(channels, dtype) in configs.ROWS_CONFIGS.values()
-    for num_src, num_dst in itertools.product([0, 1, 128, 129, 512, 513, 1024], repeat=2):
-        assert configs.select_config(num_src, num_dst).block >= max(num_src, num_dst)
-    assert configs.select_config(1025, 1) is None
-    assert configs.select_config(1, 1025) is None

@@ -24,6 +24,8 @@ NVIDIA_SHARED, AMD_SHARED = 99 * 1024, 64 * 1024
 # Bytes a thread: ptxas spills a register or two of its own accord, far below its limit of registers, where that gets
 # one more block onto a multiprocessor.
 SPILL_ALLOWANCE = 16
+# Tensors that a kernel may be given None for.
+ABSENT = ("sources", "destinations", "cu_seqlens", "inverse", "weight", "weight_sum", "grad_weight_sum", "x", "y")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -44,8 +46,8 @@ def test_every_kernel_fits_and_does_not_spill(target):
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert {kernel["name"] for kernel in compiled} == {
-        *("match_kernel", "mean_kernel", "select_kernel", "merge_kernel"),
-        *("merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel"),
+        *("match_kernel", "mean_kernel", "rank_kernel", "select_kernel", "window_kernel"),
+        *("merge_kernel", "merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel"),
     }
     limit = AMD_SHARED if target.startswith("gfx") else NVIDIA_SHARED
     assert [kernel for kernel in compiled if kernel["shared"] > limit] == []
@@ -57,10 +59,12 @@ def _cases():
     import torch
 
     from tokred_kernels.backends.triton import configs
-    from tokred_kernels.backends.triton.bipartite_match import match_kernel, mean_kernel, select_kernel
+    from tokred_kernels.backends.triton.best_match import match_kernel, mean_kernel, rank_kernel
+    from tokred_kernels.backends.triton.bipartite_match import select_kernel
     from tokred_kernels.backends.triton.merge import merge_kernel
     from tokred_kernels.backends.triton.merge_backward import amax_backward_kernel, merge_backward_kernel
     from tokred_kernels.backends.triton.unmerge import unmerge_kernel
+    from tokred_kernels.backends.triton.window_similarity import window_kernel
 
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     for dtype in configs.DTYPES:
@@ -72,16 +76,39 @@ def _cases():
                 "BLOCK_CHANNELS": config.block_channels,
             }
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            modes = [(False, False, True, True), (False, True, True, True)]
+            modes = [("", True, True), ("MEAN", True, True)]
             # float16 differs from bfloat16 in the product's type alone: its modes need not all be compiled.
-            if config.block_channels == largest and dtype != torch.float16:
-                modes += [(False, False, False, True), (True, False, True, True), (False, False, False, False)]
-            for lists, mean, one_chunk, aligned in modes:
-                types = {"metric": pointer[dtype], "score": "*fp32", "index": "*i32"}
-                constants = {"LISTS": lists, "MEAN": mean, "ONE_CHUNK": one_chunk, **blocks}
-                if lists:
+            if dtype != torch.float16:
+                modes += [("PACKED", True, True)]
+                if config.block_channels == largest:
+                    modes += [("", False, True), ("LISTS", True, True), ("", False, False), ("PACKED", False, False)]
+            for mode, one_chunk, aligned in modes:
+                types = {"metric": pointer[dtype], "score": "*fp32", "partner": "*i32"}
+                modes_on = {name: name == mode for name in ("PACKED", "LISTS", "MEAN")}
+                if mode == "LISTS":
                     types |= {"sources": "*i32", "destinations": "*i32"}
-                yield match_kernel, types, constants, options, aligned
+                if mode == "PACKED":
+                    types |= {"cu_seqlens": "*i32"}
+                yield match_kernel, types, modes_on | {"ONE_CHUNK": one_chunk} | blocks, options, aligned
+
+    blocks = {"BLOCK": configs.RANK_CONFIG.block, "CHUNK": configs.RANK_CONFIG.chunk}
+    options = {"num_warps": configs.RANK_CONFIG.num_warps}
+    types = {"score": "*fp32", "rank": "*i32"}
+    yield rank_kernel, types, {"PACKED": False, **blocks}, options, True
+    yield rank_kernel, types | {"cu_seqlens": "*i32"}, {"PACKED": True, **blocks}, options, True
+
+    longest = max(configs.WINDOW_CONFIGS)
+    for config in configs.WINDOW_CONFIGS.values():
+        blocks = {"BLOCK_WINDOWS": config.block_windows, "BLOCK_CHANNELS": config.block_channels}
+        options = {"num_warps": config.num_warps}
+        for dtype in configs.DTYPES:
+            modes = [(True, True)]
+            if config.block_channels == longest and dtype != torch.float16:
+                modes += [(True, False), (False, True), (False, False)]
+            for one_chunk, aligned in modes:
+                types = {"x": pointer[dtype], "score": "*fp32"} | ({} if one_chunk else {"inverse": "*fp32"})
+                constants = {"ONE_CHUNK": one_chunk, "UNROLL": config.unroll, **blocks}
+                yield window_kernel, types, constants, options, aligned
 
     select = {"score": "*fp32", **dict.fromkeys(("index", "dest", "members", "begin", "count"), "*i32")}
     lists = {"sources": "*i32", "destinations": "*i32"}
@@ -141,7 +168,7 @@ def _compile(target, kernel, types, constants, options, aligned):
             signature[name] = types[name]
         elif name in constants:
             signature[name] = "constexpr"
-        elif name in ("sources", "destinations", "weight", "weight_sum", "grad_weight_sum", "x", "y"):
+        elif name in ABSENT:
             signature[name], values[name] = "constexpr", None
         else:
             signature[name] = "i32"

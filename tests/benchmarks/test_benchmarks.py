@@ -2,128 +2,24 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import golden
 
 import tokred_kernels as tk
-from benchmarks import agreement, cases, footprint, published, run, table, timing, traffic, verify
+from benchmarks import cases, footprint, providers, resident, run, table, timing, traffic, verify
 from benchmarks.cases import CASES, MODEL_CASES, Case, ModelCase, Target
-from benchmarks.providers import KERNEL_OPS, Provider, draw
-from tokred_kernels.partition import every_other
+from benchmarks.inputs import draw
+from benchmarks.providers import BACKWARD_OPS, KERNEL_OPS, Provider
+from tokred_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 BRIEF = timing.Budget(rounds=3, turn_seconds=0.0, case_seconds=60)
 TINY = Case("unmerge", "tiny", (2, 12, 5), 3, "cpu", quick=True, targets=(Target("speedup_published", 1e-6),))
-
-
-# The published chain
-
-
-@pytest.mark.parametrize("name", ["tome_0.npz", "tome_1.npz", "tome_2.npz"])
-def test_published_chain_reproduces_the_authors_code(name):
-    arrays, settings = golden(name)
-    plan = published.bipartite_plan(arrays["metric"], **settings)
-    x = arrays["x"]
-    for mode in ("mean", "sum", "amax"):
-        torch.testing.assert_close(plan.merge(x, mode), arrays[f"merged_{mode}"])
-    merged, size = published.merge_wavg(plan.merge, x, arrays["size"])
-    torch.testing.assert_close(merged, arrays["merged_wavg"])
-    torch.testing.assert_close(size, arrays["merged_size"])
-    torch.testing.assert_close(published.merge_source(plan.merge, x), arrays["source"])
-    if "unmerged" in arrays:
-        torch.testing.assert_close(plan.unmerge(arrays["merged_wavg"]), arrays["unmerged"])
-
-
-def test_published_kth_chain_reproduces_the_authors_code():
-    arrays, settings = golden("tome_kth_0.npz")
-    plan = published.kth_plan(arrays["metric"], settings["k"])
-    torch.testing.assert_close(plan.merge(arrays["x"]), arrays["merged_mean"])
-    torch.testing.assert_close(plan.unmerge(arrays["merged_mean"]), arrays["unmerged"])
-
-
-@pytest.mark.parametrize("class_token", [False, True])
-@pytest.mark.parametrize("tokens,r", [(16, 3), (197, 16), (50, 100)])
-def test_published_plan_is_the_reference_map(tokens, r, class_token):
-    metric = torch.randn(3, tokens, 32)
-    with tk.use_backend("reference"):
-        expected = tk.bipartite_match(metric, r, class_token=class_token)
-    plan = published.bipartite_plan(metric, r, class_token=class_token)
-    assert torch.equal(published.destinations(plan, expected.num_out, tokens), expected.dest)
-
-
-def test_published_kth_plan_is_the_reference_map_tail_included():
-    metric = torch.randn(2, 38, 16)
-    with tk.use_backend("reference"):
-        expected = tk.kth_bipartite_match(metric, 4)
-    assert torch.equal(published.destinations(published.kth_plan(metric, 4), expected.num_out, 38), expected.dest)
-
-
-def test_published_random_plan_is_the_reference_map_of_the_same_draw():
-    metric = torch.randn(2, 40, 16)
-    with tk.use_backend("reference"):
-        torch.manual_seed(3)
-        expected = tk.random_bipartite_match(metric, 11)
-    torch.manual_seed(3)
-    assert torch.equal(published.destinations(published.random_plan(metric, 11), 29, 40), expected.dest)
-
-
-# Agreement
-
-
-def proved(dest, metric, tie=1e-5, class_token=True):
-    agreement.prove_choice(dest, metric, every_other(metric.shape[1], 3, None, class_token, False), tie)
-
-
-@pytest.mark.parametrize("class_token", [False, True])
-def test_a_right_map_is_proved(class_token):
-    metric = torch.randn(2, 20, 8)
-    proved(tk.bipartite_match(metric, 3, class_token=class_token).dest, metric, class_token=class_token)
-
-
-@pytest.mark.parametrize(
-    "wrong,words",
-    [
-        (lambda dest: dest.roll(1, 1), "not in its slot"),
-        (lambda dest: torch.where(dest < 3, 2 - dest, dest), "not in order"),
-        (lambda dest: torch.where(dest == 2, -1, dest), "nowhere"),
-    ],
-)
-def test_a_wrong_map_is_not_proved(wrong, words):
-    metric = torch.randn(1, 20, 8)
-    dest = tk.bipartite_match(metric, 3, class_token=True).dest
-    with pytest.raises(agreement.Disagreement, match=words):
-        proved(wrong(dest), metric)
-
-
-def test_a_map_of_another_metric_is_not_proved():
-    with pytest.raises(agreement.Disagreement, match="similar"):
-        proved(tk.bipartite_match(torch.randn(2, 20, 8), 3, class_token=True).dest, torch.randn(2, 20, 8))
-
-
-@pytest.mark.parametrize("op", list(KERNEL_OPS))
-def test_wrong_results_are_found(op):
-    case = Case(op, "tiny", (2, 24, 6), 4, "cpu", metric_dim=8)
-    inputs, other = draw(case, 0), draw(case, 1)
-    right, wrong = run.providers.ours(case, "reference"), None
-    agreement.check(case, Provider("reference", right, "reference"), inputs)
-    if op == "random_bipartite_match":
-        wrong = Provider("reference", lambda _: tk.random_bipartite_match(inputs.metric.flip(1), case.r), "reference")
-    else:
-        wrong = Provider("reference", lambda _: right(other), "reference")
-    with pytest.raises(agreement.Disagreement, match=op):
-        agreement.check(case, wrong, inputs)
-
-
-def test_nan_is_not_agreement():
-    inputs = draw(TINY, 0)
-    provider = Provider("cpu", lambda i: tk.unmerge(i.y, i.token_map) * torch.nan)
-    with pytest.raises(agreement.Disagreement, match="off by nan"):
-        agreement.check(TINY, provider, inputs)
 
 
 # Timing
@@ -169,6 +65,14 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert footprint.peak_bytes(call, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
 
 
+@pytest.mark.skipif(not resident.RESET.exists(), reason="the system does not tell a process's peak memory")
+def test_peak_memory_counts_what_another_process_takes():
+    case = Case("grid_bipartite_match", "x", (1, 4096, 16), 2048, "cpu", metric_dim=16)
+    peak = resident.peak_bytes(case, Provider("published", print))
+    scores = 4 * 3072 * 1024
+    assert scores <= peak <= 1.5 * scores
+
+
 # The table of cases
 
 
@@ -176,6 +80,29 @@ def test_names_are_unique_and_ops_known():
     names = [case.name for case in CASES + MODEL_CASES]
     assert len(set(names)) == len(names)
     assert {case.op for case in CASES} == set(KERNEL_OPS)
+
+
+def test_every_kernel_op_is_run_by_a_case():
+    assert {op for ops in (*KERNEL_OPS.values(), *BACKWARD_OPS.values()) for op in ops} == set(backends.OPS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_has_providers(case):
+    case = dataclasses.replace(case, device="cpu")  # nothing is drawn or run
+    assert (providers.chain(case) is None) == (case.op == "invert")
+    names = [provider.name for provider in providers.providers(case, ["reference"], compile_chain=False)]
+    assert names[-1] == "reference" and len(names) >= 2 - (case.op == "invert")
+
+
+def test_a_target_over_the_reference_brings_it_in():
+    case = dataclasses.replace(TINY, targets=(Target("speedup_reference", 2),))
+    assert [provider.name for provider in providers.providers(case, ["cpu"], False)][-2:] == ["reference", "cpu"]
+
+
+def test_scores_of_one_backend_may_leave_whole_numbers_to_another():
+    case = Case("window_merge", "tiny", (2, 17, 6), 2, "cuda")
+    against = {op: backends.reason_against(op, "triton", "cuda", torch.float32) for op in KERNEL_OPS[case.op]}
+    assert against["window_map"] and providers.reason_against(case, "triton") == against["window_similarity"]
 
 
 def test_quick_has_every_target():
@@ -189,19 +116,49 @@ def test_least_bytes_by_hand():
     assert traffic.least_bytes(match) == 4 * (5 * 7 + 5 + 5 + 2 * 3)
     assert traffic.operations(match) == 2 * 3 * 2 * 7
     assert traffic.operations(wavg) == 0
+    windows = Case("window_merge", "x", (1, 17, 3), 2, "cpu")  # 17 tokens to 11
+    assert traffic.least_bytes(windows) == 4 * (2 * 17 * 3 + 17 + 17 + 2 * 11 + 11 * 3 + 11)
+    assert traffic.operations(windows) == 0
+    grid = Case("grid_bipartite_match", "x", (1, 15, 3), 5, "cpu", metric_dim=7)  # 3 x 5, two cells, 13 sources
+    assert traffic.least_bytes(grid) == 4 * (15 * 7 + 15 + 15 + 2 * 10)
+    assert traffic.operations(grid) == 2 * 2 * 13 * 7
+    importance = Case("importance_match", "x", (1, 9, 3), 4, "cpu", metric_dim=7)
+    assert traffic.least_bytes(importance) == 4 * (9 * 7 + 9 + 9 + 2 * 5 + 4)
+    assert traffic.operations(importance) == 2 * 4 * 5 * 7
 
 
-def test_slots_are_those_of_the_maps():
-    for op in KERNEL_OPS:
-        case = Case(op, "x", (1, 22, 3), 4, "cpu", metric_dim=7)
-        if op.endswith("_match"):
-            assert run.providers.ours(case, "reference")(draw(case, 0)).num_out == traffic.slots(case)
+@pytest.mark.parametrize("op", [op for op in KERNEL_OPS if op.endswith("_match")])
+def test_slots_are_those_of_the_maps(op):
+    case = Case(op, "x", (2, 17 - (op == "grid_bipartite_match"), 3), 2, "cpu", metric_dim=7)
+    output = providers.ours(case, "reference")(draw(case, 0))
+    assert (output[0] if op == "importance_match" else output).num_out == traffic.slots(case)
+
+
+def test_a_grid_is_as_square_as_can_be():
+    assert Case("window_match", "x", (1, 769, 3), 4, "cpu").grid == (24, 32)
+    assert Case("grid_bipartite_match", "x", (1, 64, 3), 4, "cpu").grid == (8, 8)
+    assert Case("window_match", "x", (1, 18, 3), 4, "cpu").grid == (1, 17)
+
+
+def test_a_fair_share_of_windows_merges():
+    case = next(case for case in CASES if case.op == "window_merge" and case.device == "cpu")
+    windows = case.grid[0] // 2 * (case.grid[1] // 2)
+    assert 0.5 <= case.r / windows <= 0.6
+    inputs = draw(case, 0)
+    packed = tk.window_match(inputs.x, inputs.threshold, count="image").packed
+    merged = [(case.shape[1] - length) / 3 / windows for length in packed.lengths]
+    assert min(merged) == case.r / windows and max(merged) < 0.65
 
 
 def test_targets_bound_the_right_side():
     assert Target("speedup_published", 15).met(15) and not Target("speedup_published", 15).met(14.9)
     assert Target("median_us", 25).met(25) and not Target("median_us", 25).met(25.1)
     assert str(Target("copy_share", 0.7)) == "at least 70% of the copy bandwidth"
+    assert str(Target("speedup_reference", 20)) == "at least 20x the eager reference"
+    assert str(Target("matmul_share", 0.5)) == "at least 50% of a matrix product's rate"
+    assert str(Target("peak_share_published", 0.25)) == "at most 25% of the published chain's peak memory"
+    assert str(Target("peak_per_token", 128)) == "at most 128 bytes of memory a token"
+    assert Target("peak_share_published", 0.25).met(0.25) and not Target("peak_share_published", 0.25).met(0.26)
     assert set(table.REACHED) == set(cases.MEASURES)
 
 
@@ -220,8 +177,8 @@ def only_tiny(monkeypatch):
 
 ROW_FIELDS = {
     *("case", "op", "shape", "dtype", "device", "r", "provider", "clock", "median_us", "p20_us", "p80_us", "rounds"),
-    *("speedup_published", "speedup_compiled", "times_clone", "bytes", "copy_share", "floor_us", "launches"),
-    *("peak_bytes", "targets"),
+    *("speedup_published", "speedup_compiled", "speedup_reference", "times_clone", "bytes", "copy_share", "floor_us"),
+    *("launches", "peak_bytes", "peak_per_token", "resident_bytes", "peak_share_published", "targets"),
 }
 
 
@@ -243,6 +200,21 @@ def test_a_run_writes_all_it_should(only_tiny, tmp_path, capsys):
     assert not result["settings"]["complete"]
     assert "| " + TINY.name in capsys.readouterr().out
     assert picture.stat().st_size > 0
+
+
+def test_shares_of_ceilings_and_of_memory_are_judged(only_tiny, monkeypatch, tmp_path):
+    targets = (Target("matmul_share", 1e-9), Target("peak_share_published", 0.25), Target("speedup_reference", 1e-6))
+    case = Case("grid_bipartite_match", "tiny", (2, 16, 4), 3, "cpu", metric_dim=4, targets=targets)
+    monkeypatch.setattr(run, "CASES", (dataclasses.replace(case, quick=True),))
+    peaks = {"published": 1000, "cpu": 300}
+    monkeypatch.setattr(resident, "peak_bytes", lambda case, provider: peaks[provider.name])
+    path = tmp_path / "run.json"
+    assert run.main(["--device", "cpu", "--quick", "--backend", "cpu", "--json", str(path)]) == 0
+    rows = {row["provider"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["published", "reference", "cpu"]
+    assert [target["met"] for target in rows["cpu"]["targets"]] == [True, False, True]
+    assert rows["cpu"]["peak_share_published"] == 0.3 and rows["reference"]["speedup_reference"] == 1
+    assert rows["cpu"]["peak_per_token"] == rows["cpu"]["peak_bytes"] / 32
 
 
 def test_training_is_timed_with_its_gradient(only_tiny, monkeypatch, tmp_path):
@@ -390,6 +362,14 @@ def verified(tmp_path, more="", device="cuda", commit=None):
     table.report.write_json(results, result)
     code = verify.main([str(junit), "--results", str(results), "--output", str(output)])
     return code, json.loads(output.read_text()) if output.exists() else None
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_every_op_has_tests_that_a_gpu_can_run(op):
+    file, word = verify.TESTED_IN.get(op, (f"test_{op}", ""))
+    (path,) = (ROOT / "tests").rglob(file + ".py")
+    text = path.read_text()
+    assert re.search(rf"def test_\w*{word}", text) and re.search(r"\((backend|everywhere)\b|\"cuda\"", text)
 
 
 def test_only_what_was_tested_and_timed_is_verified(tmp_path, capsys):

@@ -1,119 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA sources, compiled for the host by g++ on top of emulation/, as a process that runs ops on request."""
-
-import hashlib
-import os
 import shutil
-import struct
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-EMULATION = Path(__file__).resolve().parent / "emulation"
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda p: -p.stat().st_size) + sorted(EMULATION.glob("*.cpp"))
-HEADERS = [p for d in (ROOT / "csrc/cuda", ROOT / "csrc/common", EMULATION) for p in sorted(d.glob("*.*h"))]
-FLAGS = [
-    *("-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DTOKRED_EMULATION", f"-I{EMULATION}"),
-    # What goes wrong with pointers and indices; all of "undefined" would double the compile time.
-    *("-g1", "-fsanitize=address,alignment,shift,signed-integer-overflow", "-fno-sanitize-recover=all"),
-]
-OPS = (
-    *("bipartite_match", "invert", "compose", "merge", "merge_backward", "unmerge"),
-    *("match_config", "order", "row_config"),
-)
-H100_SHARED = 227 * 1024  # bytes of dynamic shared memory that a block may have
+sys.path.insert(0, str(Path(__file__).parent))  # for emulated.py, which the tests here share
 
-
-def build() -> Path:
-    """The driver, built once for each state of the sources and kept in the temporary folder."""
-    compiler = shutil.which("g++")
-    state = hashlib.sha256("\0".join([*FLAGS, *(p.read_text() for p in [*SOURCES, *HEADERS])]).encode()).hexdigest()
-    folder = Path(tempfile.gettempdir(), f"tokred-emulation-{os.getuid()}", state[:16])
-    driver = folder / "driver"
-    if driver.exists():
-        return driver
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source):
-        target = folder / f"{source.stem}-{os.getpid()}.o"
-        subprocess.run([compiler, *FLAGS, "-x", "c++", "-c", source, "-o", target], check=True)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
-    linked = folder / f"driver-{os.getpid()}"
-    subprocess.run([compiler, *FLAGS, *objects, "-o", linked], check=True)
-    linked.rename(driver)  # at once, so that a second run never sees half of it
-    return driver
-
-
-class Emulator:
-    """Calls ops in the driver; tensors are sent there and back, and written in place."""
-
-    def __init__(self, driver):
-        self.driver = driver
-        self.start()
-
-    def start(self):
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (it lives as long as the process)
-        self.process = subprocess.Popen(
-            [self.driver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment
-        )
-
-    def call(self, op, integers, buffers=(), *, shared_limit=H100_SHARED, reverse=False, offset=0):
-        """Run `op`; `buffers` are 1-D tensors or None.
-
-        Addresses are `offset` bytes past a multiple of 16, where a buffer's elements can lie there.
-        """
-        numbers = [OPS.index(op), shared_limit, int(reverse), len(integers), *map(int, integers), len(buffers)]
-        message = [struct.pack(f"<{len(numbers)}q", *numbers)]
-        views = [None if b is None else b.view(torch.uint8).numpy() for b in buffers]
-        for buffer, view in zip(buffers, views, strict=True):
-            if view is None:
-                message.append(struct.pack("<2q", -1, 0))
-                continue
-            message.append(struct.pack("<2q", view.size, 0 if offset % buffer.itemsize else offset))
-            message.append(view.tobytes())
-        try:
-            self.process.stdin.write(b"".join(message))
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            self.fail(op)
-        failed, size = self.read_numbers(op, 2)
-        if failed:
-            raise RuntimeError(self.read(op, size).decode())
-        result = self.read_numbers(op, size)
-        for view in views:
-            if view is not None and view.size:
-                view[:] = torch.frombuffer(bytearray(self.read(op, view.size)), dtype=torch.uint8).numpy()
-        return result
-
-    def read_numbers(self, op, count):
-        return struct.unpack(f"<{count}q", self.read(op, 8 * count))
-
-    def read(self, op, size):
-        data = self.process.stdout.read(size)
-        if len(data) != size:
-            self.fail(op)
-        return data
-
-    def fail(self, op):
-        status = self.process.wait()
-        self.log.seek(0)
-        words = self.log.read()[:4000]
-        self.start()  # for the tests after this one
-        pytest.fail(f"the emulated {op} ended with status {status}:\n{words}")
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.log.close()
+from emulated import Emulator, build
 
 
 @pytest.fixture(scope="session")

@@ -26,3 +26,4 @@ def test_compiles_without_spills(source, architecture, tmp_path):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert frames, "the compiler reported no kernel"
     assert set(frames) == {("0", "0", "0")}, done.stderr
+    assert "cumulative stack size" not in done.stderr, done.stderr  # of functions that a kernel calls

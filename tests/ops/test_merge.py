@@ -3,7 +3,16 @@ import itertools
 
 import pytest
 import torch
-from support import DTYPES, assert_sum_close, golden, random_map
+from support import (
+    DTYPES,
+    PACKED_TOKENS,
+    assert_sum_close,
+    golden,
+    images_in,
+    images_out,
+    random_map,
+    random_packed_map,
+)
 
 import tokred_kernels as tk
 
@@ -246,6 +255,88 @@ def test_only_asked_gradients_are_made(backend):
     assert x.grad is None
 
 
+@PACKED_TOKENS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_map_merges_each_image_as_alone(everywhere, tokens, dtype):
+    token_map = random_packed_map(tokens, dropped=0.2, device=everywhere)
+    x = torch.randn(*token_map.in_shape, 33, device=everywhere).to(dtype)
+    weight = torch.rand(token_map.in_shape, device=everywhere) + 0.5
+    for reduce, w in (("sum", None), ("mean", None), ("amax", None), ("sum", weight), ("mean", weight[..., None])):
+        y = tk.merge(x, token_map, reduce=reduce, weight=w)
+        assert y.shape == (23, 33)
+        assert y.dtype == dtype
+        weights = [None] * 4 if w is None else images_in(w, token_map)
+        parts = zip(images_in(x, token_map), weights, images_out(y, token_map), strict=True)
+        for image, (rows, own, merged) in enumerate(parts):
+            alone = tk.merge(rows.view(1, -1, 33), token_map.image(image), reduce=reduce, weight=own)
+            torch.testing.assert_close(merged, alone)
+
+
+@PACKED_TOKENS
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_gradcheck_along_a_packed_map(tokens, which):
+    token_map = random_packed_map(tokens, dropped=0.2)
+    x = torch.randn(*token_map.in_shape, 2, dtype=torch.float64, requires_grad=True)
+    weight = (torch.rand(token_map.in_shape, dtype=torch.float64) + 0.5).requires_grad_()
+    with tk.use_backend(which):
+        for reduce in REDUCES:
+            assert torch.autograd.gradcheck(lambda x, r=reduce: tk.merge(x, token_map, reduce=r), x)
+        for reduce in ("mean", "sum"):
+            merge = lambda x, w, r=reduce: tk.merge(x, token_map, reduce=r, weight=w)  # noqa: E731
+            assert torch.autograd.gradcheck(merge, (x, weight))
+
+
+@PACKED_TOKENS
+def test_a_packed_map_takes_no_channels(everywhere, tokens):
+    token_map = random_packed_map(tokens, device=everywhere)
+    for reduce in REDUCES:
+        assert tk.merge(torch.randn(*token_map.in_shape, 0, device=everywhere), token_map, reduce=reduce).shape == (
+            23,
+            0,
+        )
+
+
+@PACKED_TOKENS
+def test_a_packed_map_takes_strided_tokens(everywhere, tokens):
+    token_map = random_packed_map(tokens, device=everywhere)
+    x = torch.randn(*token_map.in_shape, 12, device=everywhere)[..., ::3]
+    weight = torch.rand(*token_map.in_shape, 4, device=everywhere)[..., 0]
+    expected = tk.merge(x.contiguous(), token_map, weight=weight.contiguous())
+    assert torch.equal(tk.merge(x, token_map, weight=weight), expected)
+
+
+IN_ROWS = random_packed_map((9, 0, 4, 40))
+IN_IMAGES = random_packed_map(23)
+
+
+@pytest.mark.parametrize(
+    "call,error,words",
+    [
+        (
+            lambda: tk.merge(torch.ones(1, 53, 2), IN_ROWS),
+            ValueError,
+            r"x must be \(T, C\), packed, got shape \(1, 53, 2",
+        ),
+        (lambda: tk.merge(torch.ones(52, 2), IN_ROWS), ValueError, r"x is \(52, 2\), the map takes \(53, '?C'?\)"),
+        (lambda: tk.merge(torch.ones(92, 2), IN_IMAGES), ValueError, r"x must be \(B, N, C\), got shape \(92, 2\)"),
+        (lambda: tk.merge(torch.ones(1, 92, 2), IN_IMAGES), ValueError, r"the map takes \(4, 23, '?C'?\)"),
+        (
+            lambda: tk.merge(torch.ones(53, 2), IN_ROWS, weight=torch.ones(1, 53)),
+            ValueError,
+            r"weight must be \(53,\) or \(53, 1\) as x is \(53, 2\), got \(1, 53\)",
+        ),
+        (
+            lambda: tk.merge(torch.ones(53, 2, device="meta"), IN_ROWS),
+            ValueError,
+            "token_map is on cpu but x is on meta",
+        ),
+    ],
+)
+def test_bad_input_for_a_packed_map_names_the_argument(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
 A_MAP = tk.TokenMap.identity(2, 9)
 
 
@@ -253,8 +344,8 @@ A_MAP = tk.TokenMap.identity(2, 9)
     "call,error,words",
     [
         (lambda x: tk.merge(x[0], A_MAP), ValueError, r"x must be \(B, N, C\), got shape \(9, 4\)"),
-        (lambda x: tk.merge(x[:1], A_MAP), ValueError, r"token_map must be made for x's B and N: x is \(1, 9, 4\)"),
-        (lambda x: tk.merge(x[:, :5], A_MAP), ValueError, r"the map is of 2 images with 9 tokens"),
+        (lambda x: tk.merge(x[:1], A_MAP), ValueError, r"token_map must be made for x's tokens: x is \(1, 9, 4\)"),
+        (lambda x: tk.merge(x[:, :5], A_MAP), ValueError, r"x is \(2, 5, 4\), the map takes \(2, 9, '?C'?\)"),
         (lambda x: tk.merge(x.int(), A_MAP), TypeError, "x must be float32.*int32"),
         (lambda x: tk.merge(x.to_sparse(), A_MAP), TypeError, "dense"),
         (lambda x: tk.merge(x, A_MAP.dest), TypeError, "token_map must be a TokenMap, got Tensor"),

@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: MIT
 import pytest
 import torch
-from support import DTYPES, assert_sum_close, golden, random_map
+from support import (
+    DTYPES,
+    PACKED_TOKENS,
+    assert_sum_close,
+    golden,
+    images_in,
+    images_out,
+    random_map,
+    random_packed_map,
+)
 
 import tokred_kernels as tk
 
@@ -80,11 +89,42 @@ def test_gradients_through_two_merges_equal_the_reference(backend):
     torch.testing.assert_close(got, want)
 
 
+@PACKED_TOKENS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_map_merges_each_image_as_alone(everywhere, tokens, dtype):
+    token_map = random_packed_map(tokens, dropped=0.2, device=everywhere)
+    x = torch.randn(*token_map.in_shape, 24, device=everywhere).to(dtype)
+    size = torch.randint(1, 5, (*token_map.in_shape, 1), device=everywhere).float()
+    y, total = tk.merge_wavg(x, token_map, size)
+    assert (y.shape, total.shape, total.dtype) == ((23, 24), (23, 1), torch.float32)
+    parts = zip(
+        *(images_in(v, token_map) for v in (x, size)), *(images_out(v, token_map) for v in (y, total)), strict=True
+    )
+    for image, (rows, sizes, merged, merged_sizes) in enumerate(parts):
+        alone = tk.merge_wavg(rows, token_map.image(image), sizes)
+        torch.testing.assert_close(merged, alone[0])
+        assert torch.equal(merged_sizes, alone[1])
+    flat, none = tk.merge_wavg(x, token_map, size[..., 0]), tk.merge_wavg(x, token_map)
+    assert torch.equal(flat[0], y)
+    assert torch.equal(flat[1], total[:, 0])
+    assert torch.equal(none[1], token_map.count[:, None].float())
+
+
+@PACKED_TOKENS
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_gradcheck_along_a_packed_map(tokens, which):
+    token_map = random_packed_map(tokens, dropped=0.2)
+    x = torch.randn(*token_map.in_shape, 2, dtype=torch.float64, requires_grad=True)
+    size = (torch.rand(*token_map.in_shape, 1, dtype=torch.float64) + 0.5).requires_grad_()
+    with tk.use_backend(which):
+        assert torch.autograd.gradcheck(lambda x, s: tk.merge_wavg(x, token_map, s), (x, size))
+
+
 def test_bad_input_names_the_argument():
     x, token_map = torch.randn(2, 9, 4), tk.TokenMap.identity(2, 9)
     with pytest.raises(ValueError, match=r"merge_wavg: size must be \(2, 9\) or \(2, 9, 1\).*got \(2, 8\)"):
         tk.merge_wavg(x, token_map, torch.ones(2, 8))
     with pytest.raises(TypeError, match=r"merge_wavg: size must be float32.*int64"):
         tk.merge_wavg(x, token_map, torch.ones(2, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"merge_wavg: token_map must be made for x's B and N"):
+    with pytest.raises(ValueError, match=r"merge_wavg: token_map must be made for x's tokens"):
         tk.merge_wavg(x, tk.TokenMap.identity(2, 8))

@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: MIT
 import pytest
 import torch
-from support import DTYPES, assert_sum_close, golden, random_map
+from support import (
+    DTYPES,
+    PACKED_TOKENS,
+    assert_sum_close,
+    golden,
+    images_in,
+    images_out,
+    random_map,
+    random_packed_map,
+)
 
 import tokred_kernels as tk
 
@@ -73,6 +82,38 @@ def test_empty(backend):
         assert y.grad.shape == y.shape
 
 
+@PACKED_TOKENS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_map_moves_each_image_as_alone(everywhere, tokens, dtype):
+    token_map = random_packed_map(tokens, dropped=0.2, device=everywhere)
+    for y in (torch.randn(23, 33, device=everywhere).to(dtype), torch.randn(33, 23, device=everywhere).to(dtype).t()):
+        x = tk.unmerge(y, token_map)
+        assert x.shape == (*token_map.in_shape, 33)
+        for image, (rows, back) in enumerate(zip(images_out(y, token_map), images_in(x, token_map), strict=True)):
+            assert torch.equal(back.view(1, -1, 33), tk.unmerge(rows, token_map.image(image)))
+    assert tk.unmerge(torch.randn(23, 0, device=everywhere), token_map).shape == (*token_map.in_shape, 0)
+
+
+@PACKED_TOKENS
+@pytest.mark.parametrize("which", ["cpu", "reference"])
+def test_gradcheck_along_a_packed_map(tokens, which):
+    token_map = random_packed_map(tokens, dropped=0.2)
+    y = torch.randn(23, 2, dtype=torch.float64, requires_grad=True)
+    with tk.use_backend(which):
+        assert torch.autograd.gradcheck(lambda y: tk.unmerge(y, token_map), y)
+
+
+@PACKED_TOKENS
+def test_bad_input_for_a_packed_map_names_the_argument(tokens):
+    token_map = random_packed_map(tokens)
+    with pytest.raises(ValueError, match=r"y must be \(T, C\), packed, got shape \(1, 23, 2\)"):
+        tk.unmerge(torch.ones(1, 23, 2), token_map)
+    with pytest.raises(ValueError, match=r"y is \(22, 2\), the map gives \(23, '?C'?\)"):
+        tk.unmerge(torch.ones(22, 2), token_map)
+    with pytest.raises(ValueError, match="token_map is on cpu but y is on meta"):
+        tk.unmerge(torch.ones(23, 2, device="meta"), token_map)
+
+
 A_MAP = tk.TokenMap.from_dest(torch.zeros(2, 9, dtype=torch.int64), 3)
 
 
@@ -80,8 +121,8 @@ A_MAP = tk.TokenMap.from_dest(torch.zeros(2, 9, dtype=torch.int64), 3)
     "call,error,words",
     [
         (lambda y: tk.unmerge(y[0], A_MAP), ValueError, r"y must be \(B, N, C\), got shape \(3, 4\)"),
-        (lambda y: tk.unmerge(y[:, :2], A_MAP), ValueError, r"y is \(2, 2, 4\), the map is of 2 images with 3 slots"),
-        (lambda y: tk.unmerge(y[:1], A_MAP), ValueError, r"token_map must be made for y's B and N'"),
+        (lambda y: tk.unmerge(y[:, :2], A_MAP), ValueError, r"y is \(2, 2, 4\), the map gives \(2, 3, '?C'?\)"),
+        (lambda y: tk.unmerge(y[:1], A_MAP), ValueError, r"token_map must be made for y's slots: y is \(1, 3, 4\)"),
         (lambda y: tk.unmerge(y.long(), A_MAP), TypeError, "y must be float32.*int64"),
         (lambda y: tk.unmerge(y, None), TypeError, "token_map must be a TokenMap, got NoneType"),
         (lambda y: tk.unmerge(y.to("meta"), A_MAP), ValueError, "token_map is on cpu but y is on meta"),

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Patched models through torch.compile, torch.export and ONNX."""
+"""Patched models, with as many merging whatever the image, through torch.compile, torch.export and ONNX."""
 
 import pytest
 import torch
 from torch import nn
 
 from tokred_kernels import unmerge, use_backend
-from tokred_kernels.patch import patch
+from tokred_kernels.patch import patch, unpatch
+from tokred_kernels.patch.state import State
 from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
@@ -25,11 +26,14 @@ def settings():
     torch.set_num_threads(threads)
 
 
-def make(r=(3, -1), **more):
+METHODS = {"tome": {"r": (3, -1)}, "algm": {"layers": (1, 2, 3), "count": [2, 1, 3], "prop_attn": True}}
+
+
+def make(method="tome", r=None, **more):
     model = VisionTransformer(**{**TINY, **more}).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return patch(model, "tome", r=r)
+    return patch(model, method, **(METHODS[method] if r is None else {"r": r}))
 
 
 def images(batch=2, size=32):
@@ -37,9 +41,10 @@ def images(batch=2, size=32):
 
 
 # aot_eager traces forward and backward as any compiler does, and spares the minutes of C++ that inductor takes.
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("backend", "pool"), [("reference", "token"), ("auto", "avg")])
-def test_compiles_whole_and_once(backend, pool):
-    model = make(global_pool=pool)
+def test_compiles_whole_and_once(backend, pool, method):
+    model = make(method, global_pool=pool)
     with use_backend(backend):
         x = images()
         expected = model(x)
@@ -66,8 +71,9 @@ def test_compiles_whole_and_once(backend, pool):
 
 
 @pytest.mark.slow
-def test_compiles_with_inductor():
-    model, x = make(), images()
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles_with_inductor(method):
+    model, x = make(method), images()
     with torch.no_grad():
         expected = model(x)
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, rtol=1e-4, atol=1e-4)
@@ -87,18 +93,31 @@ def test_compiles_once_for_all_batches_and_token_counts(backend):
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
         for batch, tokens in ((2, 65), (3, 48), (4, 100)):
             x, size = torch.randn(batch, tokens, 32), torch.rand(batch, tokens, 1) + 1
-            y, sizes, token_map = compiled(x, size)
-            expected = block(x, size)
+            y, state, token_map = compiled(x, State(size))
+            expected = block(x, State(size))
             torch.testing.assert_close(y, expected[0], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(sizes, expected[1])
+            torch.testing.assert_close(state.size, expected[1].size)
             assert torch.equal(token_map.dest, expected[2].dest)
+
+
+@pytest.mark.parametrize("count", ["batch", "image"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_counts_that_depend_on_images_compile_in_parts(backend, count):
+    model, x = make(global_pool="avg"), images()
+    patch(unpatch(model), "algm", layers=(1, 3), threshold=0.1, count=count)
+    with use_backend(backend), torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager")
+        for x in (images(), images(3)):
+            expected = model(x)
+            torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
-def test_torch_export(backend, strict):
-    model = make(global_pool="avg", class_token=False, reg_tokens=2)
+def test_torch_export(method, backend, strict):
+    model = make(method, global_pool="avg", class_token=False, reg_tokens=2)
     with use_backend(backend), torch.no_grad():
         program = torch.export.export(model, (images(),), strict=strict)
         for _ in range(2):
@@ -117,8 +136,9 @@ class Grid(nn.Module):
         return unmerge(self.model.forward_features(x), self.model.token_map)
 
 
-def test_the_map_is_there_inside_an_exported_model():
-    grid, x = Grid(make()), images()
+@pytest.mark.parametrize("method", METHODS)
+def test_the_map_is_there_inside_an_exported_model(method):
+    grid, x = Grid(make(method)), images()
     with torch.no_grad():
         expected = grid(x)
         program = torch.export.export(grid, (images(),))
@@ -145,11 +165,12 @@ def test_exporting_leaves_no_record_of_unreal_tensors(strict):
         _ = head.model.token_map
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("settings", [{}, {"class_token": False, "global_pool": "avg"}], ids=["class token", "mean"])
-def test_onnx_runtime_gives_the_same(settings, tmp_path):
+def test_onnx_runtime_gives_the_same(settings, method, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, path = make(**settings), tmp_path / "model.onnx"
+    model, path = make(method, **settings), tmp_path / "model.onnx"
     with use_backend("reference"), torch.no_grad():
         torch.onnx.export(model, (images(),), path, dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(path)
@@ -161,14 +182,14 @@ def test_onnx_runtime_gives_the_same(settings, tmp_path):
 
 
 def test_the_exported_order_is_the_eager_one():
-    from tokred_kernels.backends.reference.bipartite_match import descending
+    from tokred_kernels.backends.reference.best_match import ranks
 
     class Order(nn.Module):
         def forward(self, scores):
-            return descending(scores)
+            return ranks(scores)
 
     scores = torch.randint(-3, 3, (4, 33)).float()
     scores[1, ::3] = -torch.inf
     program = torch.export.export(Order(), (scores,))
-    assert torch.equal(program.module()(scores), descending(scores))
+    assert torch.equal(program.module()(scores), ranks(scores))
     assert "sort" not in str(program.graph)

@@ -18,10 +18,24 @@ from tokred_kernels.backends import native
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 AUTO = "auto"
-OPS = ("bipartite_match", "merge", "merge_backward", "unmerge", "invert", "compose")
+OPS = (
+    "bipartite_match",
+    "best_match",
+    "match_map",
+    "window_similarity",
+    "window_map",
+    "similar_count",
+    "merge",
+    "merge_backward",
+    "unmerge",
+    "invert",
+    "compose",
+)
+# Of scores and whole numbers, not of tokens: what dtype these have does not matter.
+MAP_OPS = ("match_map", "window_map", "similar_count", "invert", "compose")
 # Registered ops that run the kernels of others, and can be where all of those can.
 COMPOUNDS = {"bipartite_merge": ("bipartite_match", "merge")}
-TRITON_OPS = ("bipartite_match", "merge", "merge_backward", "unmerge")
+TRITON_OPS = ("bipartite_match", "best_match", "window_similarity", "merge", "merge_backward", "unmerge")
 
 # What `auto` tries, in order, by device; the first that can serve the call, and has been shown right there, does.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -95,7 +109,7 @@ def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> st
             return "this build has no CUDA kernels; reinstall with nvcc on the path and TOKRED_CUDA=1"
         if device != backend:
             return f"{backend} kernels need a {backend} tensor, got one on {device}"
-    if dtype not in _DTYPES[backend] and op not in ("invert", "compose"):
+    if dtype not in _DTYPES[backend] and op not in MAP_OPS:
         return f"{backend} kernels take {', '.join(str(d)[6:] for d in _DTYPES[backend])}, got {str(dtype)[6:]}"
     return None
 
@@ -103,6 +117,12 @@ def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> st
 def best(op: str, tensor: Tensor) -> str:
     """The backend that `auto` takes."""
     return _choose(op, AUTO, tensor)
+
+
+def beside(op: str, backend: str, tensor: Tensor) -> str:
+    """What serves `op`, of whole numbers, after `backend` has found the scores: itself, or the best where it cannot."""
+    able = reason_against(op, backend, tensor.device.type, tensor.dtype) is None
+    return backend if able else best(op, tensor)
 
 
 def choose(op: str, tensor: Tensor) -> str:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tokred_kernels.token_map import Packing
 
 
 def size_bias(size: Tensor, like: Tensor) -> Tensor:
@@ -37,3 +40,39 @@ def proportional_attention(
     if bias is not None:
         scores = scores + bias
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    size: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    fused: bool = True,
+) -> Tensor:
+    """`proportional_attention` of packed tokens: those of an image attend to those of the same image.
+
+    Args:
+        q, k, v: (T, H, d), T the tokens of all images, as variable-length attention takes them.
+        packing: where each image starts.
+        size: (T, 1), how many first tokens each token stands for; None for 1 each.
+        dropout, fused: as in `proportional_attention`.
+
+    Returns:
+        (T, H, d).
+
+    One call of torch's attention an image: no padding and no masks, but B launches, which a GPU feels where images are
+    small. A single kernel for all of them belongs in its place.
+    """
+    if not packing.lengths:
+        return torch.empty_like(v)
+    images = zip(*(part.split(packing.lengths) for part in (q, k, v)), strict=True)
+    sizes = [None] * len(packing.lengths) if size is None else [own[None] for own in size.split(packing.lengths)]
+    results = []
+    for image, own in zip(images, sizes, strict=True):
+        query, key, value = (part.transpose(0, 1)[None] for part in image)
+        y = proportional_attention(query, key, value, own, dropout=dropout, fused=fused)
+        results.append(y[0].transpose(0, 1))
+    return torch.cat(results)

@@ -84,7 +84,7 @@ def bipartite_merge(
     weight = None if size is None else prepare_weight(op, "size", size, x)
     y, total, dest, members, begin, count = _bipartite_merge(x, metric, weight, *partition.numbers, backend)
     token_map = TokenMap(dest, partition.num_out, members, begin, count)
-    return MergeOutput(y, like_size(total, size), token_map)
+    return MergeOutput(y, like_size(total, size, column=size is None or size.dim() == 3), token_map)
 
 
 def _implementation(x: Tensor, metric: Tensor, weight: Tensor | None, *numbers_and_backend: Any) -> tuple[Tensor, ...]:

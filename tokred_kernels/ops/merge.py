@@ -21,14 +21,15 @@ def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tenso
     """Reduce the tokens that share a slot to one.
 
     Args:
-        x: (B, N, C).
+        x: (B, N, C), or (T, C) if the map takes packed tokens.
         token_map: from N tokens to N' slots.
         reduce: "mean", "sum" or "amax". With weights w, mean is sum(w x) / sum(w) and sum is sum(w x). Sums are kept in
             float32 (float64 for float64) and rounded once.
-        weight: (B, N) or (B, N, 1), float32 whatever x is (other floats are converted); not with "amax".
+        weight: (B, N) or (B, N, 1), or (T,) or (T, 1), float32 whatever x is (other floats are converted); not with
+            "amax".
 
     Returns:
-        (B, N', C) in x's dtype. A slot without members is 0. NaN in, NaN out.
+        (B, N', C), or (T', C) from a packed map, in x's dtype. A slot without members is 0. NaN in, NaN out.
 
     Differentiable once in `x` and `weight`. "amax" divides its gradient evenly between the members that tie.
 
@@ -49,33 +50,37 @@ def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tenso
     return segment_reduce(x, token_map, weight, reduce, weight_sum=False)[0]
 
 
-def check_against_map(op: str, x: Any, token_map: Any) -> None:
-    """Raise unless x is (B, N, C) with the map's B, N and device."""
-    check_tokens(op, "x", x)
+def check_map(op: str, token_map: Any) -> None:
+    """Raise unless it is a TokenMap."""
     if not isinstance(token_map, TokenMap):
         raise TypeError(f"tokred_kernels.{op}: token_map must be a TokenMap, got {type(token_map).__name__}")
-    if x.shape[:2] != token_map.dest.shape:
+
+
+def check_against_map(op: str, x: Any, token_map: Any) -> None:
+    """Raise unless x is (B, N, C), or (T, C), with the map's B, N, or T, and device."""
+    check_map(op, token_map)
+    check_tokens(op, "x", x, packed=token_map.packed_in is not None)
+    if x.shape[:-1] != token_map.in_shape:
         raise ValueError(
-            f"tokred_kernels.{op}: token_map must be made for x's B and N: x is {shape(x)}, "
-            f"the map is of {token_map.batch} images with {token_map.num_tokens} tokens"
+            f"tokred_kernels.{op}: token_map must be made for x's tokens: x is {shape(x)}, "
+            f"the map takes {(*token_map.in_shape, 'C')}"
         )
     check_same_device(op, "token_map", token_map.dest, "x", x)
 
 
 def prepare_weight(op: str, name: str, weight: Any, x: Tensor) -> Tensor:
-    """The weight as a contiguous (B, N) in the dtype that sums are kept in; differentiable."""
+    """The weight as a contiguous (B, N), or (T,), in the dtype that sums are kept in; differentiable."""
     check_floating(op, name, weight)
-    if weight.shape != x.shape[:2] and weight.shape != (*x.shape[:2], 1):
-        batch, tokens, _ = shape(x)
+    rows = x.shape[:-1]
+    if weight.shape not in (rows, (*rows, 1)):
         raise ValueError(
-            f"tokred_kernels.{op}: {name} must be {(batch, tokens)} or {(batch, tokens, 1)} as x is {shape(x)}, "
-            f"got {shape(weight)}"
+            f"tokred_kernels.{op}: {name} must be {tuple(rows)} or {(*rows, 1)} as x is {shape(x)}, got {shape(weight)}"
         )
     check_same_device(op, name, weight, "x", x)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     if weight.dtype != accumulator:
         weight = weight.to(accumulator)
-    if weight.dim() == 3:
+    if weight.dim() == x.dim():
         weight = weight.squeeze(-1)
     return weight if weight.is_contiguous() else weight.contiguous()
 
@@ -84,6 +89,11 @@ def segment_reduce(
     x: Tensor, token_map: TokenMap, weight: Tensor | None, reduce: str, weight_sum: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Merge without checks: y (B, N', C), and the sum of weights (B, N') where it is wanted."""
+    if token_map.packed is not None:
+        flat_weight = None if weight is None else weight.view(1, -1)
+        one = x.reshape(1, -1, x.shape[-1]), token_map.as_rows(), flat_weight
+        y, total = segment_reduce(*one, reduce, weight_sum)
+        return y[0], None if total is None else total[0]
     backend = backends.choose("merge", x)
     if backend == "reference":
         return reference.merge(x, weight, token_map.dest, token_map.num_out, reduce, weight_sum)

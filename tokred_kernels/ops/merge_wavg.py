@@ -14,13 +14,14 @@ def merge_wavg(x: Tensor, token_map: TokenMap, size: Tensor | None = None) -> tu
     """Average the tokens that share a slot, each weighted by how many it stands for (ToMe, section 3.1, `merge_wavg`).
 
     Args:
-        x: (B, N, C).
+        x: (B, N, C), or (T, C) if the map takes packed tokens.
         token_map: from N tokens to N' slots.
-        size: (B, N, 1) or (B, N), how many first tokens each token stands for; None for 1 each.
+        size: (B, N, 1) or (B, N), or (T, 1) or (T,), how many first tokens each token stands for; None for 1 each.
 
     Returns:
         The merged tokens (B, N', C) in x's dtype, and their sizes, (B, N', 1), or (B, N') if `size` came so: float32
-        whatever x is (256 + 1 is 256 in bfloat16), save that a float64 `size` with a float64 `x` stays float64.
+        whatever x is (256 + 1 is 256 in bfloat16), save that a float64 `size` with a float64 `x` stays float64. From a
+        packed map (T', C) and (T', 1), or (T',).
 
     Differentiable once in `x` and `size`. Raises as `merge` does.
     """
@@ -28,11 +29,11 @@ def merge_wavg(x: Tensor, token_map: TokenMap, size: Tensor | None = None) -> tu
     weight = None if size is None else prepare_weight("merge_wavg", "size", size, x)
     y, total = segment_reduce(x, token_map, weight, "mean", weight_sum=True)
     assert total is not None  # it was asked for
-    return y, like_size(total, size)
+    return y, like_size(total, size, column=size is None or size.dim() == x.dim())
 
 
-def like_size(total: Tensor, size: Tensor | None) -> Tensor:
-    """The (B, N') sums of sizes as they are handed out: float32, or float64 if `size` is, and of the rank of `size`."""
+def like_size(total: Tensor, size: Tensor | None, column: bool) -> Tensor:
+    """The (B, N') sums of sizes as they are handed out: float32, or float64 if `size` is; as a column (B, N', 1)."""
     if total.dtype == torch.float64 and (size is None or size.dtype != torch.float64):
         total = total.float()
-    return total.unsqueeze(-1) if size is None or size.dim() == 3 else total
+    return total.unsqueeze(-1) if column else total

@@ -12,7 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import unmerge as reference
 from tokred_kernels.checks import check_same_device, check_tokens, shape
 from tokred_kernels.ops.library import once, register
-from tokred_kernels.ops.merge import _merge
+from tokred_kernels.ops.merge import _merge, check_map
 from tokred_kernels.token_map import TokenMap
 
 
@@ -20,28 +20,29 @@ def unmerge(y: Tensor, token_map: TokenMap) -> Tensor:
     """Give every token the value of its slot: back to N tokens, in their first order (ToMe, appendix D; ALGM, 3.4).
 
     Args:
-        y: (B, N', C), one row a slot.
+        y: (B, N', C), or (T', C) of a packed map, one row a slot.
         token_map: from N tokens to N' slots; composed by `then`, it goes back several layers at once.
 
     Returns:
-        (B, N, C) in y's dtype; 0 where the token was dropped.
+        (B, N, C), or (T, C) where packed tokens went in, in y's dtype; 0 where the token was dropped.
 
     Differentiable once in `y`: the gradient is the sum over each slot's members.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: `y` is not (B, N', C) as the map says, or is on another device.
+        ValueError: `y` is not as the map says, or is on another device.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    check_tokens("unmerge", "y", y)
-    if not isinstance(token_map, TokenMap):
-        raise TypeError(f"tokred_kernels.unmerge: token_map must be a TokenMap, got {type(token_map).__name__}")
-    if y.shape[0] != token_map.dest.shape[0] or y.shape[1] != token_map.num_out:
+    check_map("unmerge", token_map)
+    check_tokens("unmerge", "y", y, packed=token_map.packed is not None)
+    if y.shape[:-1] != token_map.out_shape:
         raise ValueError(
-            f"tokred_kernels.unmerge: token_map must be made for y's B and N': y is {shape(y)}, "
-            f"the map is of {token_map.batch} images with {token_map.num_out} slots"
+            f"tokred_kernels.unmerge: token_map must be made for y's slots: y is {shape(y)}, "
+            f"the map gives {(*token_map.out_shape, 'C')}"
         )
     check_same_device("unmerge", "token_map", token_map.dest, "y", y)
+    if token_map.packed is not None:
+        return unmerge(y[None], token_map.as_rows()).view(*token_map.in_shape, y.shape[-1])
     backend = backends.choose("unmerge", y)
     if backend == "reference":
         return reference.unmerge(y, token_map.dest)

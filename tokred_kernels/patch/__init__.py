@@ -4,75 +4,111 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from torch import nn
 
-# The module that puts each method in, imported at first use. It has one function, `apply(model, **settings)`, which
-# checks the settings and the model, and hands over to the adapters of the model families (`timm_vit.py`, ...).
-METHODS = {"tome": "tokred_kernels.patch.tome"}
+# The module that puts each method in, imported at first use. It has a function `apply(model, **settings)`, which checks
+# the settings and the model, and hands over to the adapters of the model families (`timm_vit.py`, ...). Where a method
+# takes more than modules, its `resolve(model)` gives the module that is patched, and that carries the mark.
+METHODS = {
+    "tome": "tokred_kernels.patch.tome",
+    "algm": "tokred_kernels.patch.algm",
+    "tomesd": "tokred_kernels.patch.tomesd",
+}
 
-# The attribute that every patched model carries: what was put in, and how to take it out.
+# The attribute that every patched module carries: what was put in, as text, and how to take it out, `remove(module)`.
 MARK = "tokred_patch"
+# Where a diffusers pipeline keeps the module that is patched.
+INSIDE = ("unet", "transformer")
 
 
-def patch(model: nn.Module, method: str, **settings: Any) -> nn.Module:
+def patch(model: Any, method: str, **settings: Any) -> Any:
     """Make `model` reduce its tokens as it goes; its parameters, buffers and state dict stay what they are.
 
     Args:
-        model: a timm VisionTransformer (ViT, DeiT with or without the distillation token, with any number of register
-            tokens, with or without a class token). Patch it before torch.compile, DDP or the like wrap it.
-        method: "tome", token merging (ToMe): between attention and MLP of each block the most similar tokens merge.
-        **settings: of the method. For "tome":
-            r: how many tokens each block removes (at most half of the unprotected ones: more is cut to that). An int
-                for every block; a list with one number a block, short lists ending in zeros; or `(r, inflect)`, a
-                number that changes linearly over the blocks with the same sum: inflect -1 falls from 2 r to 0, +1
-                rises from 0 to 2 r, 0 is constant, as in ToMe.
-            prop_attn: True (default) lets keys count as often as the tokens they stand for. For models trained
-                without merging. False for MAE pretraining, and for models trained with merging.
-            trace: True (default) keeps the maps of the last forward, for `model.token_map`.
+        model: for "tome" and "algm" a timm VisionTransformer (ViT, DeiT with or without the distillation token, with
+            any number of register tokens, with or without a class token); for "tomesd" a diffusers pipeline, UNet or
+            transformer. Patch it before torch.compile, DDP or the like wrap it.
+        method: how tokens get fewer, and brings its own settings. The `apply` of each method's module describes them
+            in full: `from tokred_kernels.patch.algm import apply; help(apply)`.
+
+            "tome", ToMe (tokred_kernels.patch.tome): in each block the most similar tokens merge, by their keys.
+                r: how many tokens each block removes: an int, a list, or `(r, inflect)`. Needed.
+                prop_attn: True, keys count as often as the tokens they stand for.
+                trace: True, keeps the maps of the last forward.
+            "algm", ALGM (tokred_kernels.patch.algm): windows merge in an early block, pairs in later ones, where alike.
+                layers, window: (1, 5), the blocks that merge, counted from 1; (2, 2), patches of a window.
+                threshold, global_threshold: 0.88, None: how alike windows, and pairs, must be.
+                count, uneven, group: "batch", "keep", None: whether images differ in how many merge; grids that the
+                    window does not divide; processes that shall agree.
+                prop_attn, trace: False, True, as for "tome".
+            "tomesd", ToMe for diffusion (tokred_kernels.patch.tomesd): tokens merge before the chosen parts of each
+                transformer block, and come back after.
+                ratio, stride, max_downsample: 0.5, (2, 2), 1: how many tokens merge, into those of which cells, and how
+                    coarse a grid may be.
+                merge_attn, merge_crossattn, merge_mlp: True, False, False, the parts.
+                random, generator: True, None: whether the one of a cell is drawn, and by what.
+        **settings: of the method.
 
     Returns:
-        The same model. It gains `model.token_map`, from the tokens that entered the first block (prefix tokens
-        included; after patch dropout, where that is trained with) to the final ones, and `model.token_sizes`,
-        (B, N', 1) float32, how many of those each final token stands for; both are of the last forward. A mean over
-        tokens, or an attention pool, before the head weighs tokens by their size. Hooks on blocks see tuples
-        `(x, size, token_map)`.
+        The same model. A VisionTransformer gains `model.token_map`, from the tokens that entered the first block
+        (prefix tokens included; after patch dropout, where that is trained with) to the final ones, and
+        `model.token_sizes`, (B, N', 1) float32, how many of those each final token stands for; both are of the last
+        forward. For a dense grid: `unmerge(model.forward_features(images), model.token_map)`. A mean over tokens, or an
+        attention pool, before the head weighs tokens by their size. Hooks on blocks see tuples
+        `(x, state, token_map)`, where `state` has the `size`, `grid` and `packing` of x, and `token_map` is that of the
+        block's merge, or None.
 
     Raises:
-        TypeError: `model` is no nn.Module, or a setting is of a wrong type.
+        TypeError: `model` is nothing that can be patched, or a setting is unknown or of a wrong type.
         ValueError: an unknown method, a wrong setting, or a model that is patched already.
         NotImplementedError: a model, block or attention that the method's adapters do not know.
-        ImportError: timm is not installed.
+        ImportError: timm, or diffusers, is not installed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"tokred_kernels.patch: model must be a torch.nn.Module, got {type(model).__name__}")
     if method not in METHODS:
         raise ValueError(f"tokred_kernels.patch: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    before = getattr(model, MARK, None)
+    module = importlib.import_module(METHODS[method])
+    target = module.resolve(model) if hasattr(module, "resolve") else model
+    if not isinstance(target, nn.Module):
+        raise TypeError(f"tokred_kernels.patch: model must be a torch.nn.Module, got {type(target).__name__}")
+    before = getattr(target, MARK, None)
     if before is not None:
         raise ValueError(
             f"tokred_kernels.patch: the model is already patched ({before}); "
             "call tokred_kernels.unpatch(model) first, then patch it anew"
         )
-    importlib.import_module(METHODS[method]).apply(model, **settings)
+    _, *known = inspect.signature(module.apply).parameters
+    for name in settings:
+        if name not in known:
+            raise TypeError(
+                f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(known)}, got {name}'
+            )
+    module.apply(target, **settings)
     return model
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: Any) -> Any:
     """Take out what `patch` put in: the model computes what it did before, to the bit.
+
+    Args:
+        model: what was patched, or a pipeline whose `unet` or `transformer` was.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError: `model` is no nn.Module, nor has one inside.
         ValueError: `model` is not patched.
     """
-    if not isinstance(model, nn.Module):
+    inside = (model, *(getattr(model, name, None) for name in INSIDE))
+    modules = [module for module in inside if isinstance(module, nn.Module)]
+    if not modules:
         raise TypeError(f"tokred_kernels.unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
-    mark = getattr(model, MARK, None)
-    if mark is None:
-        raise ValueError(f"tokred_kernels.unpatch: this {type(model).__name__} is not patched")
-    mark.remove(model)
-    return model
+    for module in modules:
+        mark = getattr(module, MARK, None)
+        if mark is not None:
+            mark.remove(module)
+            return model
+    raise ValueError(f"tokred_kernels.unpatch: this {type(model).__name__} is not patched")

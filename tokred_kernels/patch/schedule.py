@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""How many tokens each block removes."""
+"""Which blocks remove tokens, and how many."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from numbers import Integral
 from typing import Any
+
+from tokred_kernels.checks import check_count
+from tokred_kernels.ops.counts import check_count_mode
 
 ACCEPTED = "an int, a list with one int a block, or a pair (r, inflect) of an int and a number from -1 to 1"
 
@@ -40,6 +44,48 @@ def removed_per_block(r: Any, num_blocks: int) -> list[int]:
     first = int(base * (1.0 - inflect))
     step = (2 * base - 2 * first) / max(num_blocks - 1, 1)
     return [int(first + step * index) for index in range(num_blocks)]
+
+
+def merging_layers(layers: Any, num_blocks: int) -> tuple[int, ...]:
+    """`layers`, numbers of blocks counted from 1; raise unless they are that, and ascend.
+
+    Raises:
+        TypeError: no tuple or list, or a part that is no int.
+        ValueError: none at all, one that the model does not have, or not in ascending order.
+    """
+    if not isinstance(layers, (tuple, list)):
+        raise TypeError(f"tokred_kernels.patch: layers must be a tuple of ints, got {layers!r}")
+    if not layers:
+        raise ValueError("tokred_kernels.patch: layers must name at least one block, got none")
+    for layer in layers:
+        check_count("patch", "layers", layer, least=1)
+    if layers[-1] > num_blocks:
+        raise ValueError(
+            f"tokred_kernels.patch: layers must be from 1 to {num_blocks}, the model's last block, got {layers[-1]}"
+        )
+    if any(after <= before for before, after in pairwise(layers)):
+        raise ValueError(f"tokred_kernels.patch: layers must ascend, got {tuple(layers)}")
+    return tuple(layers)
+
+
+def count_per_layer(count: Any, num_layers: int, group: Any = None) -> list[int | str]:
+    """The `count=` of an adaptive selector in each of `num_layers` layers, from one for all, or a list of ints.
+
+    Raises:
+        TypeError: a list that holds something else than ints, or `count` is of another type.
+        ValueError: an unknown name, a negative number, a list of another length, or a group without "batch".
+    """
+    if isinstance(count, (tuple, list)):
+        if len(count) != num_layers:
+            raise ValueError(
+                f"tokred_kernels.patch: count must have an int for each of {num_layers} layers, got {len(count)}"
+            )
+        for index, number in enumerate(count):
+            check_count("patch", f"count[{index}]", number)
+            check_count_mode("patch", number, group)
+        return list(count)
+    check_count_mode("patch", count, group)
+    return [count] * num_layers
 
 
 def _whole(name: str, value: Any) -> int:

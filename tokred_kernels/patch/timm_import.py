@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Importing timm, also where torchvision's compiled operators cannot load."""
+"""Importing timm, and libraries like it, also where torchvision's compiled operators cannot load."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ _library: torch.library.Library | None = None  # a Library that is collected tak
 
 
 def import_timm() -> ModuleType:
-    """The timm module.
+    """The timm module; see `import_beside_torchvision`."""
+    return import_beside_torchvision("timm")
 
-    timm imports torchvision, and torchvision registers fake kernels for two of its own operators while it is imported.
-    Where its compiled library cannot load (a CPU build of torch beside a torchvision built for CUDA, say) these do not
-    exist, and the import dies of "operator torchvision::nms does not exist". No vision transformer needs them, so
-    their schemas alone are declared then. Where torchvision works, or is not installed, nothing is touched.
+
+def import_beside_torchvision(library: str) -> ModuleType:
+    """The module of a library that imports torchvision, and is an extra of this package by the same name.
+
+    torchvision registers fake kernels for two of its own operators while it is imported. Where its compiled library
+    cannot load (a CPU build of torch beside a torchvision built for CUDA, say) these do not exist, and the import dies
+    of "operator torchvision::nms does not exist". No vision transformer and no diffusion model needs them, so their
+    schemas alone are declared then. Where torchvision works, or is not installed, nothing is touched.
 
     Raises:
-        ImportError: timm is not installed.
+        ImportError: the library is not installed.
     """
-    if "timm" not in sys.modules:
+    # Not only before the first import: a library that imports lazily may be there, and torchvision not yet.
+    if "torchvision" not in sys.modules:
         _declare_missing_operators()
     try:
-        return importlib.import_module("timm")
+        return importlib.import_module(library)
     except ModuleNotFoundError as error:
-        if error.name != "timm":
+        if error.name != library:
             raise
-        raise ImportError('tokred_kernels.patch needs timm: pip install "tokred_kernels[timm]"') from error
+        raise ImportError(f'tokred_kernels.patch needs {library}: pip install "tokred_kernels[{library}]"') from error
 
 
 def _declare_missing_operators() -> None:
@@ -43,7 +49,7 @@ def _declare_missing_operators() -> None:
     try:
         importlib.import_module("torchvision")
     except ImportError:
-        return  # not there at all: timm will say so itself
+        return  # not there at all: the library will say so itself
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _library is not None:
             raise

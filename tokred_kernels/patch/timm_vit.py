@@ -2,7 +2,7 @@
 """The adapter for timm's VisionTransformer: what all methods that reduce its tokens share.
 
 A patched module keeps its object, parameters and hooks, and takes a class of ours that derives from its own. Blocks
-pass on `(x, size, token_map)`, so that the state of one forward is in its local variables alone: safe to compile, to
+pass on `(x, state, token_map)`, so that the state of one forward is in its local variables alone: safe to compile, to
 checkpoint and to export. Only the finished forward leaves a record in the model.
 """
 
@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.nn.attention import proportional_attention, size_bias
+from tokred_kernels.nn.attention import packed_attention, proportional_attention, size_bias
+from tokred_kernels.nn.pooling import image_of_row, leading, pool_packed, pool_sized
+from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.patch import MARK
+from tokred_kernels.patch.state import Record, State, Step
 from tokred_kernels.patch.timm_import import import_timm
-from tokred_kernels.token_map import TokenMap
+from tokred_kernels.token_map import Packing, TokenMap
 
 import_timm()
 
@@ -42,6 +45,10 @@ class Mark(NamedTuple):
     def __str__(self) -> str:
         return ", ".join([f'"{self.method}"', *(f"{name}={value!r}" for name, value in self.settings.items())])
 
+    def __deepcopy__(self, memo: Any) -> Mark:
+        """The same: it never changes, and a process group among the settings has no copy."""
+        return self
+
     def remove(self, model: nn.Module) -> None:
         """Give every module its own class back, and drop what we left in them."""
         for module in model.modules():
@@ -49,27 +56,6 @@ class Mark(NamedTuple):
                 for name in (STEP, RECORD, MARK):
                     module.__dict__.pop(name, None)
                 module.__class__ = module.original  # type: ignore[assignment]
-
-
-class Record:
-    """What the last forward did: the map of each merge, the final sizes, and the (B, N) tokens that came in.
-
-    A class, not a tuple, so that torch.export takes it for no tensor that a forward may not assign. It belongs to a
-    forward, not to the model: copies and pickles of the model start without.
-    """
-
-    def __init__(
-        self,
-        maps: tuple[TokenMap, ...] | None = None,
-        size: Tensor | None = None,
-        entered: tuple[int, int, torch.device] | None = None,
-    ) -> None:
-        self.maps = maps
-        self.size = size
-        self.entered = entered
-
-    def __reduce__(self) -> tuple[type[Record], tuple[()]]:
-        return Record, ()
 
 
 class Patched:
@@ -84,19 +70,56 @@ class PatchedAttention(Patched, Attention):
     original = Attention
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, size: Tensor | None = None
+        self, x: Tensor, size: Tensor | None = None, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attend, x (B, N, C), with sizes (B, N, 1) where keys count by them; returns the keys (B, H, N, d), a view."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        """Attend, x (B, N, C), or packed (T, C), with sizes (B, N, 1), or (T, 1), where keys count by them.
+
+        Returns:
+            The same shape, and the keys (B, H, N, d), or (T, H, d), a view.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.unbind(-3) if packing is not None else qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        dropout = self.attn_drop.p if self.training else 0.0
-        y = proportional_attention(q, k, v, size, dropout=dropout, fused=self.fused_attn)
-        y = self.norm(y.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
+        settings: Any = {"dropout": self.attn_drop.p if self.training else 0.0, "fused": self.fused_attn}
+        if packing is None:
+            y = proportional_attention(q, k, v, size, **settings).transpose(1, 2)
+        else:
+            y = packed_attention(q, k, v, packing, size, **settings)
+        y = self.norm(y.flatten(-2))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y)), k
+
+
+class PatchedBlock(Patched, Block):
+    """timm's Block that may merge tokens between attention and MLP, as its step says."""
+
+    original = Block
+    tokred_step: Step
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        state: State = State(),  # noqa: B008  (it never changes)
+    ) -> tuple[Tensor, State, TokenMap | None]:
+        """x (B, N, C), or packed (T, C), and its state, to those that leave, and the map that was followed, if any."""
+        step = self.tokred_step
+        attended, keys = self.attn(self.norm1(x), state.size if step.proportional else None, state.packing)
+        x = x + _drop_path(self.drop_path1, self.ls1(attended), state.packing)
+        token_map = step.match(x, keys, state)
+        del attended, keys  # the keys are a view of all of qkv, which would else live on through the MLP
+        if token_map is not None:
+            x, size = merge_wavg(x, token_map, state.size)
+            state = State(size, None, token_map.packed)
+        x = x + _drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), state.packing)
+        return x, state, token_map
+
+
+def _drop_path(drop: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
+    """Drop whole images from a residual branch: by the first dimension, which of packed tokens is not the image's."""
+    if packing is None or not drop.training or isinstance(drop, nn.Identity):
+        return drop(x)
+    return x * drop(x.new_ones(len(packing.lengths), 1))[image_of_row(packing)]
 
 
 class PatchedVisionTransformer(Patched, VisionTransformer):
@@ -113,36 +136,62 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
                 "tokred_kernels: a patched model takes no attn_mask and no is_causal, for its tokens change from block "
                 "to block; call tokred_kernels.unpatch(model) first"
             )
+        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:]) if has_grid(self) else None
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         entered = (x.shape[0], x.shape[1], x.device)
-        size, maps = None, []
+        if grid is not None and grid[0] * grid[1] + self.num_prefix_tokens != x.shape[1]:
+            grid = None  # after patch dropout
+        state, maps, left = State(grid=grid), [], []
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, size, token_map = checkpoint(block, x, size)
+                x, state, token_map = checkpoint(block, x, state)
             else:
-                x, size, token_map = block(x, size)
+                x, state, token_map = block(x, state)
+            left.append(x.shape[1] if state.packing is None else state.packing.lengths)
             if token_map is not None:
                 maps.append(token_map)
         kept = tuple(maps) if self.tokred_patch.settings.get("trace", True) else None
-        self.tokred_record = Record(kept, size, entered)
+        self.tokred_record = Record(kept, state, entered, tuple(left))
         return self.norm(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """timm's, with each token counting by its size, so that a mean is still one over the first tokens."""
-        size = self.tokred_record.size
-        # Other tokens than the last forward gave (unmerged ones, say) count as one each.
-        if size is None or size.shape[:2] != x.shape[:2]:
-            return super().pool(x, pool_type)
-        begin = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        """timm's, with each token counting by its size, so that a mean is still one over the first tokens.
+
+        Packed tokens (T, C) of the last forward give (B, C) as others do, or, with no pooling at all, stay as they are.
+        """
+        packing, size = self._packing_of(x), self.tokred_record.state.size
         kind = self.global_pool if pool_type is None else pool_type
+        begin = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        if packing is not None and size is not None:
+            if self.attn_pool is not None:
+                images = zip(x.split(packing.lengths), size.split(packing.lengths), strict=True)
+                return torch.cat([self._attend(one[None, begin:], own[None, begin:]) for one, own in images])
+            return pool_packed(x, size, packing, kind=kind, begin=begin) if kind else x
+        # Other tokens than the last forward gave (unmerged ones, say) count as one each.
+        if size is None or size.shape[:-1] != x.shape[:-1]:
+            return super().pool(x, pool_type)
         if self.attn_pool is not None:
-            bias = size_bias(size[:, begin:], x) if self.tokred_patch.settings.get("prop_attn", True) else None
-            return self.attn_pool(x[:, begin:], attn_mask=bias)
+            return self._attend(x[:, begin:], size[:, begin:])
         if kind not in ("avg", "avgmax"):
             return super().pool(x, pool_type)
-        weight = size[:, begin:] / size[:, begin:].sum(1, keepdim=True)
-        mean = (x[:, begin:] * weight).sum(1).to(x.dtype)
-        return mean if kind == "avg" else 0.5 * (x[:, begin:].amax(1) + mean)
+        return pool_sized(x, size, kind=kind, begin=begin)
+
+    def _attend(self, x: Tensor, size: Tensor) -> Tensor:
+        bias = size_bias(size, x) if self.tokred_patch.settings.get("prop_attn", True) else None
+        return self.attn_pool(x, attn_mask=bias)
+
+    def _packing_of(self, x: Tensor) -> Packing | None:
+        """Where the images of packed tokens start; None for tokens (B, N, C)."""
+        if x.dim() != 2:
+            return None
+        packing = self.tokred_record.state.packing
+        if packing is None or packing.rows != x.shape[0]:
+            gave = "no packed tokens" if packing is None else f"{packing.rows} of them"
+            raise ValueError(
+                f"tokred_kernels: packed tokens (T, C) must be those of the model's last forward, which gave {gave}, "
+                f"got shape {tuple(x.shape)}"
+            )
+        return packing
 
     def forward_intermediates(self, *_: Any, **__: Any) -> Any:
         """Refuse: the intermediates of a patched model are no grids."""
@@ -156,8 +205,8 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
     def token_map(self) -> TokenMap:
         """From the tokens that entered the first block, prefix included, to the final ones, in the last forward.
 
-        Composed when it is asked for, so a forward pays nothing for it. In a CUDA graph its tensors are the graph's,
-        as outputs are: take them before the next replay.
+        Packed where every image has a count of its own. Composed when it is asked for, so a forward pays nothing for
+        it. In a CUDA graph its tensors are the graph's, as outputs are: take them before the next replay.
         """
         record = self.tokred_record
         if record.entered is None:
@@ -175,18 +224,27 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
 
     @property
     def token_sizes(self) -> Tensor:
-        """(B, N', 1) float32: how many of the tokens that entered each final token stands for, in the last forward."""
+        """(B, N', 1) float32: how many of the tokens that entered each final token stands for, in the last forward.
+
+        (T', 1) where every image has a count of its own.
+        """
         record = self.tokred_record
         if record.entered is None:
             raise RuntimeError("tokred_kernels: token_sizes are of the last forward, and this model has run none yet")
         batch, tokens, device = record.entered
-        return torch.ones(batch, tokens, 1, device=device) if record.size is None else record.size
+        size = record.state.size
+        return torch.ones(batch, tokens, 1, device=device) if size is None else size
 
 
 class PatchedVisionTransformerDistilled(PatchedVisionTransformer, VisionTransformerDistilled):
     """A patched DeiT with a distillation token."""
 
     original: type[nn.Module] = VisionTransformerDistilled
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """timm's, of packed tokens too."""
+        packing = self._packing_of(x)
+        return super().forward_head(x if packing is None else leading(x, packing, self.num_prefix_tokens), pre_logits)
 
 
 PATCHED: dict[type[nn.Module], type[nn.Module]] = {
@@ -222,11 +280,23 @@ def check(model: Any) -> None:
         )
 
 
-def install(model: Any, mark: Mark, block_class: type[nn.Module], steps: Callable[[int], Any]) -> None:
-    """Patch `model`, which `check` has passed: blocks take `block_class`, and the method's settings `steps(index)`."""
+def check_switches(**switches: Any) -> None:
+    """Raise TypeError unless each setting is True or False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"tokred_kernels.patch: {name} must be True or False, got {value!r}")
+
+
+def has_grid(model: Any) -> bool:
+    """Whether the patch embedding tells how many patches it makes of an image, down and across."""
+    return hasattr(model.patch_embed, "dynamic_feat_size")
+
+
+def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
+    """Patch `model`, which `check` has passed: the block of each index does `steps(index)`."""
     for index, block in enumerate(model.blocks):
         block.attn.__class__ = PatchedAttention
-        block.__class__ = block_class
+        block.__class__ = PatchedBlock
         setattr(block, STEP, steps(index))
     setattr(model, MARK, mark)
     setattr(model, RECORD, Record())

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tokred_kernels.ops.bipartite_match import bipartite_match
-from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.patch import timm_vit
 from tokred_kernels.patch.schedule import removed_per_block
-from tokred_kernels.patch.timm_vit import Block, Mark, Patched
+from tokred_kernels.patch.state import State
 from tokred_kernels.token_map import TokenMap
 
 
-class Step(NamedTuple):
-    """What one block does: merge `r` tokens, of which the first `num_prefix` are protected."""
+class MergeSimilar(NamedTuple):
+    """What one block does: merge `r` tokens by their keys, of which the first `num_prefix` are protected."""
 
     r: int
     num_prefix: int
@@ -26,51 +25,44 @@ class Step(NamedTuple):
         """How many of `tokens` tokens merge: `r`, or half of the unprotected ones where that is less."""
         return min(self.r, max(tokens - self.num_prefix, 0) // 2)
 
+    def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
+        """See `Step`."""
+        if self.joining(x.shape[1]) == 0:
+            return None
+        return bipartite_match(keys, self.r, num_prefix=self.num_prefix)
 
-class ToMeBlock(Patched, Block):
-    """timm's Block with a merge between attention and MLP."""
+    def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int:
+        """See `Step`."""
+        return tokens - self.joining(tokens)
 
-    original = Block
-    tokred_step: Step
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, size: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, TokenMap | None]:
-        """x (B, N, C) and sizes (B, N, 1), None for 1 each, to (B, N', C), (B, N', 1) and the map that was followed."""
-        step = self.tokred_step
-        attended, keys = self.attn(self.norm1(x), size if step.proportional else None)
-        x = x + self.drop_path1(self.ls1(attended))
-        token_map = None
-        if step.joining(x.shape[1]) > 0:
-            token_map = bipartite_match(keys, step.r, num_prefix=step.num_prefix)
-            x, size = merge_wavg(x, token_map, size)
-        del attended, keys  # the keys are a view of all of qkv, which would else live on through the MLP
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, size, token_map
-
-    def tokens_after(self, tokens: int) -> int:
-        """How many of `tokens` tokens leave this block."""
-        return tokens - self.tokred_step.joining(tokens)
-
-    def match_flops(self, tokens: int) -> int:
-        """The floating-point operations of choosing, an image: the product of sources and destinations, if any."""
-        if self.tokred_step.joining(tokens) == 0:
+    def match_flops(self, tokens: int, block: Any) -> int:
+        """See `Step`: the product of sources and destinations, if any."""
+        if self.joining(tokens) == 0:
             return 0
-        head_dim: Any = self.attn.head_dim
-        return 2 * (tokens - tokens // 2) * (tokens // 2) * head_dim
+        return 2 * (tokens - tokens // 2) * (tokens // 2) * block.attn.head_dim
 
 
 def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> None:
-    """See `patch`."""
-    for name, value in (("prop_attn", prop_attn), ("trace", trace)):
-        if not isinstance(value, bool):
-            raise TypeError(f"tokred_kernels.patch: {name} must be True or False, got {value!r}")
+    """Merge the most similar tokens in each block of a timm VisionTransformer, by their keys.
+
+    Args:
+        model: the VisionTransformer.
+        r: how many tokens each block removes (at most half of the unprotected ones: more is cut to that). An int for
+            every block; a list with one number a block, short lists ending in zeros; or `(r, inflect)`, a number that
+            changes linearly over the blocks with the same sum: inflect -1 falls from 2 r to 0, +1 rises from 0 to 2 r,
+            0 is constant, as in ToMe.
+        prop_attn: True (default) lets keys count as often as the tokens they stand for. For models trained without
+            merging. False for MAE pretraining, and for models trained with merging.
+        trace: True (default) keeps the maps of the last forward, for `model.token_map`.
+
+    Raises as `patch` says.
+    """
+    timm_vit.check_switches(prop_attn=prop_attn, trace=trace)
     timm_vit.check(model)
     schedule = removed_per_block(r, len(model.blocks))
     prefix = model.num_prefix_tokens
     timm_vit.install(
         model,
-        Mark("tome", {"r": r, "prop_attn": prop_attn, "trace": trace}),
-        ToMeBlock,
-        lambda index: Step(schedule[index], prefix, prop_attn),
+        timm_vit.Mark("tome", {"r": r, "prop_attn": prop_attn, "trace": trace}),
+        lambda index: MergeSimilar(schedule[index], prefix, prop_attn),
     )

@@ -61,7 +61,8 @@ inline int atomicAdd(int* address, int value) {
 }
 
 inline void __syncthreads() { emulation::device().block_barrier(0); }
-inline int __syncthreads_or(int predicate) { return emulation::device().block_barrier(predicate); }
+inline int __syncthreads_or(int predicate) { return emulation::device().block_barrier(predicate) != 0; }
+inline int __syncthreads_count(int predicate) { return emulation::device().block_barrier(predicate); }
 inline void __syncwarp() { emulation::warp_barrier(); }
 
 namespace emulation {
@@ -84,6 +85,11 @@ T __shfl_xor_sync(unsigned mask, T value, int step) {
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, int step) {
   return emulation::shuffle(mask, value, [=](int lane) { return lane - step; });
+}
+inline int __any_sync(unsigned mask, int predicate) {
+  return emulation::exchange<int, int>(mask, predicate, [](const int* all, int) {
+    return static_cast<int>(std::any_of(all, all + emulation::kLanes, [](int one) { return one != 0; }));
+  });
 }
 inline unsigned __match_any_sync(unsigned mask, int value) {
   return emulation::exchange<int, unsigned>(mask, value, [](const int* all, int lane) {
@@ -109,6 +115,9 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = emulation::device().shared_limit, cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  return std::memset(memory, value, bytes), cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {

@@ -8,6 +8,7 @@
 // All numbers are int64.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -70,37 +71,120 @@ struct Call {
   }
 };
 
-MatchArgs match_args(Call& c) {
-  MatchArgs a{};
-  a.metric = c.buffer();
+Partition partition(Call& c) {
+  Partition p{};
+  p.sources = c.buffer<int32_t>(), p.destinations = c.buffer<int32_t>();
+  p.first = c.small(), p.stride = c.small(), p.num_src = c.small(), p.num_dst = c.small();
+  p.protected_src = c.small(), p.protected_dst = c.small(), p.sources_by_index = c.small(), p.r = c.small();
+  return p;
+}
+
+Windows windows(Call& c) {
+  Windows w{};
+  w.first = c.small(), w.grid_height = c.small(), w.grid_width = c.small();
+  w.height = c.small(), w.width = c.small();
+  return w;
+}
+
+template <class Args>
+Args match_args(Call& c) {
+  Args a{};
+  a.metric = c.buffer(), a.starts = c.buffer<int32_t>();
   a.stride_b = c.integer(), a.stride_h = c.integer(), a.stride_n = c.integer();
   a.images = c.integer(), a.heads = c.integer(), a.tokens = c.integer(), a.channels = c.integer();
   a.dtype = static_cast<DType>(c.integer());
-  a.partition.sources = c.buffer<int32_t>(), a.partition.destinations = c.buffer<int32_t>();
-  Partition& p = a.partition;
-  p.first = c.small(), p.stride = c.small(), p.num_src = c.small(), p.num_dst = c.small();
-  p.protected_src = c.small(), p.protected_dst = c.small(), p.sources_by_index = c.small(), p.r = c.small();
+  a.partition = partition(c);
   return a;
+}
+
+// The four outputs of every map.
+template <class Args>
+void map_outputs(Call& c, Args& a) {
+  a.dest = c.buffer<int32_t>(), a.members = c.buffer<int32_t>();
+  a.begin = c.buffer<int32_t>(), a.count = c.buffer<int32_t>();
 }
 
 using Result = std::vector<int64_t>;
 
+// Device memory that a launch must fill before it reads it, exactly as large as it was asked for.
+std::unique_ptr<char[]> workspace(std::size_t bytes) {
+  if (bytes == 0) return nullptr;
+  std::unique_ptr<char[]> memory(new char[bytes]);
+  std::memset(memory.get(), 0xff, bytes);
+  return memory;
+}
+
 Result bipartite_match(Call& c) {
-  MatchArgs a = match_args(c);
-  a.dest = c.buffer<int32_t>(), a.members = c.buffer<int32_t>();
-  a.begin = c.buffer<int32_t>(), a.count = c.buffer<int32_t>();
-  const std::size_t bytes = cuda::match_workspace_bytes(a);
-  const std::unique_ptr<char[]> workspace(bytes ? new char[bytes] : nullptr);
-  a.workspace = workspace.get();
+  auto a = match_args<MatchArgs>(c);
+  map_outputs(c, a);
+  const auto memory = workspace(cuda::match_workspace_bytes(a));
+  a.workspace = memory.get();
   cuda::bipartite_match(a, nullptr);
   return {};
 }
 
+Result best_match(Call& c) {
+  auto a = match_args<BestMatchArgs>(c);
+  a.score = c.buffer<float>(), a.partner = c.buffer<int32_t>(), a.rank = c.buffer<int32_t>();
+  const auto memory = workspace(cuda::best_match_workspace_bytes(a));
+  a.workspace = memory.get();
+  cuda::best_match(a, nullptr);
+  return {};
+}
+
+Result match_map(Call& c) {
+  MatchMapArgs a{};
+  a.partner = c.buffer<int32_t>(), a.rank = c.buffer<int32_t>();
+  a.images = c.integer(), a.tokens = c.integer(), a.num_out = c.integer();
+  a.partition = partition(c);
+  a.counts = c.buffer<int32_t>();
+  a.starts_in = c.buffer<int32_t>(), a.starts_out = c.buffer<int32_t>();
+  map_outputs(c, a);
+  cuda::match_map(a, nullptr);
+  return {};
+}
+
+// The threshold and the divisor come as doubles in a buffer.
+Result similar_count(Call& c) {
+  SimilarCountArgs a{};
+  a.score = c.buffer<float>();
+  const auto* numbers = c.buffer<double>();
+  a.threshold = numbers[0], a.divisor = numbers[1];
+  a.moments = c.buffer<double>(), a.counts = c.buffer<int32_t>();
+  a.images = c.integer(), a.sources = c.integer(), a.own = c.small();
+  cuda::similar_count(a, nullptr);
+  return {};
+}
+
+// The threshold comes as a float in a buffer.
+Result window_similarity(Call& c) {
+  WindowSimilarityArgs a{};
+  a.x = c.buffer(), a.threshold = *c.buffer<float>();
+  a.score = c.buffer<float>(), a.counts = c.buffer<int32_t>();
+  a.stride_b = c.integer(), a.stride_n = c.integer();
+  a.images = c.integer(), a.channels = c.integer();
+  a.dtype = static_cast<DType>(c.integer());
+  a.windows = windows(c);
+  cuda::window_similarity(a, nullptr);
+  return {};
+}
+
+Result window_map(Call& c) {
+  WindowMapArgs a{};
+  a.score = c.buffer<float>();
+  a.counts = c.buffer<int32_t>(), a.starts_out = c.buffer<int32_t>();
+  map_outputs(c, a);
+  a.images = c.integer(), a.r = c.small();
+  a.windows = windows(c);
+  cuda::window_map(a, nullptr);
+  return {};
+}
+
 Result match_config_of(Call& c) {
-  const MatchArgs a = match_args(c);
+  const auto a = match_args<MatchArgs>(c);
   const MatchConfig config = match_config(a, c.integer());
   return {config.fused, config.resident, config.shared_bytes, config.splits,
-          static_cast<int64_t>(workspace_bytes(config, a.images, a.partition.num_src))};
+          static_cast<int64_t>(candidate_bytes(config, a.images, a.partition.num_src))};
 }
 
 Result invert(Call& c) {
@@ -159,6 +243,7 @@ Result order(Call& c) {
   for (int32_t i = 0; i < c.integers[0]; ++i) {
     const uint64_t candidate = pack_candidate(values[i], i);
     if (candidate_key(candidate) != ordered_key(values[i])) throw std::logic_error("the key was not packed");
+    if (key_score(ordered_key(values[i])) != values[i]) throw std::logic_error("the key has lost its score");
     result.push_back(ordered_key(values[i]));
     result.push_back(candidate_index(candidate));
   }
@@ -171,8 +256,19 @@ Result row_config_of(Call& c) {
   return {config.vector_bytes, config.vectors, config.lanes_log2, config.rows_per_block};
 }
 
-constexpr Result (*kOps[])(Call&) = {bipartite_match, invert,          compose, merge,        merge_backward,
-                                     unmerge,         match_config_of, order,   row_config_of};
+Result window_config_of(Call& c) {
+  const Windows w = windows(c);
+  const int64_t channels = c.integer();
+  const int element_bytes = c.small();
+  const WindowConfig config = window_config(w, channels, element_bytes, static_cast<uintptr_t>(c.integer()));
+  return {config.units, 1 << config.lanes_log2, config.windows_per_block, config.blocks_per_image, config.whole};
+}
+
+constexpr Result (*kOps[])(Call&) = {
+    bipartite_match, best_match,      match_map, similar_count, window_similarity,
+    window_map,      invert,          compose,   merge,         merge_backward,
+    unmerge,         match_config_of, order,     row_config_of, window_config_of,
+};
 
 // What comes first in every call: the op, the shared memory of a block, and whether threads run in reverse.
 void serve() {

@@ -149,16 +149,16 @@ void Device::wake(unsigned first, unsigned count) {
 }
 
 int Device::block_barrier(int predicate) {
-  any_ |= predicate != 0;
+  count_ += predicate != 0;
   if (++at_barrier_ < threads_) {
     wait();
   } else {
     at_barrier_ = 0;
-    any_result_ = any_;
-    any_ = 0;
+    last_count_ = count_;
+    count_ = 0;
     wake(0, threads_);
   }
-  return any_result_;
+  return last_count_;
 }
 
 void Device::launch(unsigned blocks, unsigned threads, std::size_t shared_bytes, const std::function<void()>& body) {
@@ -181,7 +181,7 @@ void Device::launch(unsigned blocks, unsigned threads, std::size_t shared_bytes,
 
 void Device::run_block() {
   finished_ = at_barrier_ = 0;
-  any_ = 0;
+  count_ = 0;
   ready_.clear();
   for (unsigned t = 0; t < threads_; ++t) {
     fibers_[t]->prepare();

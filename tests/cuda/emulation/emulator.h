@@ -18,7 +18,7 @@ namespace emulation {
 constexpr int kLanes = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 // Bytes of static shared memory that a kernel with dynamic shared memory is taken to have beside it.
-constexpr std::size_t kStaticShared = 64;
+constexpr std::size_t kStaticShared = 128;
 // The largest value that the threads of a warp exchange: a lane's share of three matrices.
 constexpr std::size_t kExchangeBytes = 64;
 
@@ -42,7 +42,7 @@ class Device {
   char* shared = nullptr;  // dynamic shared memory of the running block, exactly as large as was asked for
 
   void launch(unsigned blocks, unsigned threads, std::size_t shared_bytes, const std::function<void()>& body);
-  // Waits for all threads of the block; whether any brought a nonzero predicate.
+  // Waits for all threads of the block; how many brought a nonzero predicate.
   int block_barrier(int predicate);
   Meeting& meeting() { return warps_[thread.x / kLanes]; }
   void wait();                                // lets others run until this thread is woken
@@ -61,7 +61,7 @@ class Device {
   std::unique_ptr<Fiber> scheduler_;
   const std::function<void()>* body_ = nullptr;
   unsigned threads_ = 0, running_ = 0, finished_ = 0, at_barrier_ = 0;
-  int any_ = 0, any_result_ = 0;
+  int count_ = 0, last_count_ = 0;
 };
 
 Device& device();

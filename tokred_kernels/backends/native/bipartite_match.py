@@ -12,8 +12,29 @@ from tokred_kernels.partition import Partition
 
 def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `backends.reference.bipartite_match`; this also writes the second view: dest, members, begin, count."""
-    if metric.stride(-1) != 1 and metric.shape[-1] != 1:
-        metric = metric.contiguous()
+    metric = inner_dense(metric)
+    images, tokens, num_out = metric.shape[0], metric.shape[-2], partition.num_out
+    dest = metric.new_empty((images, tokens), dtype=torch.int32)
+    members = dest.new_empty(images * tokens)
+    begin = dest.new_empty((images, num_out))
+    count = dest.new_empty((images, num_out))
+    views = (dest.data_ptr(), members.data_ptr(), begin.data_ptr(), count.data_ptr())
+    values = problem(metric, partition)
+    module = kernels(metric)
+    workspace = None
+    if metric.is_cuda and (size := module.match_workspace_bytes(values)):
+        workspace = metric.new_empty(size, dtype=torch.uint8)
+    module.bipartite_match(values, *views, address(workspace), stream(metric))
+    return dest, members, begin, count
+
+
+def inner_dense(tensor: Tensor) -> Tensor:
+    """The tensor itself where the elements of its last dimension lie side by side, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def problem(metric: Tensor, partition: Partition) -> tuple[int, ...]:
+    """The numbers of a MatchProblem that is not packed; see csrc/common/args.h and csrc/bindings.cpp."""
     if metric.dim() == 4:
         images, heads, tokens, channels = metric.shape
         stride_b, stride_h, stride_n, _ = metric.stride()
@@ -21,21 +42,11 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
         (images, tokens, channels), heads = metric.shape, 1
         stride_b, stride_n, _ = metric.stride()
         stride_h = 0
-    first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, sources, destinations = partition
-    num_out = partition.num_out
-    dest = metric.new_empty((images, tokens), dtype=torch.int32)
-    members = dest.new_empty(images * tokens)
-    begin = dest.new_empty((images, num_out))
-    count = dest.new_empty((images, num_out))
-    problem = (
-        *(metric.data_ptr(), stride_b, stride_h, stride_n, images, heads, tokens, channels, DTYPE_CODE[metric.dtype]),
-        *(address(sources), address(destinations), first, stride, num_src, num_dst),
-        *(protected_src, protected_dst, int(by_index), r),
-    )
-    module = kernels(metric)
-    workspace = None
-    if metric.is_cuda and (size := module.match_workspace_bytes(*problem)):
-        workspace = metric.new_empty(size, dtype=torch.uint8)
-    views = (dest.data_ptr(), members.data_ptr(), begin.data_ptr(), count.data_ptr())
-    module.bipartite_match(*problem, *views, address(workspace), stream(metric))
-    return dest, members, begin, count
+    strides = stride_b, stride_h, stride_n
+    sizes = images, heads, tokens, channels
+    return (metric.data_ptr(), *strides, *sizes, DTYPE_CODE[metric.dtype], 0, *partition_values(partition))
+
+
+def partition_values(partition: Partition) -> tuple[int, ...]:
+    """The numbers of a Partition, its lists as addresses."""
+    return (address(partition.sources), address(partition.destinations), *partition.numbers)

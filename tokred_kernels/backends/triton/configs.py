@@ -27,10 +27,20 @@ class MatchConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """All sources, or all destinations, of an image at once, against `chunk` sources at a time."""
+    """`block` sources or destinations of an image at once, against `chunk` sources at a time."""
 
     block: int
     chunk: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Windows of a program, over block_channels at a time, and how many tokens of each are under way at once."""
+
+    block_windows: int
+    block_channels: int
+    unroll: int
     num_warps: int
 
 
@@ -55,11 +65,19 @@ MATCH_CONFIGS = {dtype: _MATCH_32 if dtype == torch.float32 else _MATCH_16 for d
 # beyond so many blocks (640 tokens) the mean over heads is written first, in a launch of its own.
 MEAN_IN_MATCH_BLOCKS = 5
 
-SELECT_LIMIT = 1024  # sources or destinations that one program ranks by counting; more are sorted
+SELECT_LIMIT = 1024  # sources or destinations of an image whose map one program makes
 SELECT_CONFIGS = {
     128: SelectConfig(128, 16, 4),
     512: SelectConfig(512, 8, 16),
     1024: SelectConfig(SELECT_LIMIT, 8, 16),
+}
+RANK_CONFIG = SelectConfig(128, 16, 4)  # for ranks alone: as many programs as it takes
+
+# A row that one warp holds is summed without a barrier. Only rows longer than all of these are read twice.
+WINDOW_CONFIGS = {
+    **{channels: WindowConfig(512 // channels, channels, 4, 1) for channels in (128, 256, 512)},
+    1024: WindowConfig(1, 1024, 4, 1),
+    2048: WindowConfig(1, 2048, 4, 2),
 }
 
 # 16 bytes a thread, twice: 4 warps move 4 KiB.
@@ -89,3 +107,8 @@ def rows_config(channels: int, dtype: torch.dtype) -> RowsConfig:
         if -channels % block < channels / 8:
             return ROWS_CONFIGS[block, dtype]
     return ROWS_CONFIGS[64, dtype]
+
+
+def window_config(channels: int) -> WindowConfig:
+    """For windows of tokens of `channels`."""
+    return WINDOW_CONFIGS[min((block for block in WINDOW_CONFIGS if block >= channels), default=max(WINDOW_CONFIGS))]

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: MIT
+// The match of whole images over the threads, and the order of their sources.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "../common/order.h"
+#include "match_tile.h"
+#include "scratch.h"
+
+namespace tokred::cpu::TOKRED_ISA {
+namespace {
+
+// Multiply-adds below which one image is matched by one thread.
+constexpr int64_t kSerialProducts = 400 * 1000;
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Room for the match of one image.
+Match prepare(const MatchProblem& a, const Image& image) {
+  Match p;
+  p.channels = a.channels;
+  p.sources = image.partition.num_src;
+  p.destinations = std::max(image.partition.num_dst - image.partition.protected_dst, 0);
+  p.panels = (p.destinations + kLanes - 1) / kLanes;
+  const int64_t destinations = p.panels * kLanes;
+  const int64_t sources = round_up(p.sources, kLanes);  // keeps what follows aligned
+
+  thread_local Scratch scratch;
+  p.destination = scratch.take(destinations * (p.channels + 1) + 5 * sources);
+  p.inverse_dst = p.destination + destinations * p.channels;
+  p.score = p.inverse_dst + destinations;
+  p.partner = reinterpret_cast<int32_t*>(p.score + sources);
+  p.rank = p.partner + sources;
+  p.keys = reinterpret_cast<uint64_t*>(p.rank + sources);
+  return p;
+}
+
+template <class T>
+Match match_image(const MatchProblem& a, const Image& image, bool parallel) {
+  const Match p = prepare(a, image);
+  const int32_t first_number = p.destinations > 0 ? image.partition.protected_dst : 0;
+#pragma omp parallel if (parallel)
+  {
+    thread_local Scratch scratch;
+    float* memory = scratch.take(kPassSources * (p.channels + 1));
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < p.panels; ++panel) load_panel<T>(a, image, p, panel, memory);
+    const Pass pass{memory, memory + kPassSources * p.channels};
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t from = 0; from < p.sources; from += kPassSources) {
+      load_pass<T>(a, image, p, from, pass);
+      best_of_pass(p, first_number, from, pass);
+    }
+  }
+  return p;
+}
+
+// Matches every image, and hands each to `finish`: over the threads by image, or, of fewer images, inside each.
+template <class Finish>
+void match_images(const MatchProblem& a, Finish&& finish) {
+  with_element(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t products = int64_t{a.partition.num_src} * a.partition.num_dst * a.channels;
+#ifdef _OPENMP
+    const int threads = omp_get_max_threads();
+#else
+    const int threads = 1;
+#endif
+    const bool by_image = a.images >= threads;
+    const bool parallel = products * a.images > kSerialProducts;
+#pragma omp parallel for schedule(dynamic, 1) if (by_image && parallel)
+    for (int64_t b = 0; b < a.images; ++b) {
+      const Image image = image_of(a, b);
+      finish(image, match_image<T>(a, image, !by_image && parallel));
+    }
+  });
+}
+
+// The sources that may join, from `protected_src` on, as whole numbers: the greater goes before the lower.
+int64_t candidate_keys(const Partition& p, const Match& match) {
+  const int32_t lead = std::min(p.protected_src, p.num_src);
+  for (int32_t i = lead; i < p.num_src; ++i) match.keys[i - lead] = pack_candidate(match.score[i], i);
+  return p.num_src - lead;
+}
+
+// A comparison of our own: a library instance of the default one could be shared between instruction sets.
+constexpr auto goes_before = [](uint64_t x, uint64_t y) { return x > y; };
+
+// The ranks that the order of the keys gives.
+void write_ranks(const Partition& p, const Match& match, int64_t candidates, int32_t* rank) {
+  std::fill(rank, rank + p.num_src - candidates, kNoRank);
+  for (int64_t place = 0; place < candidates; ++place) {
+    rank[candidate_index(match.keys[place])] = static_cast<int32_t>(place);
+  }
+}
+
+}  // namespace
+}  // namespace tokred::cpu::TOKRED_ISA

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+// The map of a match: whole numbers only, the same for every instruction set.
+#include <algorithm>
+
+#include "../common/slots.h"
+#include "maps.h"
+#include "ops.h"
+
+namespace tokred::cpu {
+namespace {
+
+// Fewer tokens than this in all are not worth a second thread.
+constexpr int64_t kSerialTokens = 16 * 1024;
+
+}  // namespace
+
+void dest_of_ranks(const Partition& p, int64_t image, int64_t tokens, const int32_t* partner, const int32_t* rank,
+                   int32_t* dest) {
+  if (p.r == 0) {
+    const int32_t kept = kept_tokens(p);
+    for (int64_t n = 0; n < tokens; ++n) dest[n] = n < kept ? static_cast<int32_t>(n) : -1;
+    return;
+  }
+  std::fill(dest, dest + tokens, -1);
+  for (int32_t n = 0; n < p.first; ++n) dest[n] = n;
+  for (int32_t j = 0; j < p.num_dst; ++j) dest[destination_token(p, image, j)] = destination_slot(p, j);
+  int32_t joined = 0;
+  for (int32_t i = 0; i < p.num_src; ++i) {
+    dest[source_token(p, image, i)] = source_slot(p, i, rank[i], joined, partner[i]);
+    joined += joins(p, rank[i]);
+  }
+}
+
+void match_map(const MatchMapArgs& a) {
+  const int64_t sources = a.partition.num_src;
+  const int64_t all_tokens = a.starts_in ? a.tokens : a.images * a.tokens;
+#pragma omp parallel for schedule(static) if (all_tokens > kSerialTokens)
+  for (int64_t b = 0; b < a.images; ++b) {
+    const int64_t first_row = a.starts_in ? a.starts_in[b] : b * a.tokens;
+    const int64_t tokens = a.starts_in ? a.starts_in[b + 1] - first_row : a.tokens;
+    Partition p = a.starts_in ? of_tokens(a.partition, tokens) : a.partition;
+    if (a.counts) p.r = a.counts[b];
+    const int64_t first_slot = a.starts_out ? a.starts_out[b] : b * num_slots(p);
+    int32_t* dest = a.dest + first_row;
+    dest_of_ranks(p, b, tokens, a.partner + b * sources, a.rank + b * sources, dest);
+    invert_image(dest, first_row, tokens, num_slots(p), a.members + first_row, a.begin + first_slot,
+                 a.count + first_slot);
+    if (a.starts_out) offset_slots(dest, tokens, static_cast<int32_t>(first_slot));
+  }
+}
+
+}  // namespace tokred::cpu

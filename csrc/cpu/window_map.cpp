@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT
+// The map of merged windows: whole numbers only, the same for every instruction set.
+#include <algorithm>
+#include <vector>
+
+#include "../common/order.h"
+#include "maps.h"
+#include "ops.h"
+
+namespace tokred::cpu {
+namespace {
+
+// Fewer windows than this in all are not worth a second thread.
+constexpr int64_t kSerialWindows = 512;
+// Of a window that does not merge.
+constexpr int32_t kNotMerged = -1;
+
+// Which place each window has among the `r` that merge.
+void rank_windows(const float* score, int64_t windows, int32_t r, std::vector<uint64_t>& keys,
+                  std::vector<int32_t>& rank) {
+  keys.resize(windows);
+  for (int64_t w = 0; w < windows; ++w) keys[w] = pack_candidate(score[w], static_cast<int32_t>(w));
+  const auto before = [](uint64_t x, uint64_t y) { return x > y; };
+  if (r < windows) std::nth_element(keys.begin(), keys.begin() + r, keys.end(), before);
+  std::sort(keys.begin(), keys.begin() + r, before);
+  rank.assign(windows, kNotMerged);
+  for (int32_t place = 0; place < r; ++place) rank[candidate_index(keys[place])] = place;
+}
+
+void dest_of_windows(const Windows& w, const std::vector<int32_t>& rank, int32_t r, int32_t* dest) {
+  const int32_t down = w.grid_height / w.height, across = w.grid_width / w.width;
+  for (int32_t n = 0; n < w.first; ++n) *dest++ = n;
+  int32_t other = w.first + r;
+  for (int32_t y = 0; y < w.grid_height; ++y) {
+    const int32_t row = y / w.height;
+    int32_t x = 0;
+    for (int32_t column = 0; row < down && column < across; ++column) {
+      const int32_t place = rank[row * across + column];
+      for (int32_t end = x + w.width; x < end; ++x) *dest++ = place == kNotMerged ? other++ : w.first + place;
+    }
+    for (; x < w.grid_width; ++x) *dest++ = other++;
+  }
+}
+
+}  // namespace
+
+void window_map(const WindowMapArgs& a) {
+  const Windows& w = a.windows;
+  const int64_t tokens = w.first + int64_t{w.grid_height} * w.grid_width;
+  const int64_t windows = int64_t{w.grid_height / w.height} * (w.grid_width / w.width);
+  const int64_t gone = int64_t{w.height} * w.width - 1;
+#pragma omp parallel if (a.images * windows > kSerialWindows)
+  {
+    std::vector<uint64_t> keys;
+    std::vector<int32_t> rank;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < a.images; ++b) {
+      const int32_t r = a.counts ? a.counts[b] : a.r;
+      const int64_t slots = tokens - r * gone;
+      const int64_t first_slot = a.starts_out ? a.starts_out[b] : b * slots;
+      int32_t* dest = a.dest + b * tokens;
+      rank_windows(a.score + b * windows, windows, r, keys, rank);
+      dest_of_windows(w, rank, r, dest);
+      invert_image(dest, b * tokens, tokens, slots, a.members + b * tokens, a.begin + first_slot, a.count + first_slot);
+      if (a.starts_out) offset_slots(dest, tokens, static_cast<int32_t>(first_slot));
+    }
+  }
+}
+
+}  // namespace tokred::cpu

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""The tests of the Triton kernels on a machine without a GPU: in Triton's interpreter."""
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import DTYPES
+
+from tokred_kernels import backends
+
+FILES = ("test_triton.py", "test_triton_best_match.py", "test_triton_window_similarity.py")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(backends.triton_interprets(), reason="the tests of this process are interpreted already")
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(file):
+    folder = Path(__file__).parent
+    root = folder.parents[1]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", folder / file],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+def test_every_file_that_runs_kernels_is_run_here():
+    using_kernels = {path.name for path in Path(__file__).parent.glob("test_*.py") if "(device" in path.read_text()}
+    assert using_kernels == set(FILES)
+
+
+def test_every_shape_gets_a_config_that_is_compiled_in_the_tests():
+    from tokred_kernels.backends.triton import configs
+
+    for dtype, channels in itertools.product(DTYPES, [0, 1, 16, 17, 33, 64, 65, 192, 384, 768, 1024, 1280, 2049]):
+        assert configs.match_config(channels, dtype) in configs.MATCH_CONFIGS[dtype].values()
+        assert configs.rows_config(channels, dtype) in configs.ROWS_CONFIGS.values()
+        config = configs.window_config(channels)
+        assert config in configs.WINDOW_CONFIGS.values()
+        assert config.block_channels >= min(channels, max(configs.WINDOW_CONFIGS))
+    for num_src, num_dst in itertools.product([0, 1, 128, 129, 512, 513, 1024], repeat=2):
+        assert configs.select_config(num_src, num_dst).block >= max(num_src, num_dst)
+    assert configs.select_config(1025, 1) is None
+    assert configs.select_config(1, 1025) is None

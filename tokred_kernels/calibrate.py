@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: MIT
+"""ALGM's thresholds from data: how alike the tokens of a model's layers are."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokred_kernels.checks import check_count, shape
+from tokred_kernels.ops.window_match import check_pair
+
+OP = "calibrate_thresholds"
+VERSION = 1  # of the JSON file
+FIELDS = ("mean", "std", "pairs")
+BLOCK_ROWS = 512  # of a Gram matrix at once
+BLOCK_NUMBERS = 2**23  # float64 numbers at once: 64 MiB
+LINE_SECONDS = 5.0  # between two lines where there is no progress bar
+
+
+class Similarity(NamedTuple):
+    """How alike the tokens of one layer are.
+
+    Attributes:
+        mean: of the cosines of all pairs.
+        std: their standard deviation (of the pairs as they are: divided by their number, not by one less).
+        pairs: how many pairs there were, each counted once.
+    """
+
+    mean: float
+    std: float
+    pairs: int
+
+
+@dataclass(frozen=True, repr=False)
+class Thresholds:
+    """What `calibrate_thresholds` found: for each layer, counted from 1, how alike its tokens are.
+
+    Attributes:
+        layers: a Similarity for each layer.
+        window: within which windows pairs were formed, (height, width); None for all pairs of an image.
+    """
+
+    layers: dict[int, Similarity]
+    window: tuple[int, int] | None = None
+
+    def threshold(self, layer: int) -> float:
+        """Mean + standard deviation of the layer's cosines; above 1, where nothing merges, if they spread that far.
+
+        Raises:
+            ValueError: the layer was not calibrated.
+        """
+        if layer not in self.layers:
+            known = ", ".join(map(str, self.layers))
+            raise ValueError(f"tokred_kernels.Thresholds: layer must be one of {known}, got {layer!r}")
+        return self.layers[layer].mean + self.layers[layer].std
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; `load` gives the same numbers back, to the bit."""
+        layers = {str(layer): similarity._asdict() for layer, similarity in self.layers.items()}
+        content = {"version": VERSION, "window": self.window, "layers": layers}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Thresholds:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no JSON, of another version, or lacks something.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"tokred_kernels.Thresholds.load: {path} is no JSON file ({error})") from None
+        if not isinstance(content, dict) or "version" not in content:
+            raise ValueError(f'tokred_kernels.Thresholds.load: {path} has no "version": it is no file of thresholds')
+        if content["version"] != VERSION:
+            raise ValueError(
+                f"tokred_kernels.Thresholds.load: {path} must be of version {VERSION}, got {content['version']!r}"
+            )
+        layers, window = content.get("layers"), content.get("window")
+        if not isinstance(layers, dict) or not layers:
+            raise ValueError(f'tokred_kernels.Thresholds.load: {path} must have "layers", got {layers!r}')
+        if window is not None and not (_numbers(window, int) and len(window) == 2):
+            raise ValueError(
+                f'tokred_kernels.Thresholds.load: {path}: "window" must be two ints or null, got {window!r}'
+            )
+        read = {_layer(path, name): _similarity(path, name, entry) for name, entry in layers.items()}
+        return cls(read, None if window is None else (window[0], window[1]))
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {layer}: {self.threshold(layer):.4f} = {mean:.4f} + {std:.4f} over {pairs:,} pairs"
+            for layer, (mean, std, pairs) in self.layers.items()
+        ]
+        where = "all pairs" if self.window is None else f"pairs in windows of {self.window[0]} x {self.window[1]}"
+        return "\n".join([f"Thresholds(layer: mean + std of the cosines of {where}", *lines]) + ")"
+
+
+def _numbers(value: Any, kind: Any) -> bool:
+    """Whether `value` is a list of finite numbers of `kind`."""
+    return isinstance(value, list) and all(
+        isinstance(part, kind) and not isinstance(part, bool) and math.isfinite(part) for part in value
+    )
+
+
+def _layer(path: Any, name: str) -> int:
+    if not name.isdecimal() or int(name) == 0:
+        raise ValueError(f"tokred_kernels.Thresholds.load: {path}: a layer must be a number from 1 on, got {name!r}")
+    return int(name)
+
+
+def _similarity(path: Any, name: str, entry: Any) -> Similarity:
+    values: list[Any] = [entry.get(field) for field in FIELDS] if isinstance(entry, dict) else []
+    if not (values and _numbers(values, (int, float)) and isinstance(values[2], int)):
+        raise ValueError(
+            f"tokred_kernels.Thresholds.load: {path}: layer {name} must have the numbers mean, std and pairs, "
+            f"got {entry!r}"
+        )
+    return Similarity(float(values[0]), float(values[1]), values[2])
+
+
+def calibrate_thresholds(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: Sequence[int] | None = None,
+    window: tuple[int, int] | None = None,
+    group: Any = None,
+    progress: bool = True,
+) -> Thresholds:
+    """How alike tokens are where ALGM merges them, and from that its thresholds: mean + standard deviation.
+
+    In each layer asked for, between attention and MLP (the input of `norm2`), the cosine of every pair of different
+    tokens of an image; class, distillation and register tokens are in no pair. A token of norm zero has cosine 0 with
+    all others. The mean and the standard deviation are of all pairs of all images together.
+
+    ALGM sets its threshold automatically, from the similarities that the plain model has on its training images. Its
+    code has only the numbers that came of it, as settings (0.88 for ViT-S on ADE20K), and its authors' answer to who
+    asks is to take the tokens of the first layer and look at their similarities. The rule here is mean + std, as in the
+    authors' global step, which adds std / layer to the mean of the best similarities of each batch; here both are of
+    all pairs of a data set. So calibrate the plain, trained model, on images prepared as for training, and give the
+    result to `patch(model, "algm", threshold=...)`.
+
+    Args:
+        model: a timm VisionTransformer as `patch` takes it, not patched, with trained weights.
+        batches: any iterable of images (B, 3, H, W), or of tuples or lists that start with images, as a DataLoader
+            gives; sizes may differ between batches. Gone through once. Images are moved to the model's device.
+        layers: which, counted from 1; default all.
+        window: (height, width) in tokens: only pairs inside such windows of the grid, which is what the local step
+            looks at. Neighbours are far more alike than tokens at large: mean + std can pass 1, and nothing merges.
+        group: a torch.distributed process group whose processes each go through their own batches: all get the result
+            over all of them. None for this process alone.
+        progress: show a progress bar (lines, where tqdm is not installed) on stderr.
+
+    Returns:
+        Thresholds. No similarities are kept: sums in float64, one pass, O(N C + 512 min(N, C)) numbers at a time.
+
+    The model runs in eval mode without gradients; afterwards every part is in the mode that it was in.
+
+    Raises:
+        TypeError: a wrong type, also of a batch.
+        ValueError: a patched model, no images, no pairs, a layer that is not there, a window larger than the grid, or
+            tokens that are NaN or infinite.
+        NotImplementedError: a model that `patch` does not take.
+        ImportError: timm is not installed.
+    """
+    blocks = _check_model(model)
+    chosen = _check_layers(layers, len(blocks))
+    if window is not None:
+        window = check_pair(OP, "window", window)
+        if window[0] * window[1] < 2:
+            raise ValueError(f"tokred_kernels.{OP}: window must hold at least 2 tokens, got {window}")
+    device = next(model.parameters()).device
+    sums = torch.zeros(len(chosen), 3, dtype=torch.float64, device=device)
+    watch = _Watch(sums, model.num_prefix_tokens, window)  # type: ignore[arg-type]
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [
+        blocks[layer - 1].norm2.register_forward_pre_hook(watch.hook(row, layer)) for row, layer in enumerate(chosen)
+    ]
+    show = progress and (group is None or torch.distributed.get_rank(group) == 0)
+    try:
+        model.eval()
+        with torch.no_grad():
+            for number, batch in enumerate(_with_progress(batches) if show else batches):
+                images = _images(batch, number).to(device)
+                watch.grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore[operator,union-attr]
+                model.forward_features(images)  # type: ignore[operator]
+                # Over a group the others would wait for this process: there it is noticed at the end, by all.
+                if group is None:
+                    _check_finite(sums, chosen)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+    _check_finite(sums, chosen)
+    return Thresholds(
+        {layer: _finish(*row) for layer, row in zip(chosen, sums.tolist(), strict=True)},
+        None if window is None else (int(window[0]), int(window[1])),
+    )
+
+
+def _check_model(model: Any) -> Any:
+    """The blocks of `model`, a VisionTransformer that is not patched."""
+    from tokred_kernels.patch import MARK, timm_vit  # noqa: PLC0415  (timm is optional)
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, MARK):
+        raise ValueError(
+            f"tokred_kernels.{OP}: model must not be patched ({getattr(model, MARK)}): a threshold says how alike the "
+            "tokens of the plain model are; call tokred_kernels.unpatch(model) first"
+        )
+    if type(model) not in timm_vit.PATCHED:
+        raise NotImplementedError(
+            f"tokred_kernels.{OP}: model must be one of {timm_vit.SUPPORTED}, got {type(model).__name__}; where one is "
+            "inside another model, give that one"
+        )
+    timm_vit.check(model)
+    return model.blocks
+
+
+def _check_layers(layers: Any, depth: int) -> list[int]:
+    if layers is None:
+        return list(range(1, depth + 1))
+    if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
+        raise TypeError(f"tokred_kernels.{OP}: layers must be a sequence of ints, counted from 1, got {layers!r}")
+    for layer in layers:
+        check_count(OP, "layers", layer, least=1)
+        if layer > depth:
+            raise ValueError(f"tokred_kernels.{OP}: layers must be at most {depth}, the model's depth, got {layer}")
+    return sorted(set(layers))
+
+
+def _images(batch: Any, number: int) -> Tensor:
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor):
+        got = type(batch).__name__
+        raise TypeError(
+            f"tokred_kernels.{OP}: batches must give images (B, 3, H, W) or (images, ...), got {got} as batch {number}"
+        )
+    if images.dim() != 4:
+        raise ValueError(
+            f"tokred_kernels.{OP}: batches must give images (B, 3, H, W), got shape {shape(images)} as batch {number}"
+        )
+    return images
+
+
+class _Watch:
+    """Adds up what the layers' hooks see: a row [pairs, sum of cosines, sum of their squares] for each layer."""
+
+    def __init__(self, sums: Tensor, num_prefix: int, window: tuple[int, int] | None) -> None:
+        self.sums = sums
+        self.num_prefix = num_prefix
+        self.window = window
+        self.grid = (0, 0)
+
+    def hook(self, row: int, layer: int) -> Any:
+        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens = inputs[0][:, self.num_prefix :]
+            self.sums[row] += pair_sums(tokens if self.window is None else self._windows(tokens, layer))
+
+        return look
+
+    def _windows(self, tokens: Tensor, layer: int) -> Tensor:
+        """(B, N, C) to (B * windows, tokens of a window, C); the rim of a grid they do not divide is in no window."""
+        batch, _, channels = tokens.shape
+        (down, across), (height, width) = self.grid, self.window or (1, 1)
+        if height > down or width > across:
+            raise ValueError(
+                f"tokred_kernels.{OP}: window must fit into the grid {(down, across)}, got {(height, width)}"
+            )
+        rows, columns = down // height, across // width
+        grid = tokens.reshape(batch, down, across, channels)[:, : rows * height, : columns * width]
+        cut = grid.reshape(batch, rows, height, columns, width, channels).transpose(2, 3)
+        return cut.reshape(batch * rows * columns, height * width, channels)
+
+
+def pair_sums(x: Tensor) -> Tensor:
+    """The number, the sum and the sum of squares of the cosines of all pairs of different tokens in a group.
+
+    Args:
+        x: (G, n, C), groups of n tokens; of any floating dtype, computed in float64.
+
+    Returns:
+        (3,) float64. Each pair counts once.
+
+    With unit vectors u_i, sum over i != j of u_i . u_j is |sum u_i|^2 - sum |u_i|^2. Their squares sum to
+    |U U^T|^2 - sum |u_i|^4 in the Frobenius norm, which U^T U has too: the smaller of n x n and C x C is computed, in
+    blocks of rows.
+    """
+    groups, tokens, channels = x.shape
+    small = min(tokens, channels)
+    sums = x.new_zeros(3, dtype=torch.float64)
+    sums[0] = groups * tokens * (tokens - 1) / 2
+    if x.numel() == 0:
+        return sums
+    step = max(1, BLOCK_NUMBERS // (tokens * channels + min(BLOCK_ROWS, small) * small))
+    for part in x.split(step):
+        unit = part.double()
+        norm = unit.norm(dim=-1, keepdim=True)
+        unit = torch.where(norm == 0, 0, unit / norm)
+        own = unit.square().sum(-1)
+        sums[1] += (unit.sum(1).square().sum() - own.sum()) / 2
+        side = unit if tokens <= channels else unit.transpose(1, 2)
+        squares = torch.stack([(block @ side.transpose(1, 2)).square().sum() for block in side.split(BLOCK_ROWS, 1)])
+        sums[2] += (squares.sum() - own.square().sum()) / 2
+    return sums
+
+
+def _check_finite(sums: Tensor, layers: list[int]) -> None:
+    if not sums.isfinite().all():
+        bad = [layer for layer, row in zip(layers, sums.isfinite().all(1).tolist(), strict=True) if not row]
+        raise ValueError(
+            f"tokred_kernels.{OP}: the tokens of every layer must be finite, got NaN or infinity in layer "
+            f"{', '.join(map(str, bad))}; look at the images and the weights"
+        )
+
+
+def _finish(pairs: float, total: float, squares: float) -> Similarity:
+    if pairs == 0:
+        raise ValueError(
+            f"tokred_kernels.{OP}: batches must give an image of two tokens or more, got no pair of tokens; an "
+            "iterator that was gone through before gives nothing"
+        )
+    mean = total / pairs
+    # Rounding can take the difference of a constant's moments below 0.
+    return Similarity(mean, math.sqrt(max(squares / pairs - mean * mean, 0.0)), round(pairs))
+
+
+def _with_progress(batches: Iterable[Any]) -> Iterator[Any]:
+    """`batches`, with a bar on stderr, or a line now and then where tqdm is not installed."""
+    try:
+        from tqdm import tqdm  # noqa: PLC0415  (optional)
+    except ImportError:
+        yield from _with_lines(batches)
+    else:
+        yield from tqdm(batches, desc="calibrate", unit="batch", leave=False)
+
+
+def _with_lines(batches: Iterable[Any]) -> Iterator[Any]:
+    of = f" of {len(batches)}" if isinstance(batches, Sized) else ""
+    said = time.monotonic()
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        if time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            print(f"calibrate: batch {number}{of}", file=sys.stderr)

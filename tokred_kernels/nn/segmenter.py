@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""Segmenter's linear head on a vision transformer, whose tokens may have been merged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred_kernels.checks import check_count, shape
+from tokred_kernels.ops.unmerge import unmerge
+
+OP = "nn.LinearSegmenter"
+INIT_STD = 0.02
+
+
+class LinearDecoder(nn.Module):
+    """A linear layer from tokens to classes: (..., C) to (..., K).
+
+    Its parameters are `head.weight` and `head.bias`, as those of Segmenter's DecoderLinear.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(channels, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=INIT_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scores of each token's classes."""
+        return self.head(x)
+
+
+class LinearSegmenter(nn.Module):
+    """A class for each pixel, from the tokens of a vision transformer (Segmenter, Strudel et al. 2021, section 3.2).
+
+    The encoder's final tokens without the prefix, a linear layer from each to the scores of K classes, and bilinear
+    upsampling of these from the grid of patches to the image.
+
+    The encoder may be patched, before or after it is put in here, with any method that has a `model.token_map`. What
+    looks at each token alone is the same before unmerging as after, so a token-wise decoder runs on the fewer, merged
+    tokens, and its scores are unmerged: K channels are gathered, not C. A decoder that looks at neighbours needs the
+    grid, and runs after unmerging. A patch whose token was dropped has tokens, or scores, of 0.
+
+    Args:
+        encoder: a timm VisionTransformer; make it with `num_classes=0`, and with `global_pool=""` or "token", which
+            leave its final norm on the tokens. With `dynamic_img_size=True` it takes images of any size that the patch
+            divides, with `dynamic_img_pad=True` too of any size at all.
+        num_classes: K.
+        decoder: in place of the linear layer. Token-wise, a module from (..., C) to (..., K), where ... is (B, N') or,
+            of packed tokens, (T',). Else one from the grid (B, C, h, w) to (B, K, any height, any width).
+        token_wise: whether the decoder looks at each token alone. False for convolutions.
+
+    State dicts of published Segmenters with the linear head load into `decoder` with their names and shapes.
+
+    Raises:
+        TypeError: a wrong type.
+        ValueError: `num_classes` under 1, or `token_wise=False` without a decoder.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, num_classes: int, *, decoder: nn.Module | None = None, token_wise: bool = True
+    ) -> None:
+        super().__init__()
+        _check(encoder, decoder, token_wise)
+        check_count(OP, "num_classes", num_classes, least=1)
+        self.encoder: Any
+        self.encoder = encoder
+        self.num_classes = num_classes
+        self.token_wise = token_wise
+        self.decoder = LinearDecoder(self.encoder.embed_dim, num_classes) if decoder is None else decoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to scores (B, K, H, W).
+
+        Raises:
+            ValueError: images of a size that the encoder does not take, or a decoder whose output has not K channels.
+        """
+        height, width, stride = self._size(images)
+        grid = self.encoder.patch_embed.dynamic_feat_size((height, width))
+        x = self.encoder.forward_features(images)
+        if self.token_wise:
+            x = self._decode(x, -1)
+        # Of the class, as the map is asked for only after the forward that made it.
+        if hasattr(type(self.encoder), "token_map"):
+            x = unmerge(x, self.encoder.token_map)
+        x = x[:, self.encoder.num_prefix_tokens :]
+        if x.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"tokred_kernels.{OP}: encoder must give a token for each of {grid[0]} x {grid[1]} patches, got "
+                f"{x.shape[1]}; patch dropout takes some away: set encoder.patch_drop = torch.nn.Identity()"
+            )
+        x = x.transpose(1, 2).unflatten(2, grid)
+        if not self.token_wise:
+            x = self._decode(x, 1)
+        padded = (grid[0] * stride[0], grid[1] * stride[1])
+        x = F.interpolate(x, size=padded, mode="bilinear", align_corners=False)
+        return x[..., :height, :width]
+
+    def _decode(self, x: Tensor, channel: int) -> Tensor:
+        scores = self.decoder(x)
+        if scores.shape[channel] != self.num_classes:
+            raise ValueError(
+                f"tokred_kernels.{OP}: decoder must give num_classes = {self.num_classes} channels, got shape "
+                f"{shape(scores)} from {shape(x)}"
+            )
+        return scores
+
+    def _size(self, images: Tensor) -> tuple[int, int, tuple[int, int]]:
+        """Height and width of images that the encoder takes, and the pixels of a token."""
+        embed = self.encoder.patch_embed
+        if images.dim() != 4:
+            raise ValueError(f"tokred_kernels.{OP}: images must be (B, 3, H, W), got shape {shape(images)}")
+        height, width = images.shape[2:]
+        if embed.strict_img_size and (height, width) != tuple(embed.img_size):
+            raise ValueError(
+                f"tokred_kernels.{OP}: images must be of {tuple(embed.img_size)} pixels, got {(height, width)}; for "
+                "others make the encoder with dynamic_img_size=True"
+            )
+        stride = tuple(embed.feat_ratio(as_scalar=False))
+        if not embed.dynamic_img_pad and (height % stride[0] or width % stride[1]):
+            raise ValueError(
+                f"tokred_kernels.{OP}: images must be of a size that patches of {stride} pixels divide, got "
+                f"{(height, width)}; make the encoder with dynamic_img_pad=True, or pad them"
+            )
+        return height, width, stride
+
+
+def _check(encoder: Any, decoder: Any, token_wise: Any) -> None:
+    if not all(hasattr(encoder, name) for name in ("forward_features", "patch_embed", "num_prefix_tokens")):
+        raise TypeError(f"tokred_kernels.{OP}: encoder must be a timm VisionTransformer, got {type(encoder).__name__}")
+    if decoder is not None and not isinstance(decoder, nn.Module):
+        raise TypeError(f"tokred_kernels.{OP}: decoder must be a torch.nn.Module, got {type(decoder).__name__}")
+    if not isinstance(token_wise, bool):
+        raise TypeError(f"tokred_kernels.{OP}: token_wise must be True or False, got {token_wise!r}")
+    if decoder is None and not token_wise:
+        raise ValueError(f"tokred_kernels.{OP}: token_wise must be True where no decoder is given, got False")

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""How many tokens an adaptive selector merges: one number for the batch, one for each image, or one that is given."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.checks import check_count
+from tokred_kernels.token_map import Packing
+
+BATCH, IMAGE = "batch", "image"
+
+
+def check_count_mode(op: str, count: Any, group: Any) -> None:
+    """Raise unless `count` is "batch", "image" or a whole number, and `group` goes with it."""
+    if isinstance(count, str):
+        if count not in (BATCH, IMAGE):
+            raise ValueError(f'tokred_kernels.{op}: count must be "batch", "image" or an int, got {count!r}')
+    else:
+        check_count(op, "count", count)
+    if group is not None and count != BATCH:
+        raise ValueError(
+            f'tokred_kernels.{op}: group must be None unless count="batch": only a count that is the same everywhere '
+            f"is agreed on between processes, got count={count!r}"
+        )
+
+
+def check_threshold(op: str, threshold: Any) -> None:
+    """Raise unless `threshold` is a number, and no NaN."""
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
+        got = f"{type(threshold).__name__} ({threshold!r})"
+        raise TypeError(f"tokred_kernels.{op}: threshold must be a number, got {got}")
+    if math.isnan(threshold):
+        raise ValueError(f"tokred_kernels.{op}: threshold must be a number, got NaN")
+
+
+def smallest(counts: Tensor, group: Any = None) -> int:
+    """The smallest of the images' counts (B,) int32, over all processes of `group` where there is one.
+
+    Reads the counts, or over a group their minimum, back to the host.
+    """
+    if group is None:
+        return min(counts.tolist(), default=0)
+    # A process without images leaves the choice to the others, and takes theirs.
+    none = torch.iinfo(counts.dtype).max
+    lowest = counts.min() if counts.numel() else counts.new_tensor(none)
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=group)
+    number = int(lowest)
+    return 0 if number == none else number
+
+
+def packing_after(lengths: tuple[int, ...], counts: Tensor, each: int = 1) -> Packing:
+    """Where images of these lengths start once `each` tokens are gone for each of their counts (B,).
+
+    Reads the counts back to the host.
+    """
+    left = (length - each * number for length, number in zip(lengths, counts.tolist(), strict=True))
+    return Packing.of(tuple(left), counts.device)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""DiffRate's matching of unimportant tokens to important ones."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.checks import check_count, check_metric, prefix_length
+from tokred_kernels.ops.best_match import best_match
+from tokred_kernels.ops.match_map import match_map
+from tokred_kernels.partition import prefix_and_rest
+from tokred_kernels.token_map import TokenMap
+
+OP = "importance_match"
+
+
+def importance_match(
+    metric: Tensor, num_kept: int, *, class_token: bool = False, num_prefix: int | None = None
+) -> tuple[TokenMap, Tensor]:
+    """Merge the least important tokens into the most similar important ones (DiffRate, section 3.2, `get_merge_func`).
+
+    The tokens come sorted by importance. Those from `num_kept` on each join the most similar of the first `num_kept`,
+    ties to the lower index.
+
+    Args:
+        metric: (B, N, D), or the keys of all heads (B, H, N, d), whose mean is taken. Not differentiated.
+        num_kept: how many tokens stay; N or more is the identity.
+        class_token: nothing joins token 0.
+        num_prefix: nothing joins the first so many tokens; give this or `class_token`.
+
+    Returns:
+        A TokenMap from N to `num_kept` slots, the kept tokens by index, and the cosine by which each other token
+        joined, (B, N - num_kept) float32; -inf where it holds NaN.
+
+    Raises:
+        TypeError: `metric` is no floating tensor, or a count no int.
+        ValueError: wrong rank, or `num_kept` leaves no token that may be joined.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    check_metric(OP, metric)
+    check_count(OP, "num_kept", num_kept)
+    prefix = prefix_length(OP, num_prefix, class_token, False)
+    first = int(class_token) if prefix is None else prefix
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    if num_kept >= tokens:
+        return TokenMap.identity(batch, tokens, metric.device), metric.new_empty((batch, 0)).float()
+    if num_kept <= first:
+        raise ValueError(
+            f"tokred_kernels.{OP}: num_kept must be at least {first + 1}, for {tokens - num_kept} of {tokens} tokens "
+            f"must join one that is not protected, got {num_kept}"
+        )
+    if metric.requires_grad:
+        metric = metric.detach()
+    partition = prefix_and_rest(tokens, num_kept, first)
+    backend = backends.choose("best_match", metric)
+    score, partner, rank = best_match(metric, partition, backend)
+    return match_map(partner, rank, partition, tokens, backend), score

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""The map of a match whose partners and ranks are known, once it is decided how many tokens join."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.backends.reference import match_map as reference
+from tokred_kernels.ops.counts import packing_after
+from tokred_kernels.ops.library import register
+from tokred_kernels.partition import SCHEMA, Partition
+from tokred_kernels.token_map import Packing, TokenMap
+
+
+def match_map(
+    partner: Tensor,
+    rank: Tensor,
+    partition: Partition,
+    num_tokens: int,
+    backend: str,
+    counts: Tensor | None = None,
+    packed_in: Packing | None = None,
+) -> TokenMap:
+    """The map in which the sources of lowest rank join their partners, both (B, num_src) as `best_match` gives them.
+
+    In every image `partition.r` of them join; or, with `counts` (B,) int32, so many in each, and the map is packed. An
+    image in which none joins keeps its tokens in their order. `num_tokens` is N, or T where packed tokens go in.
+
+    Reads `counts` back to the host, once.
+    """
+    packed = None
+    if counts is not None:
+        lengths = (num_tokens,) * partner.shape[0] if packed_in is None else packed_in.lengths
+        packed = packing_after(lengths, counts)
+    starts = (
+        None if packed_in is None else packed_in.cu_seqlens,
+        None if packed is None else packed.cu_seqlens,
+    )
+    num_out = partition.num_out if packed is None else packed.rows
+    if backend == "reference":
+        if packed is None:  # no second view before it is asked for: this is what is exported
+            return TokenMap(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
+        views = reference.match_map(partner, rank, partition, num_tokens, counts, *starts, num_out)
+    else:
+        lists = partition.sources, partition.destinations
+        others = counts, *starts, num_out, backends.beside("match_map", backend, partner)
+        views = _match_map(partner, rank, *lists, *partition.numbers, num_tokens, *others)
+    return TokenMap(views[0], num_out, *views[1:], packed, packed_in)
+
+
+def _implementation(
+    partner: Tensor, rank: Tensor, sources: Tensor | None, destinations: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *numbers, num_tokens, counts, starts_in, starts_out, num_out, backend = others
+    partition = Partition._make((*numbers, sources, destinations))
+    function = backends.implementation(backend, "match_map")
+    return function(partner, rank, partition, num_tokens, counts, starts_in, starts_out, num_out)
+
+
+def _fake(
+    partner: Tensor, rank: Tensor, sources: Tensor | None, destinations: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, num_tokens, counts, starts_in, _, num_out, _ = others
+    images = partner.shape[0]
+    slots = (images, num_out) if counts is None else (num_out,)
+    rows = num_tokens if starts_in is not None else images * num_tokens
+    return (
+        partner.new_empty((num_tokens,) if starts_in is not None else (images, num_tokens), dtype=torch.int32),
+        partner.new_empty(rows, dtype=torch.int32),
+        partner.new_empty(slots, dtype=torch.int32),
+        partner.new_empty(slots, dtype=torch.int32),
+    )
+
+
+_match_map = register(
+    f"match_map(Tensor partner, Tensor rank, Tensor? sources, Tensor? destinations, {SCHEMA}, SymInt num_tokens, "
+    "Tensor? counts, Tensor? starts_in, Tensor? starts_out, SymInt num_out, str backend) "
+    "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
+    _fake,
+    _implementation,
+)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""How many of an image's scores reach a threshold, given or their own (ALGM, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.backends.reference import similar_count as reference
+from tokred_kernels.ops.library import register
+
+
+def similar_count(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:
+    """(B,) int32, how many of `score` (B, S) float32 are at least the threshold; -inf never is.
+
+    The threshold is the one given; or, where `divisor` is not 0, mean + std / divisor of the scores above -inf, in
+    float64: mean and unbiased std of each image, averaged over the batch unless every image shall have its `own`. An
+    image with fewer than two scores has no std: nothing reaches its threshold, nor, averaged, anybody's.
+    """
+    if backend == "reference":
+        return reference.similar_count(score, threshold, divisor, own)
+    return _similar_count(score, threshold, divisor, own, backends.beside("similar_count", backend, score))
+
+
+def _fake(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:
+    return score.new_empty(score.shape[0], dtype=torch.int32)
+
+
+_similar_count = register(
+    "similar_count(Tensor score, float threshold, float divisor, bool own, str backend) -> Tensor", _fake
+)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""The map that merges the most similar windows, once it is decided how many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.backends.reference import window_map as reference
+from tokred_kernels.ops.counts import packing_after
+from tokred_kernels.ops.library import register
+from tokred_kernels.token_map import TokenMap
+from tokred_kernels.windows import SCHEMA, Windows
+
+
+def window_map(score: Tensor, windows: Windows, r: int, backend: str, counts: Tensor | None = None) -> TokenMap:
+    """The map in which the `r` windows of highest score (B, W) float32 merge, ties to the lower index.
+
+    With `counts` (B,) int32 so many of each image merge instead, and the map is packed; they are read back to the host,
+    once. Slots: the leading tokens, the merged windows by descending score, all other tokens by index.
+    """
+    gone = windows.size - 1
+    packed = None
+    if counts is not None:
+        packed = packing_after((windows.num_tokens,) * score.shape[0], counts, each=gone)
+    starts_out = None if packed is None else packed.cu_seqlens
+    num_out = windows.num_tokens - r * gone if packed is None else packed.rows
+    if backend == "reference":
+        if packed is None:  # no second view before it is asked for: this is what is exported
+            return TokenMap(reference.window_dest(score, windows, r), num_out)
+        views = reference.window_map(score, windows, r, counts, starts_out, num_out)
+    else:
+        others = counts, starts_out, num_out, backends.beside("window_map", backend, score)
+        views = _window_map(score, *windows, r, *others)
+    return TokenMap(views[0], num_out, *views[1:], packed)
+
+
+def _implementation(score: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *windows, r, counts, starts_out, num_out, backend = others
+    return backends.implementation(backend, "window_map")(score, Windows(*windows), r, counts, starts_out, num_out)
+
+
+def _fake(score: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *numbers, _, counts, _, num_out, _ = others
+    images, tokens = score.shape[0], Windows(*numbers).num_tokens
+    slots = (images, num_out) if counts is None else (num_out,)
+    return (
+        score.new_empty((images, tokens), dtype=torch.int32),
+        score.new_empty(images * tokens, dtype=torch.int32),
+        score.new_empty(slots, dtype=torch.int32),
+        score.new_empty(slots, dtype=torch.int32),
+    )
+
+
+_window_map = register(
+    f"window_map(Tensor score, {SCHEMA}, SymInt r, Tensor? counts, Tensor? starts_out, SymInt num_out, str backend) "
+    "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
+    _fake,
+    _implementation,
+)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""ALGM's local matching: windows of similar tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.checks import MAX_ROWS, check_count, check_tokens, shape
+from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
+from tokred_kernels.ops.window_map import window_map
+from tokred_kernels.ops.window_similarity import window_similarity
+from tokred_kernels.token_map import TokenMap
+from tokred_kernels.windows import Windows
+
+OP = "window_match"
+KEEP, REFUSE = "keep", "refuse"
+
+
+def window_match(
+    x: Tensor,
+    threshold: float,
+    *,
+    window: tuple[int, int] = (2, 2),
+    grid: tuple[int, int] | None = None,
+    num_prefix: int = 1,
+    count: int | str = BATCH,
+    uneven: str = KEEP,
+    group: Any = None,
+) -> TokenMap:
+    """Merge the windows of a grid whose tokens are alike (ALGM, section 3.2: conditional local average pooling, CLAP).
+
+    A window's similarity is the mean cosine, in float32, of its pairs of different tokens. Windows at or above the
+    threshold merge, each into one token. The slots are the leading tokens, the merged windows by descending similarity
+    (ties to the lower index), then all other tokens by index.
+
+    Args:
+        x: (B, N, C), `num_prefix` leading tokens and a grid row by row. Not differentiated.
+        threshold: a cosine. Not looked at where `count` is an int.
+        window: height and width in tokens, two tokens or more.
+        grid: height and width in tokens; default square.
+        num_prefix: so many leading tokens (class, distillation, registers) are in no window and stay first.
+        count: how many windows merge. "batch" (ALGM's): in every image the smallest number, over the batch, of windows
+            that reach the threshold, so that the output is a rectangle; the most similar ones of each image merge.
+            "image": in each image all that reach it, as if it came alone; the map is packed. An int: so many in each
+            image (at most all of them), whatever the threshold.
+        uneven: what to do with a grid that the window does not divide: "keep" leaves the rest at its right and bottom
+            unmerged, "refuse" raises.
+        group: with count="batch", a torch.distributed process group over which the smallest number is taken too, so
+            that all its processes keep equal shapes; None for this process alone.
+
+    Returns:
+        A TokenMap from N to N - count (kh kw - 1) slots; packed for count="image".
+
+    "batch" reads the B counts back to the host, "image" too. An int reads nothing: use it in CUDA graphs and
+    torch.compile. Reads x once, whatever the size of the window; no pair of tokens is ever written out.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a threshold that is NaN, a grid whose product is not N - num_prefix, a window of one token or larger
+            than the grid or, if asked, not dividing it, an unknown `count` or `uneven`, or a group without "batch".
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    windows = _check(x, window, grid, num_prefix, uneven)
+    check_threshold(OP, threshold)
+    check_count_mode(OP, count, group)
+    if x.requires_grad:
+        x = x.detach()
+    backend = backends.choose("window_similarity", x)
+    score, counts = window_similarity(x, windows, float(threshold), backend)
+    if not isinstance(count, str):
+        return window_map(score, windows, min(count, windows.number), backend)
+    if count == IMAGE:
+        return window_map(score, windows, 0, backend, counts)
+    return window_map(score, windows, smallest(counts, group), backend)
+
+
+def _check(x: Any, window: Any, grid: Any, num_prefix: Any, uneven: Any) -> Windows:
+    check_tokens(OP, "x", x)
+    batch, tokens, _ = shape(x)
+    if batch * tokens > MAX_ROWS:
+        raise ValueError(f"tokred_kernels.{OP}: x may have at most {MAX_ROWS} tokens in all, got shape {shape(x)}")
+    check_count(OP, "num_prefix", num_prefix)
+    height, width = check_pair(OP, "window", window)
+    down, across = square(OP, tokens, num_prefix) if grid is None else check_pair(OP, "grid", grid)
+    if down * across != tokens - num_prefix:
+        raise ValueError(
+            f"tokred_kernels.{OP}: grid must hold N - num_prefix = {tokens} - {num_prefix} tokens, got "
+            f"{(down, across)}, which holds {down * across}"
+        )
+    if height * width < 2:
+        raise ValueError(f"tokred_kernels.{OP}: window must hold at least 2 tokens, got {(height, width)}")
+    if height > down or width > across:
+        raise ValueError(f"tokred_kernels.{OP}: window must fit into the grid {(down, across)}, got {(height, width)}")
+    if uneven not in (KEEP, REFUSE):
+        raise ValueError(f'tokred_kernels.{OP}: uneven must be "keep" or "refuse", got {uneven!r}')
+    if uneven == REFUSE and (down % height or across % width):
+        raise ValueError(
+            f"tokred_kernels.{OP}: window must divide the grid {(down, across)}, got {(height, width)}; "
+            'uneven="keep" leaves the rest of the grid unmerged'
+        )
+    return Windows(num_prefix, down, across, height, width)
+
+
+def check_pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int]:
+    """`value` as two whole numbers of at least `least`; raise unless it is that."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a pair (height, width), got {value!r}")
+    for part, number in zip(("height", "width"), value, strict=True):
+        check_count(op, f"{name} {part}", number, least=least)
+    return value[0], value[1]
+
+
+def square(op: str, tokens: int, num_prefix: int) -> tuple[int, int]:
+    """The square grid that follows the prefix; raise unless there is one."""
+    left = tokens - num_prefix
+    side = math.isqrt(max(left, 0))
+    if left < 1 or side * side != left:
+        raise ValueError(
+            f"tokred_kernels.{op}: grid must be given where N - num_prefix = {tokens} - {num_prefix} is not the square "
+            "of a whole number"
+        )
+    return side, side

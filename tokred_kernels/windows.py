@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""How a grid of tokens is cut into windows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Windows(NamedTuple):
+    """Windows of `height` x `width` tokens over a grid that follows `first` tokens, row by row, from its top left.
+
+    What is left at the right and the bottom of a grid that they do not divide, the rim, is in no window.
+    """
+
+    first: int
+    grid_height: int
+    grid_width: int
+    height: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        """N, with the leading tokens."""
+        return self.first + self.grid_height * self.grid_width
+
+    @property
+    def down(self) -> int:
+        """Windows in a column."""
+        return self.grid_height // self.height
+
+    @property
+    def across(self) -> int:
+        """Windows in a row."""
+        return self.grid_width // self.width
+
+    @property
+    def number(self) -> int:
+        """W, all windows of an image."""
+        return self.down * self.across
+
+    @property
+    def size(self) -> int:
+        """Tokens of a window."""
+        return self.height * self.width
+
+
+# The windows among the arguments of a registered op.
+SCHEMA = "SymInt first, SymInt grid_height, SymInt grid_width, SymInt height, SymInt width"
