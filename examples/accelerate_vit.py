@@ -3,9 +3,10 @@
 
     python examples/accelerate_vit.py
     python examples/accelerate_vit.py --images ~/Pictures --model vit_base_patch16_224 --r 4 8 12
+    python examples/accelerate_vit.py --method algm --threshold 0.95 0.9 0.85
 
-Prints a table, and writes into --out: what became of the tokens of each photograph, a plot of speed against r, and the
-figures as JSON.
+Prints a table, and writes into --out: what became of the tokens of each photograph, a plot of speed against r or the
+threshold, and the figures as JSON.
 """
 
 from __future__ import annotations
@@ -19,33 +20,56 @@ import platform
 import statistics
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import photos
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from drawing import write_pictures, write_plot
+from measuring import in_turns, peak_memory
+from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from tokred_kernels import flops, viz
-from tokred_kernels.patch import METHODS, patch, unpatch
+from tokred_kernels import flops
+from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.patch.timm_import import import_timm
 from tokred_kernels.token_map import TokenMap
 
-# What one number of --r means to each method.
-SETTINGS: dict[str, Callable[[int], dict[str, Any]]] = {"tome": lambda r: {"r": r}}
+
+class Method(NamedTuple):
+    """What the number of a row means to a method.
+
+    Attributes:
+        label: of a row, with the number.
+        axis: what the number is, below the plot.
+        settings: for `patch`, from the number and the command line.
+        trial: a number to see with whether the model can be patched.
+    """
+
+    label: str
+    axis: str
+    settings: Callable[[float, argparse.Namespace], dict[str, Any]]
+    trial: float
+
+
+METHODS = {
+    "tome": Method("r = {:g}", "r, tokens removed in each block", lambda r, _: {"r": int(r)}, 1),
+    "algm": Method(
+        "threshold {:g}",
+        "threshold, mean cosine from which on a window merges",
+        lambda threshold, options: {"threshold": threshold, "layers": options.layers, "count": options.count},
+        0.9,
+    ),
+}
+DEFAULT_R = (0, 4, 8, 12, 16)
+SHARES = (0.25, 0.5, 0.75, 0.95)  # of all windows, that reach the thresholds which are chosen where none are given
+WINDOW = 2  # patches down and across, as `patch` has it for ALGM
 UNPATCHED = "unpatched"
-MIN_SAMPLE = 0.1  # seconds that one timing lasts at least, so that clocks and launches do not show
-MIN_ROUNDS = 3
-PICTURE = 448  # pixels of one picture, drawn at twice a ViT's usual resolution
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,10 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
     if not pretrained:
         print("With random weights the speed is the same, but pictures and feature figures mean little.")
 
-    rows, maps = measure(model, images, batch, options)
+    rows, maps = measure(model, images, batch, numbers(model, images, options), options)
     print_table(rows)
-    write_pictures(options.out, pictures, maps, model)
-    write_plot(options.out / "speed.png", rows, options, device)
+    layout = {"size": _image_size(model), "grid": model.patch_embed.grid_size, "prefix": model.num_prefix_tokens}
+    write_pictures(options.out, pictures, maps, **layout)
+    title = f"{options.model}, {options.method}, {describe(device)}"
+    write_plot(options.out / "speed.png", rows, title, METHODS[options.method].axis)
     report = {"model": options.model, "pretrained": pretrained, "method": options.method, "batch": batch}
     report |= {"device": describe(device), "torch": torch.__version__, "rows": rows}
     (options.out / "figures.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -82,8 +108,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=Path, help="a folder (default: photographs of scikit-learn and scikit-image)")
     parser.add_argument("--model", default="deit_small_patch16_224", help="a timm VisionTransformer (%(default)s)")
-    parser.add_argument("--method", default="tome", choices=[name for name in METHODS if name in SETTINGS])
-    parser.add_argument("--r", type=_natural, nargs="+", default=[0, 4, 8, 12, 16], help="tokens removed in each block")
+    parser.add_argument("--method", default="tome", choices=METHODS, help="how tokens get fewer (%(default)s)")
+    parser.add_argument("--r", type=_natural, nargs="+", help="tome: tokens removed in each block (0 4 8 12 16)")
+    parser.add_argument(
+        "--threshold",
+        type=_finite,
+        nargs="+",
+        help="algm: cosines (chosen so that 25, 50, 75 and 95 %% of windows merge)",
+    )
+    parser.add_argument("--layers", type=_positive, nargs="+", help="algm: blocks that merge, from 1 on (1 5)")
+    parser.add_argument("--count", choices=("image", "batch"), help="algm: whose count of merging windows (image)")
     parser.add_argument("--batch", type=_positive, help="images at once (default: 8, on a GPU 64)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU when there is one)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where to write (%(default)s)")
@@ -92,7 +126,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--random-weights", action="store_true", help="do not look for pretrained weights")
     parser.add_argument("--weights-timeout", type=_positive, default=120, help="seconds to fetch weights (%(default)s)")
     options = parser.parse_args(arguments)
-    options.r = sorted(set(options.r))
+    for method, names in (("tome", ("r",)), ("algm", ("threshold", "layers", "count"))):
+        for name in names:
+            if method != options.method and getattr(options, name) is not None:
+                parser.error(f"--{name} is of --method {method}, got --method {options.method}")
+    options.layers, options.count = options.layers or [1, 5], options.count or "image"
     return options
 
 
@@ -100,6 +138,16 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, got {text!r}")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+    return number
 
 
 def _positive(text: str) -> int:
@@ -141,8 +189,9 @@ def load_model(options: argparse.Namespace) -> tuple[nn.Module, bool]:
     )
     model = pretrained or timm.create_model(options.model)
     try:
-        unpatch(patch(model, options.method, **SETTINGS[options.method](1)))
-    except NotImplementedError as error:
+        with Variant(model, options, METHODS[options.method].trial):
+            pass
+    except (NotImplementedError, ValueError) as error:
         raise SystemExit(f"--model {options.model}: {error}") from None
     return model, pretrained is not None
 
@@ -198,32 +247,57 @@ def normalised(model: Any, crops: list[Image.Image], device: torch.device) -> Te
 
 
 @torch.inference_mode()
+def numbers(model: Any, images: Tensor, options: argparse.Namespace) -> list[float]:
+    """One for each row, the one that removes least first."""
+    if options.method == "tome":
+        return sorted(set(DEFAULT_R if options.r is None else options.r))
+    if options.threshold is not None:
+        return sorted(set(options.threshold), reverse=True)
+    seen: list[Tensor] = []
+    block = model.blocks[options.layers[0] - 1]
+    hook = block.norm2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(images)
+    hook.remove()
+    found = window_cosines(seen[0][:, model.num_prefix_tokens :], model.patch_embed.grid_size)
+    chosen = torch.quantile(found, 1 - torch.tensor(SHARES, device=found.device)).tolist()
+    return sorted({round(value, 4) for value in chosen}, reverse=True)
+
+
+def window_cosines(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The mean cosine of the pairs of different tokens of each window, all in one row, for x (B, h w, C)."""
+    down, across = grid[0] // WINDOW, grid[1] // WINDOW
+    unit = nn.functional.normalize(x.float(), dim=-1).unflatten(1, grid)[:, : down * WINDOW, : across * WINDOW]
+    total = unit.unflatten(2, (across, WINDOW)).unflatten(1, (down, WINDOW)).sum((2, 4))
+    return ((total.square().sum(-1) - WINDOW**2) / (WINDOW**2 * (WINDOW**2 - 1))).flatten()
+
+
+@torch.inference_mode()
 def measure(
-    model: nn.Module, images: Tensor, batch: int, options: argparse.Namespace
-) -> tuple[list[dict[str, Any]], dict[int, TokenMap]]:
-    """A row of figures for each setting, the unpatched model first, and the map of all images for each r."""
+    model: nn.Module, images: Tensor, batch: int, values: list[float], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, list[TokenMap]]]:
+    """A row of figures for each value, the unpatched model first, and each image's map by the label of its row."""
     repeat = math.ceil(batch / len(images))
     x = images.repeat(repeat, 1, 1, 1)[:batch]
-    variants: list[int | None] = [None, *options.r]
+    variants = [partial(Variant, model, options, value) for value in (None, *values)]
     rows, maps, first = [], {}, torch.empty(0)
     progress = tqdm(total=len(variants) * (1 + options.rounds), desc="features", unit="step", leave=False)
-    for r in variants:
-        with Variant(model, options.method, r):
+    for value, variant in zip((None, *values), variants, strict=True):
+        with variant():
             # In batches, as a folder may hold more pictures than go in at once.
             parts = [features(model, part) for part in images.split(batch)]
             found = torch.cat([part for part, _ in parts])
-            first = found if r is None else first
-            if r is not None:
-                dest = torch.cat([token_map.dest for _, token_map in parts if token_map is not None])
-                maps[r] = TokenMap.from_dest(dest)
+            first = found if value is None else first
+            label = UNPATCHED if value is None else METHODS[options.method].label.format(value)
+            maps[label] = [whole.image(index) for _, whole in parts if whole for index in range(whole.batch)]
+            peak = peak_memory(model, x)
             counts = flops.count(model)
             rows.append(
                 {
-                    "setting": UNPATCHED if r is None else f"r = {r}",
-                    "r": r,
+                    "setting": label,
+                    "value": value,
                     "tokens": counts.tokens[-1],
                     "gflops": counts.gflops,
-                    "peak_mib": peak_memory(model, x) / 2**20,
+                    "peak_mib": peak / 2**20,
                     "cosine": nn.functional.cosine_similarity(found, first).mean().item(),
                     "relative_l2": ((found - first).norm(dim=1) / first.norm(dim=1)).mean().item(),
                 }
@@ -231,7 +305,7 @@ def measure(
         progress.update()
 
     progress.set_description("timing")
-    times = timings(model, x, variants, options, progress)
+    times = in_turns(model, x, variants, options.rounds, options.seconds, progress)
     progress.close()
     for row, own in zip(rows, times, strict=True):
         row["images_per_s"] = batch / statistics.median(own)
@@ -243,17 +317,18 @@ def measure(
 
 
 class Variant:
-    """The model patched with `r` inside a `with` block; left alone where r is None."""
+    """The model patched with what `value` means, inside a `with` block; left alone where that is None."""
 
-    def __init__(self, model: nn.Module, method: str, r: int | None) -> None:
-        self.model, self.method, self.r = model, method, r
+    def __init__(self, model: nn.Module, options: argparse.Namespace, value: float | None) -> None:
+        self.model, self.options, self.value = model, options, value
 
     def __enter__(self) -> None:
-        if self.r is not None:
-            patch(self.model, self.method, **SETTINGS[self.method](self.r))
+        if self.value is not None:
+            settings = METHODS[self.options.method].settings(self.value, self.options)
+            patch(self.model, self.options.method, **settings)
 
     def __exit__(self, *_: object) -> None:
-        if self.r is not None:
+        if self.value is not None:
             unpatch(self.model)
 
 
@@ -263,79 +338,9 @@ def features(model: Any, x: Tensor) -> tuple[Tensor, TokenMap | None]:
     return found, getattr(model, "token_map", None)
 
 
-def timings(
-    model: nn.Module, x: Tensor, variants: list[int | None], options: argparse.Namespace, progress: tqdm
-) -> list[list[float]]:
-    """Seconds a batch of each variant in each round: all of them in turn, so that all meet the same machine."""
-    times: list[list[float]] = [[] for _ in variants]
-    repeats = max(1, math.ceil(MIN_SAMPLE / timed(model, x, 1)))
-    begin = time.perf_counter()
-    for number in range(options.rounds):
-        if number >= MIN_ROUNDS and (time.perf_counter() - begin) * (number + 1) / number > options.seconds:
-            break
-        order = range(len(variants)) if number % 2 == 0 else range(len(variants) - 1, -1, -1)
-        for index in order:
-            with Variant(model, options.method, variants[index]):
-                times[index].append(timed(model, x, repeats))
-            progress.update()
-    return times
-
-
-def timed(model: nn.Module, x: Tensor, repeats: int) -> float:
-    """Seconds a call, over `repeats` calls."""
-    synchronize(x.device)
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        model(x)
-    synchronize(x.device)
-    return (time.perf_counter() - begin) / repeats
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(model: nn.Module, x: Tensor) -> int:
-    """Bytes of tensors that one forward holds at once, at most; weights and input not counted."""
-    model(x)  # what is made once and kept is there before
-    if x.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(x.device)
-        before = torch.cuda.memory_allocated(x.device)
-        model(x)
-        return torch.cuda.max_memory_allocated(x.device) - before
-    with LiveTensors() as live:
-        model(x)
-    return live.peak
-
-
-class LiveTensors(TorchDispatchMode):
-    """Adds up the storages that ops have returned and that are still alive: torch counts this on GPUs alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {
-            part.untyped_storage()._cdata for part in pytree.tree_leaves((args, kwargs)) if isinstance(part, Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
-        for part in pytree.tree_leaves(out):
-            if isinstance(part, Tensor):
-                storage = part.untyped_storage()
-                if storage._cdata not in inputs:  # a view of a weight is no new memory
-                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._alive.values()))
-        return out
-
-
 COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("", lambda row: row["setting"]),
-    ("tokens", lambda row: str(row["tokens"])),
+    ("tokens", lambda row: f"{row['tokens']:.4g}"),
     ("GFLOPs", lambda row: f"{row['gflops']:.2f}"),
     ("fewer", lambda row: f"{row['flops_ratio']:.2f}x"),
     ("images/s", lambda row: f"{row['images_per_s']:.1f}"),
@@ -354,75 +359,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     print(
-        "\ntokens: that reach the head. GFLOPs: an image, a multiply-add being two. faster: median over rounds, each "
-        "against\nthe unpatched model in the same round. peak: of tensors in one forward, beyond weights and input. "
-        "cosine, relative L2:\nfeatures before the head against the unpatched model's."
+        "\ntokens: that reach the head, the mean of a batch. GFLOPs: an image, a multiply-add being two. faster: "
+        "median over\nrounds, each against the unpatched model in the same round. peak: of tensors in one forward, "
+        "beyond weights and\ninput. cosine, relative L2: features before the head against the unpatched model's."
     )
-
-
-def write_pictures(out: Path, pictures: dict[str, Image.Image], maps: dict[int, TokenMap], model: Any) -> None:
-    """A strip for each photograph, the picture and then its tokens at each r; and all strips in one."""
-    width, height = _image_size(model)
-    scale = PICTURE / max(width, height)
-    size = (round(width * scale), round(height * scale))
-    grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
-    shown = {r: token_map for r, token_map in maps.items() if r > 0}
-    captions = [
-        "photograph",
-        *(f"r = {r}: {token_map.num_out} of {token_map.num_tokens} tokens" for r, token_map in shown.items()),
-    ]
-    strips = []
-    for index, (name, picture) in enumerate(tqdm(pictures.items(), desc="pictures", unit="photo", leave=False)):
-        crop = ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
-        drawn = [
-            viz.draw_tokens(crop, token_map, grid=grid, num_prefix=prefix, image_index=index)
-            for token_map in shown.values()
-        ]
-        strips.append(side_by_side([crop, *drawn], captions))
-        strips[-1].save(out / f"tokens-{name}.png")
-    rows = strips[:8]  # more would be a picture that nobody can open
-    sheet = Image.new("RGB", (rows[0].width, sum(strip.height for strip in rows)), "white")
-    for number, strip in enumerate(rows):
-        sheet.paste(strip, (0, number * rows[0].height))
-    sheet.save(out / "tokens.png")
-
-
-def side_by_side(parts: list[Image.Image], captions: list[str], gap: int = 12, line: int = 34) -> Image.Image:
-    width, height = parts[0].size
-    strip = Image.new("RGB", (len(parts) * (width + gap) + gap, height + line + gap), "white")
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(20)
-    for number, (part, caption) in enumerate(zip(parts, captions, strict=True)):
-        left = gap + number * (width + gap)
-        strip.paste(part, (left, line))
-        draw.text((left, line / 2), caption, fill="black", font=font, anchor="lm")
-    return strip
-
-
-def write_plot(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace, device: torch.device) -> None:
-    import matplotlib  # noqa: PLC0415
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    measured = [row for row in rows if row["r"] is not None]
-    r = [row["r"] for row in measured]
-    speed = [row["speedup"] for row in measured]
-    spread = [
-        [row["speedup"] - row["speedup_lowest"] for row in measured],
-        [row["speedup_highest"] - row["speedup"] for row in measured],
-    ]
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    axes.axhline(1, color="0.7", linewidth=1)
-    axes.plot(r, [row["flops_ratio"] for row in measured], "--", color="0.45", label="fewer operations")
-    axes.errorbar(r, speed, spread, marker="o", capsize=3, color="C0", label="faster (median, lowest to highest)")
-    for x, y, row in zip(r, speed, measured, strict=True):
-        axes.annotate(f"{row['tokens']} tokens", (x, y), (6, -13), textcoords="offset points", fontsize=8, color="0.3")
-    axes.set(xlabel="r, tokens removed in each block", ylabel="times the unpatched model", xticks=r)
-    axes.set_title(f"{options.model}, {options.method}, {describe(device)}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

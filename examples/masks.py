@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The masks that the segmentation example learns: derived from the photographs themselves, or read from a folder."""
+"""What the segmentation example learns: photographs, and masks derived from them, or both from folders."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import photos
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +25,80 @@ ROUNDS = 30  # of k-means
 TO_XYZ = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 WHITE = torch.tensor([0.9505, 1.0, 1.089]).view(3, 1, 1)
 LAB_LINEAR = (6 / 29) ** 3
+
+
+class Data(NamedTuple):
+    """What is learnt and what is tested, pictures as numbers from -1 to 1.
+
+    Attributes:
+        train: pictures (3, H, W) and their masks (H, W), the end that is held out cut off.
+        images: (T, 3, S, S), the test crops.
+        truth: (T, S, S), their masks.
+        names: of the test crops' pictures.
+        classes: how many there are.
+    """
+
+    train: list[tuple[Tensor, Tensor]]
+    images: Tensor
+    truth: Tensor
+    names: list[str]
+    classes: int
+
+
+def load(options: argparse.Namespace, device: torch.device) -> Data:
+    """The pictures and masks that the command line asks for.
+
+    Raises:
+        SystemExit: one cannot be used, with a line that says why.
+    """
+    pictures = photos.load(options.images)
+    if options.masks is None:
+        truth, classes = derive(pictures, options.classes), options.classes
+    else:
+        truth, classes = read(options.masks, pictures)
+    train, images, held = [], [], []
+    for name, picture in pictures.items():
+        raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        x = raw.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 127.5 - 1
+        seen, kept = split(name, torch.cat([x, truth[name][None].float()]), options)
+        train.append((seen[:3].to(device), seen[3].long().to(device)))
+        images.append(kept[:3])
+        held.append(kept[3].long())
+    return Data(train, torch.stack(images).to(device), torch.stack(held).to(device), list(pictures), classes)
+
+
+def split(name: str, picture: Tensor, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Of a picture (C, H, W) what is trained on, and the test crop: the middle of its right or of its lower end."""
+    size, crop = options.size, options.crop
+    height, width = picture.shape[1:]
+    if max(height, width) < size + crop or min(height, width) < max(size, crop):
+        raise SystemExit(
+            f"{name}: a test crop of {size} pixels beside training crops of {crop} do not fit into {width} x {height}; "
+            "take smaller ones (--size, --crop) or a larger picture"
+        )
+    if height > width:
+        top, left = height - size, (width - size) // 2
+        return picture[:, :top], picture[:, top:, left : left + size]
+    top, left = (height - size) // 2, width - size
+    return picture[:, :, :left], picture[:, top : top + size, left:]
+
+
+def crops(data: Data, options: argparse.Namespace, number: int) -> tuple[Tensor, Tensor]:
+    """The batch of that number of random crops, half of them mirrored: (B, 3, C, C) and (B, C, C)."""
+    generator = torch.Generator().manual_seed(options.seed * 2**20 + number)
+
+    def below(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    images, truth = [], []
+    for _ in range(options.batch):
+        picture, mask = data.train[below(len(data.train))]
+        top, left = (below(length - options.crop + 1) for length in mask.shape)
+        rows, columns = slice(top, top + options.crop), slice(left, left + options.crop)
+        mirrored = [-1] if below(2) else []
+        images.append(picture[:, rows, columns].flip(mirrored))
+        truth.append(mask[rows, columns].flip(mirrored))
+    return torch.stack(images), torch.stack(truth)
 
 
 def derive(pictures: dict[str, Image.Image], classes: int) -> dict[str, Tensor]:
@@ -43,7 +120,7 @@ def derive(pictures: dict[str, Image.Image], classes: int) -> dict[str, Tensor]:
     return {name: _nearest(part, centers) for name, part in features.items()}
 
 
-def load(folder: Path, pictures: dict[str, Image.Image]) -> tuple[dict[str, Tensor], int]:
+def read(folder: Path, pictures: dict[str, Image.Image]) -> tuple[dict[str, Tensor], int]:
     """The mask (H, W) of each picture, `folder`/<its name>.png, and the number of classes: the largest id + 1.
 
     Raises:

@@ -4,9 +4,10 @@
     python examples/segment.py
     python examples/segment.py --images photos --masks masks
 
-Trains a small vision transformer with a linear decoder (Segmenter) on crops of photographs, puts ALGM into it, and
-trains another with ALGM in it from the start. Prints a table, and writes into --out: a picture of each test crop with
-its masks and tokens, the thresholds that its tokens would give, and the figures as JSON.
+Trains a small vision transformer with a linear decoder (Segmenter) on crops of photographs, and then, from the same
+beginnings, to its end without ALGM and with it; the plain one is tested with ALGM put into it too. Prints a table, and
+writes into --out: a picture of each test crop with its masks and tokens, the thresholds that calibration gives, and the
+figures as JSON.
 
 The masks are derived from the photographs (see masks.py), or are PNGs of class ids, named as the pictures of --images
 are; 255 is no class. Of every picture one end is held out: training never sees it, and the test crops are cut from it.
@@ -21,18 +22,21 @@ import json
 import math
 import statistics
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import masks
-import photos
 import torch
 import torch.nn.functional as F
 from accelerate_vit import _positive as positive
-from accelerate_vit import choose_device, describe, side_by_side, synchronize
+from accelerate_vit import choose_device, describe
+from drawing import side_by_side
+from masks import IGNORE, Data, crops, load
+from measuring import in_turns
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokred_kernels import flops, viz
@@ -46,30 +50,14 @@ HEAD_WIDTH = 64
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 WARM_UP = 0.1  # of all steps
+COMMON = 0.6  # of all steps
 CALIBRATED = "calibrated"
 CALIBRATION = 4  # batches of training crops
+ROUNDS = 9  # of timing
 PICTURE = 320  # pixels of one picture
 QUICK: dict[str, Any] = {"size": 64, "crop": 64, "steps": 3, "batch": 2, "width": 64, "depth": 3, "layers": [1, 2]}
 # Of Okabe and Ito: eight colours that the colour-blind tell apart too.
 COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#555555"]
-
-
-class Data(NamedTuple):
-    """What is learnt and what is tested, pictures as numbers from -1 to 1.
-
-    Attributes:
-        train: pictures (3, H, W) and their masks (H, W), the end that is held out cut off.
-        images: (T, 3, S, S), the test crops.
-        truth: (T, S, S), their masks.
-        names: of the test crops' pictures.
-        classes: how many there are.
-    """
-
-    train: list[tuple[Tensor, Tensor]]
-    images: Tensor
-    truth: Tensor
-    names: list[str]
-    classes: int
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,14 +70,21 @@ def main(arguments: list[str] | None = None) -> None:
     data = load(options, device)
     print(f"{len(data.train)} pictures, {data.classes} classes, {options.size} px, {describe(device)}")
 
-    plain = train(data, options, device, "training plain")
+    # The first part of the training is common, as published models have their pretraining in common.
+    begun = begin(data, options, device)
+    common = round(COMMON * options.steps)
+    train(*begun, data, options, range(common), "training")
+    algm_begun = copy.deepcopy(begun)
+    plain = train(*begun, data, options, range(common, options.steps), "training, plain")
     calibrated = calibrate(plain, data, options)
     print(f"\n{calibrated}")
     settings = algm(options, calibrated)
-    print(f"Windows merge from a mean cosine of {settings['threshold']:.4f} on.")
+    none = ", which none has" if settings["threshold"] > 1 else ""
+    print(f"Windows merge from a mean cosine of {settings['threshold']:.4f} on{none}.")
     put_in = copy.deepcopy(plain)
     patch(put_in.encoder, "algm", **settings)
-    trained = train(data, options, device, "training with ALGM", settings)
+    patch(algm_begun[0].encoder, "algm", **settings)
+    trained = train(*algm_begun, data, options, range(common, options.steps), "training, ALGM")
     segmenters = {"plain": plain, "ALGM put in": put_in, "trained with ALGM": trained}
 
     rows = [evaluate(name, segmenter, data, options) for name, segmenter in segmenters.items()]
@@ -116,8 +111,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=positive, nargs="+", default=[1, 5], help="that merge tokens: windows, then pairs"
     )
-    parser.add_argument("--threshold", type=_threshold, default=0.97, help="a cosine, or calibrated (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=250, help="of training (%(default)s)")
+    parser.add_argument("--threshold", type=_threshold, default=0.98, help="a cosine, or calibrated (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=300, help="of training (%(default)s)")
     parser.add_argument("--batch", type=positive, default=8, help="crops at once (%(default)s)")
     parser.add_argument("--seconds", type=positive, default=30, help="of timing, at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -129,14 +124,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if (options.images is None) != (options.masks is None):
         parser.error("--images and --masks go together")
-    if options.size % PATCH or options.crop % PATCH:
-        parser.error(f"--size and --crop must be multiples of {PATCH}, got {options.size} and {options.crop}")
+    if any(length % PATCH or length < 2 * PATCH for length in (options.size, options.crop)):
+        parser.error(
+            f"--size and --crop must be multiples of {PATCH}, two or more, got {options.size} and {options.crop}"
+        )
     if options.width % HEAD_WIDTH:
         parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
     if options.layers != sorted(set(options.layers)) or options.layers[-1] > options.depth:
         parser.error(f"--layers must rise, up to --depth {options.depth}, got {options.layers}")
-    if not 2 <= options.classes < masks.IGNORE:
-        parser.error(f"--classes must be 2 to {masks.IGNORE - 1}, got {options.classes}")
+    if not 2 <= options.classes < IGNORE:
+        parser.error(f"--classes must be 2 to {IGNORE - 1}, got {options.classes}")
     return options
 
 
@@ -152,41 +149,10 @@ def _threshold(text: str) -> float | str:
     return threshold
 
 
-def load(options: argparse.Namespace, device: torch.device) -> Data:
-    pictures = photos.load(options.images)
-    if options.masks is None:
-        truth, classes = masks.derive(pictures, options.classes), options.classes
-    else:
-        truth, classes = masks.load(options.masks, pictures)
-    train, images, held = [], [], []
-    for name, picture in pictures.items():
-        raw = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        x = raw.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 127.5 - 1
-        seen, kept = split(name, torch.cat([x, truth[name][None].float()]), options)
-        train.append((seen[:3].to(device), seen[3].long().to(device)))
-        images.append(kept[:3])
-        held.append(kept[3].long())
-    return Data(train, torch.stack(images).to(device), torch.stack(held).to(device), list(pictures), classes)
-
-
-def split(name: str, picture: Tensor, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Of a picture (C, H, W) what is trained on, and the test crop: the middle of its right or of its lower end."""
-    size, crop = options.size, options.crop
-    height, width = picture.shape[1:]
-    if max(height, width) < size + crop or min(height, width) < max(size, crop):
-        raise SystemExit(
-            f"{name}: a test crop of {size} pixels beside training crops of {crop} do not fit into {width} x {height}; "
-            "take smaller ones (--size, --crop) or a larger picture"
-        )
-    if height > width:
-        top, left = height - size, (width - size) // 2
-        return picture[:, :top], picture[:, top:, left : left + size]
-    top, left = (height - size) // 2, width - size
-    return picture[:, :, :left], picture[:, top : top + size, left:]
-
-
-def make(data: Data, options: argparse.Namespace, device: torch.device) -> LinearSegmenter:
-    """The segmenter, from its seed. No position embedding: what a pixel is does not hang on where it is."""
+def begin(
+    data: Data, options: argparse.Namespace, device: torch.device
+) -> tuple[LinearSegmenter, torch.optim.Optimizer]:
+    """A segmenter from its seed. It has no position embedding: what a pixel is does not hang on where it is."""
     torch.manual_seed(options.seed)
     vit = import_timm().models.vision_transformer.VisionTransformer
     encoder = vit(
@@ -201,7 +167,8 @@ def make(data: Data, options: argparse.Namespace, device: torch.device) -> Linea
         pos_embed="none",
         dynamic_img_size=True,
     )
-    return LinearSegmenter(encoder, data.classes).to(device)
+    segmenter = LinearSegmenter(encoder, data.classes).to(device)
+    return segmenter, torch.optim.AdamW(segmenter.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 def algm(options: argparse.Namespace, calibrated: Thresholds) -> dict[str, Any]:
@@ -214,49 +181,34 @@ def algm(options: argparse.Namespace, calibrated: Thresholds) -> dict[str, Any]:
     return {"layers": tuple(options.layers), "threshold": threshold, "count": "image", "prop_attn": True}
 
 
-def crops(data: Data, options: argparse.Namespace, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A batch of random crops, half of them mirrored: (B, 3, C, C) and (B, C, C)."""
-
-    def below(high: int) -> int:
-        return int(torch.randint(high, (), generator=generator))
-
-    images, truth = [], []
-    for _ in range(options.batch):
-        picture, mask = data.train[below(len(data.train))]
-        top, left = (below(length - options.crop + 1) for length in mask.shape)
-        rows, columns = slice(top, top + options.crop), slice(left, left + options.crop)
-        mirrored = [-1] if below(2) else []
-        images.append(picture[:, rows, columns].flip(mirrored))
-        truth.append(mask[rows, columns].flip(mirrored))
-    return torch.stack(images), torch.stack(truth)
-
-
 def train(
-    data: Data, options: argparse.Namespace, device: torch.device, title: str, settings: dict[str, Any] | None = None
+    segmenter: LinearSegmenter,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    options: argparse.Namespace,
+    steps: range,
+    title: str,
 ) -> LinearSegmenter:
-    """A segmenter that has learnt, in eval mode; with ALGM in it where `settings` are given."""
-    segmenter = make(data, options, device)
-    if settings is not None:
-        patch(segmenter.encoder, "algm", **settings)
-    optimizer = torch.optim.AdamW(segmenter.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, options.steps, pct_start=WARM_UP)
-    generator = torch.Generator().manual_seed(options.seed)
-    progress = tqdm(range(options.steps), desc=title, unit="step", leave=False)
-    for _ in progress:
-        images, truth = crops(data, options, generator)
-        loss = F.cross_entropy(segmenter(images), truth, ignore_index=masks.IGNORE)
+    """These steps of the training, whose crops hang on the step's number alone; then the segmenter is in eval mode."""
+    segmenter.train()
+    progress = tqdm(steps, desc=title, unit="step", leave=False)
+    for step in progress:
+        warmed, done = (step + 1) / (WARM_UP * options.steps), step / options.steps
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(warmed, (1 + math.cos(math.pi * done)) / 2)
+        images, truth = crops(data, options, step)
+        counted = (truth != IGNORE).sum().clamp(min=1)  # a batch may have no class at all
+        loss = F.cross_entropy(segmenter(images), truth, ignore_index=IGNORE, reduction="sum") / counted
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
     return segmenter.eval()
 
 
 def calibrate(segmenter: LinearSegmenter, data: Data, options: argparse.Namespace) -> Thresholds:
     """How alike the plain model's tokens are on training crops."""
-    generator = torch.Generator().manual_seed(options.seed + 1)
-    batches = [crops(data, options, generator) for _ in range(CALIBRATION)]
+    batches = [crops(data, options, options.steps + number) for number in range(CALIBRATION)]
     return calibrate_thresholds(segmenter.encoder, batches, layers=options.layers)
 
 
@@ -267,7 +219,7 @@ def evaluate(name: str, segmenter: LinearSegmenter, data: Data, options: argpars
     kept, gflops = [], []
     for images, truth in zip(data.images.split(options.batch), data.truth.split(options.batch), strict=True):
         found = segmenter(images).argmax(1)
-        counted = truth != masks.IGNORE
+        counted = truth != IGNORE
         index = truth[counted] * data.classes + found[counted]
         confusion += index.bincount(minlength=data.classes**2).view_as(confusion)
         kept += tokens_left(segmenter, images)
@@ -297,23 +249,18 @@ def tokens_left(segmenter: LinearSegmenter, images: Tensor) -> list[int]:
 
 @torch.inference_mode()
 def timings(segmenters: list[LinearSegmenter], data: Data, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Images a second of each on a batch of test crops: all in turn, so that all meet the same machine."""
+    """Images a second of each on a batch of test crops."""
     images = data.images.repeat(math.ceil(options.batch / len(data.images)), 1, 1, 1)[: options.batch]
-    times: list[list[float]] = [[] for _ in segmenters]
-    begin = time.perf_counter()
-    with tqdm(total=options.seconds, desc="timing", unit="s", leave=False) as progress:
-        for number in range(1000):
-            for segmenter, own in zip(segmenters, times, strict=True):
-                synchronize(images.device)
-                before = time.perf_counter()
-                segmenter(images)
-                synchronize(images.device)
-                if number > 0:  # the first warms up
-                    own.append(time.perf_counter() - before)
-            passed = time.perf_counter() - begin
-            progress.update(min(round(passed), options.seconds) - progress.n)
-            if number > 0 and passed > options.seconds:
-                break
+    stage: Any = nn.Module()
+
+    @contextmanager
+    def on_stage(segmenter: LinearSegmenter) -> Iterator[None]:
+        stage.forward = segmenter.forward
+        yield
+
+    variants = [partial(on_stage, segmenter) for segmenter in segmenters]
+    with tqdm(total=ROUNDS * len(variants), desc="timing", unit="sample", leave=False) as progress, variants[0]():
+        times = in_turns(stage, images, variants, ROUNDS, options.seconds, progress)
     return [
         {
             "images_per_s": options.batch / statistics.median(own),

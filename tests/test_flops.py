@@ -23,6 +23,14 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for more
+    yield
+    torch.set_num_threads(threads)
+
+
 def make(name):
     kind, settings = MODELS[name]
     # torch's counter cannot follow a parameter that is a view under no_grad, as in the attention pool.

@@ -318,3 +318,17 @@ def test_replays_in_a_cuda_graph():
         again = tk.bipartite_merge(x, 16, metric=keys, class_token=True)
         assert torch.equal(out.x, again.x)
         assert torch.equal(out.token_map.dest, again.token_map.dest)
+
+
+@pytest.mark.gpu
+def test_selectors_replay_in_a_cuda_graph():
+    with tk.use_backend("cuda"):
+        images = torch.randn(4, 14, 15, 64, device="cuda")
+        select_by_all(images)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = select_by_all(images)
+        images.normal_()
+        graph.replay()
+        for got, want in zip(out, select_by_all(images), strict=True):
+            assert torch.equal(got, want)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Fused kernels for token reduction in vision transformers: token maps, the ops on them, and patches for models."""
 
-from tokred_kernels import flops, viz
+from tokred_kernels import flops, nn, viz
 from tokred_kernels.backends import show_config, use_backend
+from tokred_kernels.calibrate import Thresholds, calibrate_thresholds
 from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.bipartite_merge import MergeOutput, bipartite_merge
@@ -22,16 +23,19 @@ __version__ = "0.1.0"
 __all__ = [
     "MergeOutput",
     "Packing",
+    "Thresholds",
     "TokenMap",
     "adaptive_bipartite_match",
     "bipartite_match",
     "bipartite_merge",
+    "calibrate_thresholds",
     "flops",
     "grid_bipartite_match",
     "importance_match",
     "kth_bipartite_match",
     "merge",
     "merge_wavg",
+    "nn",
     "patch",
     "random_bipartite_match",
     "show_config",

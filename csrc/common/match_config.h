@@ -27,7 +27,19 @@ constexpr int kStages = 2;
 // Rows are an odd number of units apart, so that eight rows of one column lie in different banks.
 constexpr int pitch_bytes(int units) { return (units | 1) * kUnitBytes; }
 constexpr int kStagePitch = pitch_bytes(kChunkUnits);
-constexpr int kStageBytes = kTileRows * kStagePitch;
+
+// What of the metric stays in shared memory, and what is streamed through it in chunks, as often as a tile needs it.
+enum class Resident : int {
+  none,
+  sources,  // those of a tile, while all destinations go by
+  all,      // of an image
+};
+
+// Rows of a chunk in shared memory.
+constexpr int stage_rows(Resident resident) { return resident == Resident::none ? kTileRows : kTileDestinations; }
+// Inverse norms of a streamed tile: those of the sources, and twice those of the destinations, whose next tile is on
+// its way while this one is compared.
+constexpr int kStreamedNorms = kTileSources + kStages * kTileDestinations;
 
 // Warps side by side over a tile's destinations; each brings its own best to the block's.
 constexpr int kWarpColumns = 4;
@@ -46,10 +58,11 @@ constexpr int kRankSources = kRankThreads / kRankLanes;
 constexpr int kRankKeys = 1024;
 
 struct MatchConfig {
-  bool fused;          // one launch, an image a block; else match and rank in two, and the map, if wanted, in a third
-  bool resident;       // the whole metric of an image stays in shared memory; else it is streamed in chunks
+  bool fused;  // one launch, an image a block; else match and rank in two, and the map, if wanted, in a third
+  Resident resident;
   int row_units;       // 16-byte units of a row that are multiplied: D rounded up to a step
-  int pitch;           // bytes between rows in shared memory
+  int pitch;           // bytes between resident rows
+  int stages_offset;   // bytes into shared memory: chunks, kStagePitch bytes between their rows
   int norms_offset;    // bytes into shared memory: inverse norms, a float each
   int partial_offset;  // the warps' candidates of a tile
   int best_offset;     // fused: each source's key, padded to whole 16 bytes, then its destination
@@ -63,9 +76,14 @@ constexpr int padded_keys(int num_src) { return static_cast<int>(round_up(num_sr
 
 namespace detail {
 
-// Offsets of a layout whose operands take `operand_bytes` and whose rows with a norm number `rows`.
-inline MatchConfig layout(MatchConfig c, std::size_t operand_bytes, std::size_t rows, int num_src) {
-  std::size_t offset = round_up(operand_bytes, kUnitBytes);
+// Offsets of a layout that keeps `rows` rows, or streams; what the operands take is at least `least_bytes`.
+inline MatchConfig layout(MatchConfig c, Resident resident, std::size_t rows, std::size_t least_bytes, int num_src) {
+  c.resident = resident;
+  c.pitch = pitch_bytes(c.row_units);
+  std::size_t offset = rows * c.pitch;
+  c.stages_offset = static_cast<int>(offset);
+  if (resident != Resident::all) offset += kStages * stage_rows(resident) * kStagePitch, rows = kStreamedNorms;
+  offset = round_up(std::max(offset, least_bytes), kUnitBytes);
   c.norms_offset = static_cast<int>(offset);
   offset = round_up(offset + rows * sizeof(float), kUnitBytes);
   c.partial_offset = static_cast<int>(offset);
@@ -92,25 +110,23 @@ inline MatchConfig match_config(const MatchProblem& args, int64_t shared_limit) 
     const std::size_t rows = static_cast<std::size_t>(p.num_src) + p.num_dst;
     // Once matched, the operands' place holds the map under construction: ranks, slots and, for each slot, a cursor.
     const std::size_t map_bytes = sizeof(int32_t) * (static_cast<std::size_t>(p.num_src) + 2 * args.tokens);
-    c.resident = true;
-    c.pitch = pitch_bytes(c.row_units);
     // A long metric must not overflow the offsets; it is streamed anyway.
-    if (rows * c.pitch <= static_cast<std::size_t>(shared_limit)) {
-      const MatchConfig whole = detail::layout(c, std::max(rows * c.pitch, map_bytes), rows, p.num_src);
+    if (rows * pitch_bytes(c.row_units) <= static_cast<std::size_t>(shared_limit)) {
+      const MatchConfig whole = detail::layout(c, Resident::all, rows, map_bytes, p.num_src);
       if (whole.shared_bytes <= shared_limit) return whole;
     }
-    c.resident = false;
-    c.pitch = kStagePitch;
-    const MatchConfig streamed =
-        detail::layout(c, std::max<std::size_t>(kStages * kStageBytes, map_bytes), kTileRows, p.num_src);
+    const MatchConfig streamed = detail::layout(c, Resident::none, 0, map_bytes, p.num_src);
     if (streamed.shared_bytes <= shared_limit) return streamed;
     c.fused = false;
   }
-  c.pitch = kStagePitch;
   const int64_t blocks = std::max<int64_t>(c.tiles * args.images, 1);
   const int64_t most = std::max<int64_t>(std::min(divide_up(p.num_dst, kTileDestinations), kMaxSplits), 1);
   c.splits = std::min(most, divide_up(kTargetBlocks, blocks));
-  return detail::layout(c, kStages * kStageBytes, kTileRows, p.num_src);
+  if (int64_t{kTileSources} * pitch_bytes(c.row_units) <= shared_limit) {
+    const MatchConfig kept = detail::layout(c, Resident::sources, kTileSources, 0, p.num_src);
+    if (kept.shared_bytes <= shared_limit) return kept;
+  }
+  return detail::layout(c, Resident::none, 0, 0, p.num_src);
 }
 
 // Bytes of device memory that the tiled match keeps for its ranking launch: (B, splits, num_src), see pack_candidate.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The best destination of each source, and the full order of the sources.
+// The best destination of each source, and the order of the sources.
 #include "match_image.h"
 
 TOKRED_KERNELS_BEGIN
@@ -8,17 +8,17 @@ void best_match(const BestMatchArgs& a) {
   constexpr float kNoScore = -std::numeric_limits<float>::infinity();
   match_images(a, [&](const Image& image, const Match& match) {
     const Partition& p = image.partition;
-    const int64_t from = image.number * a.partition.num_src, to = from + a.partition.num_src;
-    const int64_t candidates = candidate_keys(p, match);
-    std::sort(match.keys, match.keys + candidates, goes_before);
-    write_ranks(p, match, candidates, a.rank + from);
-    std::copy(match.score, match.score + p.num_src, a.score + from);
-    std::copy(match.partner, match.partner + p.num_src, a.partner + from);
-    std::fill(a.score + from, a.score + from + p.num_src - candidates, kNoScore);
+    const int64_t all = a.partition.num_src, from = image.number * all;
+    float* score = a.score + from;
+    int32_t *partner = a.partner + from, *rank = a.rank + from;
+    rank_sources(p, match, rank);
+    std::copy(match.score, match.score + p.num_src, score);
+    std::copy(match.partner, match.partner + p.num_src, partner);
+    std::fill(score, score + std::min(p.protected_src, p.num_src), kNoScore);
     // A shorter image's absent sources.
-    std::fill(a.score + from + p.num_src, a.score + to, kNoScore);
-    std::fill(a.partner + from + p.num_src, a.partner + to, 0);
-    std::fill(a.rank + from + p.num_src, a.rank + to, kNoRank);
+    std::fill(score + p.num_src, score + all, kNoScore);
+    std::fill(partner + p.num_src, partner + all, 0);
+    std::fill(rank + p.num_src, rank + all, kNoRank);
   });
 }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Maps: a counting sort and a gather of whole numbers, the same for every instruction set.
+// Maps: counting sorts and a gather of whole numbers, the same for every instruction set.
 #include "maps.h"
 
 #include <algorithm>
+#include <utility>
 
+#include "../common/order.h"
 #include "ops.h"
 
 namespace tokred::cpu {
@@ -12,7 +14,29 @@ namespace {
 // Fewer tokens than this in all are not worth a second thread.
 constexpr int64_t kSerialTokens = 16 * 1024;
 
+// What candidates are sorted by: the digits of candidate_key.
+constexpr int kDigitBits = 8, kDigits = 32 / kDigitBits, kBins = 1 << kDigitBits;
+
+int digit(uint64_t candidate, int place) { return candidate_key(candidate) >> (place * kDigitBits) & (kBins - 1); }
+
 }  // namespace
+
+const uint64_t* sort_candidates(uint64_t* keys, int64_t number, uint64_t* spare) {
+  int64_t bins[kDigits][kBins] = {};
+  for (int64_t i = 0; i < number; ++i) {
+    for (int place = 0; place < kDigits; ++place) ++bins[place][digit(keys[i], place)];
+  }
+  uint64_t *from = keys, *to = spare;
+  for (int place = 0; place < kDigits; ++place) {
+    int64_t* begin = bins[place];
+    if (number == 0 || begin[digit(from[0], place)] == number) continue;  // alike in all
+    int64_t used = 0;
+    for (int bin = kBins - 1; bin >= 0; --bin) used += std::exchange(begin[bin], used);
+    for (int64_t i = 0; i < number; ++i) to[begin[digit(from[i], place)]++] = from[i];
+    std::swap(from, to);
+  }
+  return from;
+}
 
 void invert_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
                   int32_t* begin, int32_t* count) {

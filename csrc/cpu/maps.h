@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Both views of one image's map. Slots are counted from the image's first; rows are absolute.
+// Whole numbers: the order of scores, and both views of one image's map. Slots are counted from the image's first; rows
+// are absolute.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,10 @@
 #include "../common/args.h"
 
 namespace tokred::cpu {
+
+// Sorts what pack_candidate makes, given by index, from the one that wins to the one that loses. Returns where they are
+// then: in `keys` or in `spare`, of the same size.
+const uint64_t* sort_candidates(uint64_t* keys, int64_t number, uint64_t* spare);
 
 // dest (N) of the map in which the sources of rank under `r` join their partners, both (num_src); image `image`'s
 // tokens are split as `partition` says.

@@ -7,6 +7,7 @@
 #endif
 
 #include "../common/order.h"
+#include "maps.h"
 #include "match_tile.h"
 #include "scratch.h"
 
@@ -29,7 +30,7 @@ Match prepare(const MatchProblem& a, const Image& image) {
   const int64_t sources = round_up(p.sources, kLanes);  // keeps what follows aligned
 
   thread_local Scratch scratch;
-  p.destination = scratch.take(destinations * (p.channels + 1) + 5 * sources);
+  p.destination = scratch.take(destinations * (p.channels + 1) + 7 * sources);
   p.inverse_dst = p.destination + destinations * p.channels;
   p.score = p.inverse_dst + destinations;
   p.partner = reinterpret_cast<int32_t*>(p.score + sources);
@@ -79,22 +80,13 @@ void match_images(const MatchProblem& a, Finish&& finish) {
   });
 }
 
-// The sources that may join, from `protected_src` on, as whole numbers: the greater goes before the lower.
-int64_t candidate_keys(const Partition& p, const Match& match) {
-  const int32_t lead = std::min(p.protected_src, p.num_src);
-  for (int32_t i = lead; i < p.num_src; ++i) match.keys[i - lead] = pack_candidate(match.score[i], i);
-  return p.num_src - lead;
-}
-
-// A comparison of our own: a library instance of the default one could be shared between instruction sets.
-constexpr auto goes_before = [](uint64_t x, uint64_t y) { return x > y; };
-
-// The ranks that the order of the keys gives.
-void write_ranks(const Partition& p, const Match& match, int64_t candidates, int32_t* rank) {
-  std::fill(rank, rank + p.num_src - candidates, kNoRank);
-  for (int64_t place = 0; place < candidates; ++place) {
-    rank[candidate_index(match.keys[place])] = static_cast<int32_t>(place);
-  }
+// The rank of each source by its score; kNoRank of those that are protected.
+void rank_sources(const Partition& p, const Match& match, int32_t* rank) {
+  const int32_t lead = std::min(p.protected_src, p.num_src), candidates = p.num_src - lead;
+  for (int32_t i = 0; i < candidates; ++i) match.keys[i] = pack_candidate(match.score[lead + i], lead + i);
+  const uint64_t* sorted = sort_candidates(match.keys, candidates, match.keys + candidates);
+  std::fill(rank, rank + lead, kNoRank);
+  for (int32_t place = 0; place < candidates; ++place) rank[candidate_index(sorted[place])] = place;
 }
 
 }  // namespace

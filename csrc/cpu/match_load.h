@@ -41,8 +41,8 @@ struct Match {
   float* inverse_dst;                       // (panel, lane): NaN where there is none, so that it never wins
   float* score;                             // (sources): the highest
   int32_t* partner;                         // (sources): the number of the destination that has it
-  int32_t* rank;                            // (sources): room for their ranks,
-  uint64_t* keys;                           // and for what is sorted to find these
+  int32_t* rank;                            // (sources): room for their ranks
+  uint64_t* keys;                           // (2, sources): room for what is sorted to find these
 };
 
 // Token n's metric as floats; the mean over heads is rounded to the metric's own dtype.

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../common/order.h"
+#include "../common/windows.h"
 #include "maps.h"
 #include "ops.h"
 
@@ -15,16 +16,13 @@ constexpr int64_t kSerialWindows = 512;
 // Of a window that does not merge.
 constexpr int32_t kNotMerged = -1;
 
-// Which place each window has among the `r` that merge.
+// Which place each window has among the `r` that merge. `keys`: room for two of each window.
 void rank_windows(const float* score, int64_t windows, int32_t r, std::vector<uint64_t>& keys,
                   std::vector<int32_t>& rank) {
-  keys.resize(windows);
   for (int64_t w = 0; w < windows; ++w) keys[w] = pack_candidate(score[w], static_cast<int32_t>(w));
-  const auto before = [](uint64_t x, uint64_t y) { return x > y; };
-  if (r < windows) std::nth_element(keys.begin(), keys.begin() + r, keys.end(), before);
-  std::sort(keys.begin(), keys.begin() + r, before);
-  rank.assign(windows, kNotMerged);
-  for (int32_t place = 0; place < r; ++place) rank[candidate_index(keys[place])] = place;
+  const uint64_t* sorted = sort_candidates(keys.data(), windows, keys.data() + windows);
+  std::fill(rank.begin(), rank.end(), kNotMerged);
+  for (int32_t place = 0; place < r; ++place) rank[candidate_index(sorted[place])] = place;
 }
 
 void dest_of_windows(const Windows& w, const std::vector<int32_t>& rank, int32_t r, int32_t* dest) {
@@ -46,13 +44,11 @@ void dest_of_windows(const Windows& w, const std::vector<int32_t>& rank, int32_t
 
 void window_map(const WindowMapArgs& a) {
   const Windows& w = a.windows;
-  const int64_t tokens = w.first + int64_t{w.grid_height} * w.grid_width;
-  const int64_t windows = int64_t{w.grid_height / w.height} * (w.grid_width / w.width);
-  const int64_t gone = int64_t{w.height} * w.width - 1;
+  const int64_t tokens = num_tokens(w), windows = num_windows(w), gone = window_size(w) - 1;
 #pragma omp parallel if (a.images * windows > kSerialWindows)
   {
-    std::vector<uint64_t> keys;
-    std::vector<int32_t> rank;
+    std::vector<uint64_t> keys(2 * windows);
+    std::vector<int32_t> rank(windows);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < a.images; ++b) {
       const int32_t r = a.counts ? a.counts[b] : a.r;

@@ -5,7 +5,7 @@
 #include <limits>
 #include <memory>
 
-#include "../common/numerics.h"
+#include "../common/windows.h"
 #include "element.h"
 #include "norm.h"
 
@@ -47,7 +47,7 @@ float similarity(const WindowSimilarityArgs& a, const T* corner, const Rows& row
     }
   }
   const float pairs = squared_norm(rows.sum, a.channels) - own;
-  const float size = static_cast<float>(int64_t{w.height} * w.width);
+  const float size = static_cast<float>(window_size(w));
   const float mean = pairs / (size * (size - 1));
   return std::isnan(mean) ? -std::numeric_limits<float>::infinity() : mean;
 }
@@ -56,8 +56,7 @@ template <class T>
 void all_windows(const WindowSimilarityArgs& a) {
   const Windows& w = a.windows;
   const int64_t down = w.grid_height / w.height, across = w.grid_width / w.width;
-  const int64_t tokens = w.first + int64_t{w.grid_height} * w.grid_width;
-  const bool parallel = a.images * tokens * a.channels * static_cast<int64_t>(sizeof(T)) > kSerialBytes;
+  const bool parallel = a.images * num_tokens(w) * a.channels * static_cast<int64_t>(sizeof(T)) > kSerialBytes;
 #pragma omp parallel if (parallel)
   {
     const std::unique_ptr<float[]> memory(new float[2 * a.channels]);

@@ -31,7 +31,7 @@ __device__ __forceinline__ ImageMetric<T> image_metric(const MatchProblem& args,
 
 __device__ __forceinline__ TileMemory tile_memory(const MatchConfig& c) {
   char* shared = dynamic_shared();
-  return {shared, reinterpret_cast<float*>(shared + c.norms_offset),
+  return {shared, shared + c.stages_offset, reinterpret_cast<float*>(shared + c.norms_offset),
           reinterpret_cast<uint64_t*>(shared + c.partial_offset)};
 }
 
@@ -54,7 +54,7 @@ struct Matched {
 };
 
 // Finish::Args is what the op takes, and Finish::run(args, partition, image, matched) writes its results.
-template <class T, bool kResident, class Finish>
+template <class T, Resident kResident, class Finish>
 __global__ void __launch_bounds__(kMatchThreads, 1) fused_match(const __grid_constant__ typename Finish::Args args,
                                                                 const __grid_constant__ MatchConfig c, bool aligned) {
   const int64_t image = blockIdx.x;
@@ -69,7 +69,12 @@ __global__ void __launch_bounds__(kMatchThreads, 1) fused_match(const __grid_con
     keys[source] = source < p.protected_src ? kAbsentKey : candidate_key(candidate);
     best[source] = candidate_index(candidate);
   };
-  if constexpr (kResident) load_resident(metric, p, image, c, memory);
+  if constexpr (kResident == Resident::all) {
+    auto token_of = [&](int row) {
+      return row < p.num_src ? source_token(p, image, row) : destination_token(p, image, row - p.num_src);
+    };
+    load_resident(metric, p.num_src + p.num_dst, token_of, c, memory);
+  }
   for (int source0 = 0; source0 < p.num_src; source0 += kTileSources) {
     match_sources<T, kResident>(metric, p, image, c, memory, source0, 0, p.num_dst, keep);
   }
@@ -86,7 +91,8 @@ inline bool rows_aligned(const MatchProblem& args) {
 
 template <class T, class Finish>
 void launch_fused_match(const char* op, const typename Finish::Args& args, const MatchConfig& c, cudaStream_t stream) {
-  auto* kernel = c.resident ? fused_match<T, true, Finish> : fused_match<T, false, Finish>;
+  auto* kernel =
+      c.resident == Resident::all ? fused_match<T, Resident::all, Finish> : fused_match<T, Resident::none, Finish>;
   launch(op, kernel, args.images, kMatchThreads, c.shared_bytes, stream, args, c, rows_aligned(args));
 }
 

@@ -8,9 +8,10 @@
 
 namespace tokred::cuda {
 
-// Eight lanes load a chunk of a row, so a thread has every 64th row of a tile.
+// Eight lanes load a chunk of a row, so a thread has every 64th row.
 constexpr int kRowGroups = kMatchThreads / kChunkUnits;
-constexpr int kRowsPerThread = kTileRows / kRowGroups;
+// Rows of a thread, when rows that stay are loaded.
+constexpr int kResidentRows = 4;
 
 // Heads whose loads a thread has in flight together when it averages over them.
 constexpr int kHeadsAtOnce = 2;
@@ -25,8 +26,9 @@ struct ImageMetric {
 };
 
 struct TileMemory {
-  char* operands;
-  float* inverse_norms;  // of the rows in `operands`
+  char* operands;        // the rows that stay
+  char* stages;          // chunks of those that do not
+  float* inverse_norms;  // of the rows that stay, or kStreamedNorms
   uint64_t* partial;     // (kWarpColumns, kTileSources)
 };
 
@@ -39,18 +41,18 @@ __device__ __forceinline__ Unit<T> load_unit(const ImageMetric<T>& m, int head, 
 
 // One unit of each of a thread's rows, averaged over heads. The means of kAtOnce rows are in the making at a time: each
 // takes the registers of a unit in float.
-template <int kAtOnce, class T>
-__device__ __forceinline__ void fetch(const ImageMetric<T>& m, const int32_t (&token)[kRowsPerThread], int unit,
-                                      Unit<T> (&out)[kRowsPerThread]) {
+template <int kAtOnce, int kRows, class T>
+__device__ __forceinline__ void fetch(const ImageMetric<T>& m, const int32_t (&token)[kRows], int unit,
+                                      Unit<T> (&out)[kRows]) {
   constexpr int kElements = kUnitElements<T>;
   if (m.heads == 1) {
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) out[i] = load_unit(m, 0, token[i], unit);
+    for (int i = 0; i < kRows; ++i) out[i] = load_unit(m, 0, token[i], unit);
     return;
   }
   const float heads = static_cast<float>(m.heads), inverse = 1.0f / heads;
 #pragma unroll
-  for (int first = 0; first < kRowsPerThread; first += kAtOnce) {
+  for (int first = 0; first < kRows; first += kAtOnce) {
     float sum[kAtOnce][kElements] = {};
 #pragma unroll 1
     for (int h = 0; h < m.heads; h += kHeadsAtOnce) {
@@ -82,10 +84,10 @@ __device__ __forceinline__ void fetch(const ImageMetric<T>& m, const int32_t (&t
   }
 }
 
-template <class T>
-__device__ __forceinline__ void add_squares(const Unit<T> (&units)[kRowsPerThread], float (&squared)[kRowsPerThread]) {
+template <class T, int kRows>
+__device__ __forceinline__ void add_squares(const Unit<T> (&units)[kRows], float (&squared)[kRows]) {
 #pragma unroll
-  for (int i = 0; i < kRowsPerThread; ++i) {
+  for (int i = 0; i < kRows; ++i) {
 #pragma unroll
     for (int e = 0; e < kUnitElements<T>; ++e) {
       const float v = widen(units[i].element[e]);
@@ -94,51 +96,48 @@ __device__ __forceinline__ void add_squares(const Unit<T> (&units)[kRowsPerThrea
   }
 }
 
-// Sums the squares of a row's eight lanes, always in the same order, and writes the inverse norm of each row present.
-__device__ __forceinline__ void write_norms(const float (&squared)[kRowsPerThread],
-                                            const int32_t (&token)[kRowsPerThread], float* norms_of_group) {
+// The inverse norm of a row from its eight lanes' sums of squares, added always in the same order; every lane gets it.
+__device__ __forceinline__ float row_inverse_norm(float squared) {
 #pragma unroll
-  for (int i = 0; i < kRowsPerThread; ++i) {
-    float sum = squared[i];
-#pragma unroll
-    for (int step = kChunkUnits / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
-    if (threadIdx.x % kChunkUnits == 0 && token[i] >= 0) norms_of_group[i * kRowGroups] = inverse_norm(sum);
-  }
+  for (int step = kChunkUnits / 2; step > 0; step /= 2) squared += __shfl_xor_sync(kFullWarp, squared, step);
+  return inverse_norm(squared);
 }
 
 __device__ __forceinline__ void store_unit(char* operands, int row, int pitch, int unit, uint4 word) {
   *reinterpret_cast<uint4*>(operands + row * pitch + unit * kUnitBytes) = word;
 }
 
-// Puts all of an image into shared memory: sources, then destinations. Ends with a barrier.
-template <class T>
-__device__ __forceinline__ void load_resident(const ImageMetric<T>& m, const Partition& p, int64_t image,
-                                              const MatchConfig& c, const TileMemory& memory) {
+// Puts rows into shared memory to stay, and their inverse norms beside them; token_of(row) says which. Ends with a
+// barrier.
+template <class T, class TokenOf>
+__device__ __forceinline__ void load_resident(const ImageMetric<T>& m, int rows, TokenOf token_of, const MatchConfig& c,
+                                              const TileMemory& memory) {
   const int group = threadIdx.x / kChunkUnits, lane_unit = threadIdx.x % kChunkUnits;
-  const int rows = p.num_src + p.num_dst;
-  for (int start = 0; start < rows; start += kTileRows) {
-    int32_t token[kRowsPerThread];
+  for (int start = group; start - group < rows; start += kResidentRows * kRowGroups) {
+    int32_t token[kResidentRows];
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      const int row = start + group + i * kRowGroups;
-      token[i] = row < p.num_src ? source_token(p, image, row)
-                 : row < rows    ? destination_token(p, image, row - p.num_src)
-                                 : -1;
+    for (int i = 0; i < kResidentRows; ++i) {
+      const int row = start + i * kRowGroups;
+      token[i] = row < rows ? token_of(row) : -1;
     }
-    float squared[kRowsPerThread] = {};
+    float squared[kResidentRows] = {};
     for (int unit0 = 0; unit0 < c.row_units; unit0 += kChunkUnits) {
       const int unit = unit0 + lane_unit;
-      Unit<T> units[kRowsPerThread];
-      fetch<kRowsPerThread>(m, token, unit, units);
+      Unit<T> units[kResidentRows];
+      fetch<kResidentRows>(m, token, unit, units);
       add_squares<T>(units, squared);
 #pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) {
+      for (int i = 0; i < kResidentRows; ++i) {
         if (token[i] >= 0 && unit < c.row_units) {
-          store_unit(memory.operands, start + group + i * kRowGroups, c.pitch, unit, units[i].word);
+          store_unit(memory.operands, start + i * kRowGroups, c.pitch, unit, units[i].word);
         }
       }
     }
-    write_norms(squared, token, memory.inverse_norms + start + group);
+#pragma unroll
+    for (int i = 0; i < kResidentRows; ++i) {
+      const float inverse = row_inverse_norm(squared[i]);
+      if (lane_unit == 0 && token[i] >= 0) memory.inverse_norms[start + i * kRowGroups] = inverse;
+    }
   }
   __syncthreads();
 }

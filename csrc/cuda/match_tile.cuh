@@ -50,23 +50,34 @@ __device__ __forceinline__ void multiply<float>(float (&acc)[4], const uint32_t 
 
 using Accumulators = float[kRowFragments][kColumnFragments][4];
 
-// Where a lane finds its rows of the fragments of A and of B: bytes into the operands. Pointers would take twice the
-// registers.
+__device__ __forceinline__ void zero(Accumulators& acc) {
+#pragma unroll
+  for (int r = 0; r < kRowFragments; ++r) {
+#pragma unroll
+    for (int f = 0; f < kColumnFragments; ++f) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[r][f][e] = 0;
+    }
+  }
+}
+
+// Where a lane finds its rows of the fragments of A and of B: bytes into the sources and into the destinations.
+// Pointers would take twice the registers.
 struct LaneRows {
   int a[kRowFragments];
   int b[kColumnFragments / 2];
 };
 
 template <int kUnrolled, class T>
-__device__ __forceinline__ void multiply_steps(const char* operands, const LaneRows& rows, int steps,
-                                               Accumulators& acc) {
+__device__ __forceinline__ void multiply_steps(const char* sources, const char* destinations, const LaneRows& rows,
+                                               int steps, Accumulators& acc) {
 #pragma unroll kUnrolled
-  for (int step = 0; step < steps; ++step, operands += kStepUnits * kUnitBytes) {
+  for (int step = 0; step < steps; ++step) {
     uint32_t a[kRowFragments][4], b[kColumnFragments / 2][4];
 #pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) load_matrices(operands + rows.a[f], a[f]);
+    for (int f = 0; f < kRowFragments; ++f) load_matrices(sources + rows.a[f], a[f]);
 #pragma unroll
-    for (int f = 0; f < kColumnFragments / 2; ++f) load_matrices(operands + rows.b[f], b[f]);
+    for (int f = 0; f < kColumnFragments / 2; ++f) load_matrices(destinations + rows.b[f], b[f]);
 #pragma unroll
     for (int r = 0; r < kRowFragments; ++r) {
 #pragma unroll
@@ -74,125 +85,195 @@ __device__ __forceinline__ void multiply_steps(const char* operands, const LaneR
         multiply<T>(acc[r][f], a[r], b[f / 2][f % 2 * 2], b[f / 2][f % 2 * 2 + 1]);
       }
     }
+    sources += kStepUnits * kUnitBytes, destinations += kStepUnits * kUnitBytes;
   }
 }
 
-// Streams the rows of one tile through shared memory, chunk by chunk, and leaves their inverse norms there.
-template <class T>
-__device__ __forceinline__ void multiply_streamed(const ImageMetric<T>& m, const Partition& p, int64_t image,
-                                                  int row_units, const TileMemory& memory, int source0, int sources,
-                                                  int destination0, int destinations, bool busy, const LaneRows& rows,
-                                                  Accumulators& acc) {
-  const int group = threadIdx.x / kChunkUnits, lane_unit = threadIdx.x % kChunkUnits;
-  int32_t token[kRowsPerThread];
+// One chunk of the rows that are streamed, on its way through a thread's registers: its rows of the destinations, and
+// before them, where they do not stay, of the sources.
+template <class T, Resident kResident>
+struct Stream {
+  static constexpr int kRows = stage_rows(kResident) / kRowGroups;
+  static constexpr int kSourceRows = kResident == Resident::none ? kTileSources / kRowGroups : 0;
+  static constexpr int kStageBytes = stage_rows(kResident) * kStagePitch;
+
+  int32_t token[kRows];
+  float squared[kRows];
+  Unit<T> units[kRows];
+
+  __device__ __forceinline__ void begin_tile(const Partition& p, int64_t image, int source0, int sources,
+                                             int destination0, int destinations) {
+    const int group = threadIdx.x / kChunkUnits;
 #pragma unroll
-  for (int i = 0; i < kRowsPerThread; ++i) {
-    const int row = group + i * kRowGroups, column = row - kTileSources;
-    token[i] = row < kTileSources      ? (row < sources ? source_token(p, image, source0 + row) : -1)
-               : column < destinations ? destination_token(p, image, destination0 + column)
-                                       : -1;
+    for (int i = 0; i < kRows; ++i) {
+      const int row = group + i * kRowGroups, column = row - kSourceRows * kRowGroups;
+      if (i < kSourceRows) {
+        token[i] = row < sources ? source_token(p, image, source0 + row) : -1;
+      } else {
+        token[i] = column < destinations ? destination_token(p, image, destination0 + column) : -1;
+      }
+      squared[i] = 0;
+    }
   }
-  float squared[kRowsPerThread] = {};
-  Unit<T> units[kRowsPerThread];
-  auto store = [&](int stage) {
+
+  __device__ __forceinline__ void load(const ImageMetric<T>& m, int chunk) {
+    fetch<1>(m, token, chunk * kChunkUnits + static_cast<int>(threadIdx.x) % kChunkUnits, units);
+  }
+
+  __device__ __forceinline__ void store(char* stage) {
     add_squares<T>(units, squared);
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      store_unit(memory.operands + stage * kStageBytes, group + i * kRowGroups, kStagePitch, lane_unit, units[i].word);
+    for (int i = 0; i < kRows; ++i) {
+      store_unit(stage, threadIdx.x / kChunkUnits + i * kRowGroups, kStagePitch, threadIdx.x % kChunkUnits,
+                 units[i].word);
     }
-  };
+  }
 
-  // In each round the next chunk is on its way while the one before it is multiplied; the first round only fetches.
-#pragma unroll 1
-  for (int unit0 = -kChunkUnits, stage = 1; unit0 < row_units; unit0 += kChunkUnits, stage ^= 1) {
-    const int next = unit0 + kChunkUnits;
-    if (next < row_units) fetch<1>(m, token, next + lane_unit, units);
-    if (busy && unit0 >= 0) {
-      const int steps = min(kChunkUnits, row_units - unit0) / kStepUnits;
-      // Unrolled, these steps would need the registers that hold the chunk on its way.
-      multiply_steps<1, T>(memory.operands + stage * kStageBytes, rows, steps, acc);
+  __device__ __forceinline__ void write_norms(float* of_sources, float* of_destinations) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = threadIdx.x / kChunkUnits + i * kRowGroups;
+      const float inverse = row_inverse_norm(squared[i]);
+      if (threadIdx.x % kChunkUnits != 0 || token[i] < 0) continue;
+      if (i >= kSourceRows) {
+        of_destinations[row - kSourceRows * kRowGroups] = inverse;
+      } else if (of_sources) {
+        of_sources[row] = inverse;
+      }
     }
-    if (next < row_units) {
-      store(stage ^ 1);
-    } else {
-      write_norms(squared, token, memory.inverse_norms + group);
+  }
+};
+
+// The best destination that a lane has seen for each of its rows.
+struct LaneBest {
+  float score[kLaneRows];
+  int32_t index[kLaneRows];
+};
+
+// Compares the scores of one tile, acc times the inverse norms, with the best so far. A lane meets its destinations in
+// ascending order, so greater alone keeps the lowest of equals.
+__device__ __forceinline__ void keep_best(const Accumulators& acc, const float* source_norms, const float* norms,
+                                          int row0, int sources, int column0, int destination0, int destinations,
+                                          int protected_dst, LaneBest& best) {
+  const int lane = threadIdx.x % kLanes;
+  float inverse[kLaneRows];
+#pragma unroll
+  for (int k = 0; k < kLaneRows; ++k) inverse[k] = source_norms[min(row0 + lane / 4 + 8 * k, sources - 1)];
+#pragma unroll
+  for (int f = 0; f < kColumnFragments; ++f) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = column0 + f * 8 + lane % 4 * 2 + e;
+      const int32_t j = destination0 + column;
+      if (column >= destinations || j < protected_dst) continue;
+#pragma unroll
+      for (int k = 0; k < kLaneRows; ++k) {
+        const float score = acc[k / 2][f][k % 2 * 2 + e] * inverse[k] * norms[column];
+        if (score > best.score[k]) best.score[k] = score, best.index[k] = j;
+      }
     }
-    __syncthreads();
   }
 }
 
 // Calls out(source, candidate) for sources [source0, source0 + 128) that exist, with their best among destinations
-// [begin, end); see pack_candidate. With kResident the operands are in place already. Ends with a barrier.
-template <class T, bool kResident, class Out>
+// [begin, end); see pack_candidate. With Resident::all the operands are in place already. Ends with a barrier.
+template <class T, Resident kResident, class Out>
 __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Partition& p, int64_t image,
                                               const MatchConfig& c, const TileMemory& memory, int source0, int begin,
                                               int end, Out out) {
+  constexpr bool kAll = kResident == Resident::all;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int warp_row = warp / kWarpColumns * kWarpTile, warp_column = warp % kWarpColumns * kWarpTile;
   const int sources = min(kTileSources, p.num_src - source0);
-  const int pitch = kResident ? c.pitch : kStagePitch;
-  const int a_row = kResident ? source0 : 0;  // where the tile's sources start among the rows in shared memory
 
-  float best[kLaneRows];
-  int32_t best_index[kLaneRows];
+  LaneBest best;
   const int32_t fallback = p.protected_dst < p.num_dst ? p.protected_dst : 0;  // where no number wins
 #pragma unroll
-  for (int k = 0; k < kLaneRows; ++k) best[k] = -INFINITY, best_index[k] = fallback;
+  for (int k = 0; k < kLaneRows; ++k) best.score[k] = -INFINITY, best.index[k] = fallback;
 
-  for (int destination0 = begin; destination0 < end; destination0 += kTileDestinations) {
-    const int destinations = min(kTileDestinations, end - destination0);
-    const int b_row = kResident ? p.num_src + destination0 : kTileSources;
-    const bool busy = warp_row < sources && warp_column < destinations;
-    __syncwarp();  // the tensor cores want the warp together, and the epilogue before this tile let lanes go ahead
-
-    // Rows past the tile's end repeat its last one, which is there; the epilogue leaves them out.
-    LaneRows rows;
+  // Rows past the tile's end repeat its last one, which is there; keep_best leaves them out.
+  LaneRows rows;
 #pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) {
-      const int row = a_row + min(warp_row + f * 16 + lane % 16, sources - 1);
-      rows.a[f] = row * pitch + lane / 16 * kUnitBytes;
-    }
+  for (int f = 0; f < kRowFragments; ++f) {
+    const int row = min(warp_row + f * 16 + lane % 16, sources - 1);
+    rows.a[f] = row * (kResident == Resident::none ? kStagePitch : c.pitch) + lane / 16 * kUnitBytes;
+  }
+  auto set_columns = [&](int destinations) {
 #pragma unroll
     for (int f = 0; f < kColumnFragments / 2; ++f) {
-      const int row = b_row + min(warp_column + f * 16 + lane / 16 * 8 + lane % 8, destinations - 1);
-      rows.b[f] = row * pitch + lane / 8 % 2 * kUnitBytes;
+      const int row = min(warp_column + f * 16 + lane / 16 * 8 + lane % 8, destinations - 1);
+      rows.b[f] = row * (kAll ? c.pitch : kStagePitch) + lane / 8 % 2 * kUnitBytes;
     }
+  };
 
-    Accumulators acc = {};
-    if constexpr (kResident) {
-      if (busy) multiply_steps<2, T>(memory.operands, rows, c.row_units / kStepUnits, acc);
-    } else {
-      multiply_streamed<T>(m, p, image, c.row_units, memory, source0, sources, destination0, destinations, busy, rows,
-                           acc);
+  Accumulators acc;
+  if constexpr (kAll) {
+    for (int destination0 = begin; destination0 < end; destination0 += kTileDestinations) {
+      const int destinations = min(kTileDestinations, end - destination0);
+      if (warp_row >= sources || warp_column >= destinations) break;
+      __syncwarp();  // the tensor cores want the warp together, and keep_best let lanes go ahead
+      set_columns(destinations);
+      zero(acc);
+      const int row = p.num_src + destination0;
+      multiply_steps<2, T>(memory.operands + source0 * c.pitch, memory.operands + row * c.pitch, rows,
+                           c.row_units / kStepUnits, acc);
+      keep_best(acc, memory.inverse_norms + source0, memory.inverse_norms + row, warp_row, sources, warp_column,
+                destination0, destinations, p.protected_dst, best);
     }
-    if (!busy) continue;
-
-    float a_inverse[kLaneRows];
-#pragma unroll
-    for (int k = 0; k < kLaneRows; ++k) {
-      a_inverse[k] = memory.inverse_norms[a_row + min(warp_row + lane / 4 + 8 * k, sources - 1)];
+  } else {
+    using Chunk = Stream<T, kResident>;
+    if constexpr (kResident == Resident::sources) {
+      load_resident(m, sources, [&](int row) { return source_token(p, image, source0 + row); }, c, memory);
     }
-#pragma unroll
-    for (int f = 0; f < kColumnFragments; ++f) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = warp_column + f * 8 + lane % 4 * 2 + e;
-        const int32_t j = destination0 + column;
-        if (column >= destinations || j < p.protected_dst) continue;
-        const float b_inverse = memory.inverse_norms[b_row + column];
-#pragma unroll
-        for (int k = 0; k < kLaneRows; ++k) {
-          const float score = acc[k / 2][f][k % 2 * 2 + e] * a_inverse[k] * b_inverse;
-          // A lane meets its destinations in ascending order, so greater alone keeps the lowest of equals.
-          if (score > best[k]) best[k] = score, best_index[k] = j;
+    // All chunks of all tiles in one row: in each round the next one is on its way while the one before it is
+    // multiplied; the first round only fetches.
+    const int chunks = max(static_cast<int>(divide_up(c.row_units, kChunkUnits)), 1);
+    Chunk stream;
+    int destination0 = begin, chunk = -1, stage = 0, tile = 0;
+#pragma unroll 1
+    for (;;) {
+      const bool ends_tile = chunk + 1 == chunks;
+      const int next_destination0 = ends_tile ? destination0 + kTileDestinations : destination0;
+      const int next_chunk = ends_tile ? 0 : chunk + 1, next_tile = tile + ends_tile;
+      const bool more = next_destination0 < end;
+      if (more) {
+        if (next_chunk == 0) {
+          stream.begin_tile(p, image, source0, sources, next_destination0,
+                            min(kTileDestinations, end - next_destination0));
+        }
+        stream.load(m, next_chunk);
+      }
+      const int destinations = min(kTileDestinations, end - destination0);
+      if (chunk >= 0 && warp_row < sources && warp_column < destinations) {
+        __syncwarp();  // as above
+        if (chunk == 0) zero(acc), set_columns(destinations);
+        const char* operands = memory.stages + stage * Chunk::kStageBytes;
+        const int steps = min(kChunkUnits, c.row_units - chunk * kChunkUnits) / kStepUnits;
+        // Unrolled, these steps would need the registers that hold the chunk on its way.
+        multiply_steps<1, T>(
+            kResident == Resident::none ? operands : memory.operands + chunk * kChunkUnits * kUnitBytes,
+            operands + Chunk::kSourceRows * kRowGroups * kStagePitch, rows, steps, acc);
+        if (ends_tile) {
+          keep_best(acc, memory.inverse_norms, memory.inverse_norms + kTileSources + tile % kStages * kTileDestinations,
+                    warp_row, sources, warp_column, destination0, destinations, p.protected_dst, best);
         }
       }
+      if (more) {
+        stream.store(memory.stages + (stage ^ 1) * Chunk::kStageBytes);
+        if (next_chunk + 1 == chunks) {
+          stream.write_norms(next_tile == 0 ? memory.inverse_norms : nullptr,
+                             memory.inverse_norms + kTileSources + next_tile % kStages * kTileDestinations);
+        }
+      }
+      __syncthreads();
+      if (!more) break;
+      destination0 = next_destination0, chunk = next_chunk, tile = next_tile, stage ^= 1;
     }
   }
 
 #pragma unroll
   for (int k = 0; k < kLaneRows; ++k) {
-    unsigned long long candidate = pack_candidate(best[k], best_index[k]);
+    unsigned long long candidate = pack_candidate(best.score[k], best.index[k]);
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
       const unsigned long long other = __shfl_xor_sync(kFullWarp, candidate, step);

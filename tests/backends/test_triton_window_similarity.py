@@ -128,8 +128,9 @@ def test_rows_further_apart_than_32_bits_count(device):
     score = window_similarity(rows[None], Windows(1, 2, 2, 1, 2), 0.0, "triton")[0]
     assert score.tolist() == [[0.0, 1.0]]
     assert window_similarity(rows[None], Windows(1, 4, 1, 2, 1), 0.0, "triton")[0].tolist() == [[0.0, 1.0]]
-    images = memory.as_strided((2, 2, 4), (2 * apart, apart, 1))
-    assert window_similarity(images, Windows(0, 1, 2, 1, 2), 0.0, "triton")[0].tolist() == [[1.0], [0.0]]
+    images = memory.as_strided((4, 2, 4), (apart, apart, 1))  # of two rows each, the second the next one's first
+    score = window_similarity(images, Windows(0, 1, 2, 1, 2), 0.0, "triton")[0]
+    assert score.tolist() == [[1.0], [0.0], [0.0], [1.0]]
 
 
 def test_no_images_no_windows_and_no_channels(device):

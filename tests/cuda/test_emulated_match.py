@@ -9,6 +9,7 @@ from tokred_kernels.backends.reference import best_match, bipartite_match
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
 
 STREAMING_SHARED = 82_000  # enough to stream any metric, too little for most to stay
+NONE, SOURCES, ALL = range(3)  # what stays: Resident in match_config.h
 
 
 def match_problem(metric, p):
@@ -95,7 +96,7 @@ def test_a_wide_metric_is_streamed_in_one_launch(emulator):
     p = every_other(197, 16, None, True, False)
     metric = whole_numbers(1, 1, 197, 1280, dtype=torch.bfloat16)
     fused, resident, *_ = emulator.call("match_config", (*match_problem(metric, p), H100_SHARED), [None] * 4)
-    assert (fused, resident) == (1, 0)
+    assert (fused, resident) == (1, NONE)
     check_match(emulator, metric, p)
 
 
@@ -196,6 +197,29 @@ def test_match_in_three_launches(emulator, tokens, by_index, dtype):
     check_match(emulator, metric, p)
 
 
+# Less than a chunk of 128 bytes, just that, several; the sources of a tile stay, or nothing does.
+@pytest.mark.parametrize(
+    ("channels", "heads", "dtype"),
+    [
+        (0, 1, torch.float32),
+        (1, 1, torch.float16),
+        (33, 2, torch.float32),
+        (64, 1, torch.bfloat16),
+        (200, 1, torch.float32),
+        (200, 3, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("limit", [H100_SHARED, STREAMING_SHARED], ids=["sources stay", "nothing stays"])
+def test_match_channels_in_three_launches(emulator, channels, heads, dtype, limit):
+    tokens = 1101
+    p = random_lists(1, tokens, 300, 90)
+    metric = whole_numbers(1, heads, tokens, channels, dtype=dtype, scale=heads)
+    fused, resident, *_ = emulator.call("match_config", (*match_problem(metric, p), limit), [None] * 4)
+    assert (fused, resident) == (0, NONE if channels == 200 and limit == STREAMING_SHARED else SOURCES)
+    check_match(emulator, metric, p, shared_limit=limit, reverse=channels == 64)
+
+
 def test_match_in_three_launches_of_lists_and_long_maps(emulator):
     check_match(emulator, whole_numbers(2, 1, 1200, 8), random_lists(2, 1200, 200, 150))
     check_match(emulator, whole_numbers(1, 1, 1200, 8), every_kth(1200, 7, 2))
@@ -247,7 +271,7 @@ def test_match_fits_shared_memory(emulator):
                     assert shared <= limit
                     assert fused == (tokens <= 1088)
                     assert (workspace == 0) == bool(fused)
-                    assert splits >= 1 and (fused or not resident)
+                    assert splits >= 1 and resident != (SOURCES if fused else ALL)
 
 
 # Around nothing, one tile and two; then the protected tokens of every kind.
@@ -307,8 +331,10 @@ def test_best_match_with_zero_nan_and_infinite_rows(emulator, tokens, dtype):
     metric[1, :, 7, 2] = torch.nan
     metric[1, :, 9, 1] = torch.inf
     p = every_other(tokens, tokens, 1, False, False)
-    for values in (metric, torch.full_like(metric, torch.nan), torch.zeros_like(metric), torch.ones_like(metric)):
-        check_best(emulator, values, p)
+    check_best(emulator, metric, p)
+    if tokens < 1000:
+        for value in (torch.nan, 0, 1):
+            check_best(emulator, torch.full_like(metric, value), p)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])

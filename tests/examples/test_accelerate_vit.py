@@ -34,7 +34,8 @@ def demo(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    sys.modules.pop("photos", None)
+    for name in ("photos", "measuring", "drawing"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -78,6 +79,45 @@ def test_the_whole_run(demo, folder, tmp_path, capsys):
     assert width == 2 * 448 + 3 * 12  # the photograph and r = 16; r = 0 would show all patches
     assert len(np.unique(strips[0].reshape(-1, 3), axis=0)) > 100
     assert PIL.open(out / "speed.png").size[0] > 500
+
+
+def test_the_whole_run_with_algm(demo, folder, tmp_path, capsys):
+    PIL.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(folder / "plain.png")
+    demo.main([*TINY, "--random-weights", "--images", str(folder), "--method", "algm", "--out", str(tmp_path)])
+    assert "test_vit, 3 photographs, batch 2, CPU" in capsys.readouterr().out
+
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    merged = rows[1:]
+    values = [row["value"] for row in merged]
+    assert values == sorted(values, reverse=True)
+    assert [row["setting"] for row in merged] == [f"threshold {value:g}" for value in values]
+    tokens = [row["tokens"] for row in rows]
+    assert tokens[0] == 101
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[-1] < 60
+    gflops = [row["gflops"] for row in rows]
+    assert gflops == sorted(gflops, reverse=True)
+    assert all(row["relative_l2"] > 0 for row in merged)
+    strip = PIL.open(tmp_path / "tokens-plain.png")
+    assert strip.size[0] == (1 + len(merged)) * 448 + (2 + len(merged)) * 12
+
+
+def test_thresholds_layers_and_counts_are_used(demo, folder, tmp_path):
+    arguments = [*TINY, "--random-weights", "--images", str(folder), "--method", "algm", "--out", str(tmp_path)]
+    demo.main([*arguments, "--threshold", "-1", "2", "--layers", "2", "--count", "batch"])
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["setting"] for row in rows] == ["unpatched", "threshold 2", "threshold -1"]
+    assert [row["tokens"] for row in rows] == [101, 101, 26]
+    assert rows[1]["relative_l2"] == 0
+
+
+def test_chosen_thresholds_are_reached_by_their_share_of_windows(demo):
+    x = torch.nn.functional.normalize(torch.randn(2, 4 * 6, 8), dim=-1)
+    found = demo.window_cosines(x, (4, 6)).view(2, 2, 3)
+    for image, row, column in ((0, 0, 0), (1, 1, 2)):
+        members = x[image].view(4, 6, 8)[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(4, 8)
+        pairs = members @ members.T
+        assert found[image, row, column] == pytest.approx(float((pairs.sum() - pairs.trace()) / 12), abs=1e-5)
 
 
 def test_more_pictures_than_a_batch(demo, folder, tmp_path):
@@ -133,6 +173,8 @@ def test_default_photographs(demo):
         (["--model", "resnet18"], "ResNet is not supported; timm's VisionTransformer"),
         (["--out", "TAKEN"], "cannot write there"),
         (["--device", "abacus"], "--device abacus: torch cannot use it here"),
+        (["--method", "algm", "--layers", "99"], "layers must be from 1 to 6, the model's last block, got 99"),
+        (["--method", "algm", "--layers", "3", "1"], r"layers must ascend, got \(3, 1\)"),
     ],
 )
 def test_bad_arguments(demo, folder, tmp_path, arguments, message):
@@ -150,6 +192,13 @@ def test_bad_arguments(demo, folder, tmp_path, arguments, message):
         (["--r", "2.5"], "a whole number of 0 or more, got '2.5'"),
         (["--batch", "0"], "a whole number of 1 or more, got '0'"),
         (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--method", "algm", "--threshold", "nan"], "must be a number, got 'nan'"),
+        (["--method", "algm", "--threshold", "high"], "must be a number, got 'high'"),
+        (["--method", "algm", "--layers", "0"], "a whole number of 1 or more, got '0'"),
+        (["--method", "algm", "--count", "all"], "invalid choice: 'all'"),
+        (["--method", "algm", "--r", "4"], "--r is of --method tome, got --method algm"),
+        (["--threshold", "0.9"], "--threshold is of --method algm, got --method tome"),
+        (["--layers", "1"], "--layers is of --method algm, got --method tome"),
     ],
 )
 def test_arguments_that_cannot_be_read(demo, capsys, arguments, message):
@@ -175,7 +224,7 @@ def test_a_patch_alone_takes_no_memory(demo):
     model = demo.import_timm().create_model("test_vit").eval().requires_grad_(False)
     x = torch.zeros(2, 3, 160, 160)
     unpatched = demo.peak_memory(model, x)
-    with demo.Variant(model, "tome", 0):
-        assert demo.peak_memory(model, x) <= unpatched
-    with demo.Variant(model, "tome", 16):
-        assert demo.peak_memory(model, x) <= unpatched
+    for arguments, value in (([], 0), ([], 16), (["--method", "algm"], 2.0), (["--method", "algm"], -1.0)):
+        with demo.Variant(model, demo.parse(arguments), value):
+            # Packing the tokens of images is a copy where nothing merges, and no image has more than before.
+            assert demo.peak_memory(model, x) <= unpatched * (1.1 if "algm" in arguments else 1)

@@ -17,7 +17,7 @@ PIL = pytest.importorskip("PIL.Image")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--quick", "--device", "cpu"]
-HERE = ("photos", "masks", "accelerate_vit")
+HERE = ("photos", "masks", "measuring", "drawing", "accelerate_vit")
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,7 @@ def demo(monkeypatch):
     spec = importlib.util.spec_from_file_location("segment", EXAMPLES / "segment.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.masks = sys.modules["masks"]
     yield module
     for name in HERE:
         sys.modules.pop(name, None)
@@ -86,8 +87,23 @@ def test_the_whole_run(demo, folders, tmp_path, capsys):
 def test_runs_are_equal(demo, folders):
     options = demo.parse([*SMALL, *folders])
     data = demo.load(options, torch.device("cpu"))
-    first, second = (demo.train(data, options, torch.device("cpu"), "training") for _ in range(2))
+    first, second = (
+        demo.train(*demo.begin(data, options, torch.device("cpu")), data, options, range(2), "training")
+        for _ in range(2)
+    )
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_copied_beginning_goes_on_alike(demo, folders):
+    options = demo.parse([*SMALL, *folders, "--steps", "4"])
+    data = demo.load(options, torch.device("cpu"))
+    begun = demo.begin(data, options, torch.device("cpu"))
+    demo.train(*begun, data, options, range(2), "training")
+    both = (begun, demo.copy.deepcopy(begun))
+    first, second = (demo.train(*one, data, options, range(2, 4), "training") for one in both)
+    assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+    demo.train(*both[1], data, options, range(3, 4), "training")
+    assert not torch.equal(first.decoder.head.weight, second.decoder.head.weight)  # a copy of its own
 
 
 @pytest.mark.parametrize("size", [(60, 100), (100, 60), (64, 64)])
@@ -95,7 +111,7 @@ def test_test_crops_are_held_out(demo, size):
     height, width = size
     place = torch.arange(height * width, dtype=torch.float32).view(1, height, width)
     options = demo.parse(["--size", "40", "--crop", "24"])
-    seen, kept = demo.split("x", place, options)
+    seen, kept = demo.masks.split("x", place, options)
     assert kept.shape == (1, 40, 40)
     assert set(seen.flatten().tolist()).isdisjoint(kept.flatten().tolist())
     assert min(seen.shape[1:]) >= 24
@@ -106,14 +122,15 @@ def test_test_crops_are_held_out(demo, size):
 def test_pictures_that_are_too_small(demo, size):
     options = demo.parse(["--size", "40", "--crop", "24"])
     with pytest.raises(SystemExit, match=f"mine: a test crop of 40 pixels .* do not fit into {size[1]} x {size[0]}"):
-        demo.split("mine", torch.zeros(1, *size), options)
+        demo.masks.split("mine", torch.zeros(1, *size), options)
 
 
 def test_crops_and_masks_stay_together(demo):
     place = torch.arange(1200).view(30, 40)
     data = demo.Data([(place[None].expand(3, 30, 40).float(), place)], None, None, [], 2)
     options = demo.parse(["--crop", "16", "--batch", "20"])
-    images, truth = demo.crops(data, options, torch.Generator().manual_seed(0))
+    images, truth = demo.crops(data, options, 0)
+    assert not torch.equal(truth, demo.crops(data, options, 1)[1])
     assert images.shape == (20, 3, 16, 16)
     assert torch.equal(images[:, 0].long(), truth)
     steps = truth[:, 0].diff().flatten().tolist()
@@ -126,7 +143,7 @@ class Fixed(torch.nn.Module):
 
     def __init__(self, demo, data, options, found):
         super().__init__()
-        real = demo.make(data, options, torch.device("cpu"))
+        real, _ = demo.begin(data, options, torch.device("cpu"))
         self.encoder, self.decoder, self.found = real.encoder, real.decoder, found
 
     def forward(self, images):
@@ -135,7 +152,8 @@ class Fixed(torch.nn.Module):
 
 
 def test_scores(demo):
-    options = demo.parse(["--quick", "--size", "8"])
+    options = demo.parse(SMALL)
+    options.size = 8
     truth = torch.zeros(1, 8, 8, dtype=torch.long)
     truth[:, :, 4:] = 1
     truth[:, 0] = demo.masks.IGNORE
@@ -157,10 +175,12 @@ def test_scores(demo):
 def test_pixels_of_no_class_teach_nothing(demo):
     options = demo.parse(SMALL)
     picture, mask = torch.rand(3, 64, 64), torch.full((64, 64), demo.masks.IGNORE)
-    mask[:, :32] = 1
     data = demo.Data([(picture, mask)], None, None, [], 2)
-    trained = demo.train(data, options, torch.device("cpu"), "training")
-    assert all(parameter.isfinite().all() for parameter in trained.parameters())
+    begun = demo.begin(data, options, torch.device("cpu"))
+    demo.train(*begun, data, options, range(3), "training")
+    assert not begun[0].decoder.head.bias.any()
+    mask[:, :32] = 1
+    assert (demo.train(*begun, data, options, range(2), "training").decoder.head.bias[1] > 0).all()
 
 
 @pytest.mark.parametrize("count", ["batch", "image"])
@@ -169,7 +189,7 @@ def test_tokens_and_operations_are_those_of_the_images(demo, count):
     images = torch.randn(2, 3, 64, 64)
     images[1] = 0  # all its windows merge
     data = demo.Data([], images, torch.zeros(2, 64, 64, dtype=torch.long), ["x", "y"], 2)
-    segmenter = demo.make(data, options, torch.device("cpu"))
+    segmenter, _ = demo.begin(data, options, torch.device("cpu"))
     demo.patch(segmenter.encoder, "algm", layers=(1,), threshold=0.999, count=count)
     row = demo.evaluate("x", segmenter, data, options)
     assert row["tokens"] == ([64, 16] if count == "image" else [64, 64])
@@ -229,8 +249,8 @@ def test_default_photographs(demo):
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
     options = demo.parse([])
-    for name, picture in demo.photos.load(None).items():
-        demo.split(name, torch.zeros(1, picture.height, picture.width), options)
+    for name, picture in demo.masks.photos.load(None).items():
+        demo.masks.split(name, torch.zeros(1, picture.height, picture.width), options)
 
 
 BROKEN = {
@@ -266,7 +286,7 @@ def test_masks_with_a_palette_hold_class_ids(demo, tmp_path):
     picture = PIL.fromarray(np.array([[0, 3], [255, 1]], np.uint8)).convert("L")
     picture.putpalette([7 * part % 256 for part in range(768)])
     picture.save(tmp_path / "x.png")
-    found, classes = demo.masks.load(tmp_path, {"x": PIL.new("RGB", (2, 2))})
+    found, classes = demo.masks.read(tmp_path, {"x": PIL.new("RGB", (2, 2))})
     assert found["x"].tolist() == [[0, 3], [255, 1]]
     assert classes == 4
 
@@ -275,7 +295,8 @@ def test_masks_with_a_palette_hold_class_ids(demo, tmp_path):
     ("arguments", "message"),
     [
         (["--images", "here"], "--images and --masks go together"),
-        (["--size", "100"], "--size and --crop must be multiples of 8, got 100 and 128"),
+        (["--size", "100"], "--size and --crop must be multiples of 8, two or more, got 100 and 128"),
+        (["--crop", "8"], "--size and --crop must be multiples of 8, two or more, got 256 and 8"),
         (["--width", "100"], "--width must be a multiple of 64, got 100"),
         (["--layers", "1", "9"], "--layers must rise, up to --depth 8, got [1, 9]"),
         (["--layers", "5", "1"], "--layers must rise, up to --depth 8, got [5, 1]"),

@@ -175,6 +175,12 @@ def test_tokens_that_are_dropped_leave_no_grid():
     assert segmenter.eval()(images()).shape == (2, CLASSES, 48, 64)
 
 
+def test_maps_that_are_not_kept():
+    segmenter = LinearSegmenter(patch(make(), "tome", r=3, trace=False), CLASSES)
+    with pytest.raises(RuntimeError, match="patch it with trace=True"):
+        segmenter(images())
+
+
 @pytest.mark.parametrize(
     ("settings", "size", "message"),
     [

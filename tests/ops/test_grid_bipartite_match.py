@@ -13,6 +13,7 @@ from support import (
     golden,
     match_slots,
     partners,
+    poison,
     window_members,
 )
 from torch._subclasses import FakeTensorMode
@@ -34,7 +35,7 @@ def test_reproduces_the_authors_code(everywhere):
 def truth(metric, r, destinations, prefix):
     """`dest` of each image, the destinations being those, by index."""
     number = metric.shape[1]
-    sources = [n for n in range(prefix, number) if n not in set(destinations)]
+    sources = sorted(set(range(prefix, number)).difference(destinations))
     dests = []
     for image in metric:
         best = partners(cosines(image), sources, destinations)
@@ -56,11 +57,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("grid,stride,prefix", CASES)
-def test_is_what_the_definition_says(everywhere, grid, stride, prefix):
+def test_is_what_the_definition_says(everywhere, grid, stride, prefix, monkeypatch):
     number = prefix + math.prod(grid)
     cells = window_members(prefix, grid, stride)
     corners = sorted(cell[0] for cell in cells)
     most = math.prod(grid) - len(cells)
+    poison(monkeypatch)
     for channels, dtype in zip((1, 16, 64), DTYPES, strict=True):
         metric = exact_tokens(2, number, channels)
         for r in sorted({1, (most + 1) // 2, most}):
@@ -76,7 +78,7 @@ def test_is_right_where_models_are(everywhere, dtype):
     metric = torch.randn(1, 4096, 40).to(dtype)
     token_map = tk.grid_bipartite_match(metric.to(everywhere), 2048, grid=(64, 64))
     corners = [cell[0] for cell in window_members(0, (64, 64), (2, 2))]
-    others = [n for n in range(4096) if n not in set(corners)]
+    others = sorted(set(range(4096)).difference(corners))
     lists = torch.tensor([others], dtype=torch.int32), torch.tensor([corners], dtype=torch.int32)
     assert_follows(token_map, metric, Partition(0, 1, 3072, 1024, 0, 0, False, 2048, *lists))
 
@@ -193,6 +195,11 @@ def test_kept_splits_are_plain_tensors(which):
         assert type(dest) is torch.Tensor
         expected = truth(metric, 9, [cell[0] for cell in window_members(0, (7, 8), (2, 2))], 0)
         assert dest.tolist() == expected
+
+
+def test_a_backend_that_cannot_serve_raises():
+    with tk.use_backend("cuda"), pytest.raises(RuntimeError, match=r'"cuda" was asked for.*What can: reference, cpu'):
+        tk.grid_bipartite_match(torch.randn(1, 9, 4), 5, grid=(3, 3))
 
 
 @pytest.mark.parametrize(

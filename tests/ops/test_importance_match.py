@@ -125,6 +125,11 @@ def test_empty_batch_and_strided_metrics(everywhere):
     assert not got[1].requires_grad
 
 
+def test_a_backend_that_cannot_serve_raises():
+    with tk.use_backend("cuda"), pytest.raises(RuntimeError, match=r'"cuda" was asked for.*What can: reference, cpu'):
+        tk.importance_match(torch.randn(1, 9, 4), 5)
+
+
 @pytest.mark.parametrize(
     "call,error,words",
     [

@@ -3,6 +3,7 @@ import pytest
 import torch
 from support import assert_views, dest_of, poison
 
+import tokred_kernels as tk
 from tokred_kernels import Packing, backends
 from tokred_kernels.backends.reference.best_match import NO_RANK
 from tokred_kernels.ops.match_map import match_map
@@ -26,16 +27,13 @@ def truth(partner, rank, partition, number, r):
     """`dest` of one image: ToMe's concatenation of unmerged sources and destinations."""
     first, stride, lead = partition.first, partition.stride, partition.protected_src
     destinations = [first + j * stride + stride - 1 for j in range(partition.num_dst)]
-    sources = [n for n in range(first, number) if n not in set(destinations)][: partition.num_src]
+    sources = sorted(set(range(first, number)).difference(destinations))[: partition.num_src]
     if r == 0:
         return [n if n < first + partition.num_src + partition.num_dst else -1 for n in range(number)]
-    joined = {i for i in range(partition.num_src) if rank[i] < r}
-    order = (
-        range(partition.num_src)
-        if partition.sources_by_index
-        else sorted(range(partition.num_src), key=rank.tolist().__getitem__)
-    )
-    free = list(range(lead)) + [i for i in order if i not in joined and i >= lead]
+    partner, rank = partner.tolist(), rank.tolist()
+    joined = [i for i in range(partition.num_src) if rank[i] < r]
+    free = [i for i in range(lead, partition.num_src) if rank[i] >= r]
+    free = [*range(lead), *(free if partition.sources_by_index else sorted(free, key=rank.__getitem__))]
     unmerged = [[sources[i]] for i in free]
     groups = [[d, *(sources[i] for i in joined if partner[i] == j)] for j, d in enumerate(destinations)]
     slots = [[n] for n in range(first)]
@@ -112,6 +110,19 @@ def test_lists_say_which_tokens_are_meant(everywhere):
     token_map = call(partner, rank, partition, 6)
     assert token_map.dest.tolist() == [[0, 2, 3, 3, 1, 3], [3, 1, 2, 2, 0, 1]]
     assert_views(token_map)
+
+
+def test_many_images_are_as_the_reference_says(backend):
+    partition = every_other(198, 60, 1, False, False)
+    given = [part.to(backend) for part in random_ranks(200, partition)]
+    counts = torch.randint(0, 99, (200,), dtype=torch.int32, device=backend)
+    packed_in = Packing.of((198,) * 200, torch.device(backend))
+    for how in ((198,), (198, counts), (198 * 200, counts, packed_in)):
+        token_map = call(*given, partition, *how)
+        with tk.use_backend("reference"):
+            expected = call(*given, partition, *how)
+        assert torch.equal(token_map.dest, expected.dest)
+        assert_views(token_map)
 
 
 def test_no_images(everywhere):

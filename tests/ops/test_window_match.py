@@ -193,6 +193,11 @@ def test_uneven_grids_can_be_refused():
         tk.window_match(torch.ones(1, 15, 4), 0.5, window=(2, 5), **refuse)
 
 
+def test_a_backend_that_cannot_serve_raises():
+    with tk.use_backend("cuda"), pytest.raises(RuntimeError, match=r'"cuda" was asked for.*What can: reference, cpu'):
+        tk.window_match(torch.randn(1, 17, 4), 0.5)
+
+
 @pytest.mark.parametrize(
     "call,error,words",
     [

@@ -155,6 +155,22 @@ def test_compiles_in_one_graph(random):
         assert torch.equal(outputs[0], run(model, arguments))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated", "ignore:Dynamo detected a call")
+def test_compiled_checkpoints_merge_alike_when_they_compute_again():
+    model, arguments, gradients = patched(make("dit", num_layers=1)), inputs("dit"), []
+    for checkpointing in (False, True):
+        torch.compiler.reset()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+        torch.manual_seed(0)
+        loss = run(compiled, arguments).square().sum()
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(loss, model.parameters(), allow_unused=True))
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
 # --- what is refused
 
 
@@ -236,6 +252,8 @@ def test_calls_that_cannot_merge():
     model, arguments = patched(make(), **ALL), inputs()
     with pytest.raises(NotImplementedError, match="no attention_mask"):
         model(**arguments, attention_mask=torch.ones(2, 256))
+    masked = run(model, {**arguments, "encoder_attention_mask": torch.ones(2, 5)})  # over the context: that may be
+    assert masked.shape == arguments["sample"].shape
     with pytest.raises(NotImplementedError, match="ip_adapter_masks"):
         model(**arguments, cross_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, 8, 8)]})
     model.transformer = model.down_blocks[0].attentions[0]

@@ -255,13 +255,14 @@ def apply(
         random: True (default) draws the destination of each cell anew for every block and call, alike for the images of
             a batch; an odd batch, which holds no pairs for classifier-free guidance, takes the top left ones, as
             published. False always does. A checkpoint inside the model (enable_gradient_checkpointing) merges alike
-            when it computes a block again.
+            when it computes a block again; one around the model is refused, unless random=False.
         merge_attn: merge for self attention (attn1).
         merge_crossattn: merge for cross attention (attn2), where there is one.
         merge_mlp: merge for the MLP (ff).
         generator: for the draws. Default one of the patch's own for each device, seeded with torch.initial_seed() at
             its first draw, so that torch's own draws stay what they are; under torch.compile and while a CUDA graph is
-            captured, torch's own.
+            captured, torch's own. One that is given breaks torch.compile's graph at each draw, and must be registered
+            with a CUDA graph.
 
     Raises as `patch` says; also:
         ValueError: max_downsample below the finest that the model's blocks work at, or nothing to merge for.

@@ -183,7 +183,7 @@ Result window_map(Call& c) {
 Result match_config_of(Call& c) {
   const auto a = match_args<MatchArgs>(c);
   const MatchConfig config = match_config(a, c.integer());
-  return {config.fused, config.resident, config.shared_bytes, config.splits,
+  return {config.fused, static_cast<int64_t>(config.resident), config.shared_bytes, config.splits,
           static_cast<int64_t>(candidate_bytes(config, a.images, a.partition.num_src))};
 }
 

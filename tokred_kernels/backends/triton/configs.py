@@ -73,11 +73,11 @@ SELECT_CONFIGS = {
 }
 RANK_CONFIG = SelectConfig(128, 16, 4)  # for ranks alone: as many programs as it takes
 
-# A row that one warp holds is summed without a barrier. Only rows longer than all of these are read twice.
+# A row that one warp holds is summed without a barrier, but 2048 channels would spill. Only longer rows are read twice.
 WINDOW_CONFIGS = {
     **{channels: WindowConfig(512 // channels, channels, 4, 1) for channels in (128, 256, 512)},
     1024: WindowConfig(1, 1024, 4, 1),
-    2048: WindowConfig(1, 2048, 4, 2),
+    2048: WindowConfig(1, 2048, 4, 4),
 }
 
 # 16 bytes a thread, twice: 4 warps move 4 KiB.

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.reference.similar_count import similar_count
 from tokred_kernels.backends.triton import is_nan, on_device
 from tokred_kernels.backends.triton.best_match import inverse_norm, squares
 from tokred_kernels.backends.triton.configs import window_config
@@ -35,7 +34,7 @@ def window_similarity(x: Tensor, windows: Windows, threshold: float) -> tuple[Te
                 UNROLL=config.unroll,
                 num_warps=config.num_warps,
             )
-    return score, similar_count(score, threshold, 0.0, True)
+    return score, (score >= threshold).sum(1, dtype=torch.int32)
 
 
 @triton.jit(do_not_specialize=["num_windows", "channels", "first", "grid_width", "height", "width", "down", "across"])
