@@ -94,9 +94,12 @@ print(tk.backends.native.MODULE.cpu.instruction_set())
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for tokens, channels in ((17, 5), (198, 64), (300, 33)):
         metric = torch.randint(-1, 2, (3, tokens, 4)).to(dtype)
-        token_map = tk.bipartite_match(metric, tokens // 3, class_token=True)
-        with tk.use_backend("reference"):
-            assert torch.equal(token_map.dest, tk.bipartite_match(metric, tokens // 3, class_token=True).dest)
+        for class_token in (False, True):
+            token_map = tk.bipartite_match(metric, tokens // 3, class_token=class_token)
+            with tk.use_backend("reference"):
+                assert torch.equal(
+                    token_map.dest, tk.bipartite_match(metric, tokens // 3, class_token=class_token).dest
+                )
         x = torch.randn(3, tokens, channels).to(dtype).requires_grad_()
         grads = []
         for backend in ("cpu", "reference"):
@@ -116,7 +119,7 @@ for dtype in (torch.float16, torch.bfloat16):  # loads and stores of each of the
 """
 
 
-# Small whole numbers, so that scores tie exactly; what a kernel leaves unwritten holds NaN or the largest whole number.
+# Small whole numbers, so that scores tie exactly; what a kernel leaves unwritten holds 77, which is no cosine.
 SELECTOR_CODE = """
 import torch, tokred_kernels as tk
 from tokred_kernels.backends import implementation
@@ -124,8 +127,14 @@ from tokred_kernels.partition import Partition, every_kth, every_other, prefix_a
 from tokred_kernels.windows import Windows
 
 torch.manual_seed(0)
-torch.use_deterministic_algorithms(True)
 print(tk.backends.native.MODULE.cpu.instruction_set())
+
+
+def poisoned(make):
+    return lambda *args, **kwargs: make(*args, **kwargs).fill_(77)
+
+
+torch.Tensor.new_empty, torch.empty_like = poisoned(torch.Tensor.new_empty), poisoned(torch.empty_like)
 
 
 def same(op, *arguments):
@@ -167,20 +176,25 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
     for count, channels in ((7, 3), (70, 17), (198, 64), (301, 33)):
         matches(tokens((3, count, channels), dtype), count)
         matches(tokens((2, count, 2 * channels), dtype)[..., :channels], count)
+        heads = torch.randint(-1, 2, (2, 4, count, channels)).to(dtype)
+        same("best_match", heads, every_other(count, 1, 0, False, False))
 
         lengths = (3, count, 0, count // 2)
-        partition = every_other(count, count, None, True, False)
-        _, partner, rank = same("best_match", tokens((sum(lengths), 4), dtype), partition, starts(lengths))
-        counts = [max((length - 1) // 4, 0) for length in lengths]
+        counts = [max((length - 1) // 4, 0) for length in (0, *lengths[1:])]
         packed = starts(length - r for length, r in zip(lengths, counts)), sum(lengths) - sum(counts)
-        same("match_map", partner, rank, partition, sum(lengths), torch.tensor(counts).int(), starts(lengths), *packed)
+        for flags in ((False, False), (True, False), (True, True)):
+            partition = every_other(count, count, None, *flags)
+            _, partner, rank = same("best_match", tokens((sum(lengths), 4), dtype), partition, starts(lengths))
+            joining = torch.tensor(counts).int()
+            same("match_map", partner, rank, partition, sum(lengths), joining, starts(lengths), *packed)
 
     for windows in (Windows(1, 8, 8, 2, 2), Windows(0, 7, 9, 3, 2), Windows(2, 1, 5, 1, 5), Windows(5, 20, 3, 2, 1)):
         for channels in (0, 5, 70):
             # Not of whole numbers: a similarity on the threshold would go either way.
             x = torch.randn(3, windows.num_tokens, channels).to(dtype)
             if channels:
-                x[0, windows.first], x[1, windows.first + 1], x[2, windows.first + 2] = float("nan"), float("inf"), 0
+                x[0, windows.first], x[1, windows.first + 1] = float("nan"), float("inf")
+                x[2, windows.first + 2], x[2, windows.first + 3] = 0, 1e25  # whose square is no float
             same("window_similarity", x, windows, 0.05)
 
 for windows in (Windows(1, 8, 8, 2, 2), Windows(0, 7, 9, 3, 2), Windows(2, 1, 5, 1, 5)):

@@ -25,7 +25,7 @@ enum class Reduce : int { sum = 0, mean = 1, amax = 2 };
 // The r best sources (similarity descending, ties to the lower source number) join their best destination.
 // protected_src > 0 comes with sources_by_index only, so that the protected sources lead the unmerged ones.
 // Slots after `first`, with unm the sources that did not join (by source number if sources_by_index, else by
-// descending similarity) and P = protected_dst:
+// descending similarity) and P = protected_dst, or num_src - r where that is less:
 //   unm u  -> 2 u if u < P, else u + P
 //   dst j  -> 2 j + 1 if j < P, else (num_src - r) + j
 struct Partition {

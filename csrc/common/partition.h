@@ -19,14 +19,19 @@ TOKRED_HD int32_t destination_token(const Partition& p, int64_t image, int32_t j
 
 TOKRED_HD int32_t num_slots(const Partition& p) { return p.first + (p.num_src - p.r) + p.num_dst; }
 
+// How many protected destinations follow an unmerged source: all, where so many sources are left.
+TOKRED_HD int32_t interleaved(const Partition& p) {
+  return p.protected_dst < p.num_src - p.r ? p.protected_dst : p.num_src - p.r;
+}
+
 // The slot of the u-th source that did not join.
 TOKRED_HD int32_t unmerged_slot(const Partition& p, int32_t u) {
-  return p.first + (u < p.protected_dst ? 2 * u : u + p.protected_dst);
+  return p.first + (u < interleaved(p) ? 2 * u : u + interleaved(p));
 }
 
 // The slot of destination j.
 TOKRED_HD int32_t destination_slot(const Partition& p, int32_t j) {
-  return p.first + (j < p.protected_dst ? 2 * j + 1 : (p.num_src - p.r) + j);
+  return p.first + (j < interleaved(p) ? 2 * j + 1 : (p.num_src - p.r) + j);
 }
 
 }  // namespace tokred

@@ -22,15 +22,15 @@ int digit(uint64_t candidate, int place) { return candidate_key(candidate) >> (p
 }  // namespace
 
 const uint64_t* sort_candidates(uint64_t* keys, int64_t number, uint64_t* spare) {
-  int64_t bins[kDigits][kBins] = {};
+  int32_t bins[kDigits][kBins] = {};
   for (int64_t i = 0; i < number; ++i) {
     for (int place = 0; place < kDigits; ++place) ++bins[place][digit(keys[i], place)];
   }
   uint64_t *from = keys, *to = spare;
   for (int place = 0; place < kDigits; ++place) {
-    int64_t* begin = bins[place];
+    int32_t* begin = bins[place];
     if (number == 0 || begin[digit(from[0], place)] == number) continue;  // alike in all
-    int64_t used = 0;
+    int32_t used = 0;
     for (int bin = kBins - 1; bin >= 0; --bin) used += std::exchange(begin[bin], used);
     for (int64_t i = 0; i < number; ++i) to[begin[digit(from[i], place)]++] = from[i];
     std::swap(from, to);

@@ -170,8 +170,8 @@ def test_similar_count_of_more_images_than_a_block_has_threads(emulator):
 
 
 def test_a_threshold_is_compared_as_a_float(emulator):
-    score = torch.full((1, 4), 0.1)
-    assert emulated_count(emulator, score, 0.1).tolist() == [4]
+    score = torch.full((1, 4), 0.7)  # a little under the double
+    assert emulated_count(emulator, score, 0.7).tolist() == [4]
 
 
 @pytest.mark.parametrize("present", [0, 1])

@@ -80,12 +80,14 @@ def test_window_similarity_of_more_windows_than_a_block_has(emulator, name):
 
 @floats
 @pytest.mark.parametrize("name", ["2x2", "1x2", "3x3"])
-@pytest.mark.parametrize(("padding", "offset"), [(8, 0), (3, 0), (0, 4), (5, 8)])
-def test_scores_do_not_depend_on_strides_and_alignment(emulator, name, dtype, padding, offset):
+@pytest.mark.parametrize(
+    ("channels", "padding", "offset"), [(40, 8, 0), (40, 3, 0), (40, 0, 4), (40, 5, 8), (37, 3, 0)]
+)
+def test_scores_do_not_depend_on_strides_and_alignment(emulator, name, dtype, channels, padding, offset):
     windows = SHAPES[name]
-    x = alike(windows, 2, 40, dtype)
-    padded = torch.randn(2, windows.num_tokens + 1, 40 + padding).to(dtype)
-    strided = padded[:, 1:, :40]
+    x = alike(windows, 2, channels, dtype)
+    padded = torch.randn(2, windows.num_tokens + 1, channels + padding).to(dtype)
+    strided = padded[:, 1:, :channels]
     strided.copy_(x)
     expected = emulated_similarity(emulator, x, windows)
     assert torch.equal(emulated_similarity(emulator, strided, windows, offset=offset), expected)

@@ -11,8 +11,8 @@ from tokred_kernels.ops.similar_count import similar_count
 
 
 def call(score, threshold=0.0, divisor=0.0, own=False):
-    """The counts as a list, on the backend in force."""
-    counts = similar_count(score, threshold, divisor, own, backends.choose("similar_count", score))
+    """The counts as a list, on the backend in force, or beside it."""
+    counts = similar_count(score, threshold, divisor, own, backends.choose("best_match", score))
     assert counts.dtype == torch.int32
     return counts.tolist()
 

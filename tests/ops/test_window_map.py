@@ -11,8 +11,8 @@ from tokred_kernels.windows import Windows
 
 
 def call(score, windows, r, counts=None):
-    """The map, on the backend in force."""
-    return window_map(score, windows, r, backends.choose("window_map", score), counts)
+    """The map, on the backend in force, or beside it."""
+    return window_map(score, windows, r, backends.choose("window_similarity", score), counts)
 
 
 def truth(score, windows, r):

@@ -91,7 +91,7 @@ def segment_reduce(
     """Merge without checks: y (B, N', C), and the sum of weights (B, N') where it is wanted."""
     if token_map.packed is not None:
         flat_weight = None if weight is None else weight.view(1, -1)
-        one = x.reshape(1, -1, x.shape[-1]), token_map.as_rows(), flat_weight
+        one = x.flatten(0, -2)[None], token_map.as_rows(), flat_weight
         y, total = segment_reduce(*one, reduce, weight_sum)
         return y[0], None if total is None else total[0]
     backend = backends.choose("merge", x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -23,8 +23,10 @@ MARK = "tokred_patch"
 # Where a diffusers pipeline keeps the module that is patched.
 INSIDE = ("unet", "transformer")
 
+Model = TypeVar("Model")
 
-def patch(model: Any, method: str, **settings: Any) -> Any:
+
+def patch(model: Model, method: str, **settings: Any) -> Model:
     """Make `model` reduce its tokens as it goes; its parameters, buffers and state dict stay what they are.
 
     Args:
@@ -89,7 +91,7 @@ def patch(model: Any, method: str, **settings: Any) -> Any:
     return model
 
 
-def unpatch(model: Any) -> Any:
+def unpatch(model: Model) -> Model:
     """Take out what `patch` put in: the model computes what it did before, to the bit.
 
     Args:
