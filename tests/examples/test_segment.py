@@ -186,23 +186,18 @@ def test_pixels_of_no_class_teach_nothing(demo):
 @pytest.mark.parametrize("count", ["batch", "image"])
 def test_tokens_and_operations_are_those_of_the_images(demo, count):
     options = demo.parse([*SMALL, "--depth", "2", "--layers", "1"])
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(3, 3, 64, 64)  # a batch of two, and one of one
     images[1] = 0  # all its windows merge
-    data = demo.Data([], images, torch.zeros(2, 64, 64, dtype=torch.long), ["x", "y"], 2)
+    data = demo.Data([], images, torch.zeros(3, 64, 64, dtype=torch.long), ["x", "y", "z"], 2)
     segmenter, _ = demo.begin(data, options, torch.device("cpu"))
     demo.patch(segmenter.encoder, "algm", layers=(1,), threshold=0.999, count=count)
     row = demo.evaluate("x", segmenter, data, options)
-    assert row["tokens"] == ([64, 16] if count == "image" else [64, 64])
+    assert row["tokens"] == ([64, 16, 64] if count == "image" else [64, 64, 64])
     channels, classes, left = 64, 2, row["tokens"]
-    blocks = [
-        64 * 8 * channels**2
-        + 4 * 64**2 * channels
-        + kept * 16 * channels**2  # the first merges before its MLP
-        + kept * 24 * channels**2
-        + 4 * kept**2 * channels
-        for kept in left
-    ]
-    every = 64 * 2 * 3 * 64 * channels + sum(blocks) / 2 + sum(left) / 2 * 2 * channels * classes
+    first = [64 * 8 * channels**2 + 4 * 64**2 * channels + kept * 16 * channels**2 for kept in left]
+    second = [kept * 24 * channels**2 + 4 * kept**2 * channels for kept in left]
+    embedding = 64 * 2 * 3 * 64 * channels
+    every = embedding + sum(first + second) / 3 + sum(left) / 3 * 2 * channels * classes
     assert row["gflops"] == pytest.approx(every / 1e9, rel=1e-6)
 
 

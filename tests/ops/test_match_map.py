@@ -12,7 +12,9 @@ from tokred_kernels.partition import Partition, every_kth, every_other, prefix_a
 
 def call(partner, rank, partition, tokens, counts=None, packed_in=None):
     """The map, on the backend in force, or beside it."""
-    return match_map(partner, rank, partition, tokens, backends.choose("best_match", partner.float()), counts, packed_in)
+    return match_map(
+        partner, rank, partition, tokens, backends.choose("best_match", partner.float()), counts, packed_in
+    )
 
 
 def random_ranks(images, partition):
