@@ -197,8 +197,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(warmed, (1 + math.cos(math.pi * done)) / 2)
         images, truth = crops(data, options, step)
-        counted = (truth != IGNORE).sum().clamp(min=1)  # a batch may have no class at all
-        loss = F.cross_entropy(segmenter(images), truth, ignore_index=IGNORE, reduction="sum") / counted
+        loss = F.cross_entropy(segmenter(images), truth, ignore_index=IGNORE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,8 +14,10 @@
 namespace tokred::cpu::TOKRED_ISA {
 namespace {
 
-// Multiply-adds below which one image is matched by one thread.
+// Multiply-adds below which all images are matched by one thread.
 constexpr int64_t kSerialProducts = 400 * 1000;
+// The same for one image whose sources several threads would share: they wait for each other twice.
+constexpr int64_t kSerialImage = 8 * 1000 * 1000;
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -71,7 +73,7 @@ void match_images(const MatchProblem& a, Finish&& finish) {
     const int threads = 1;
 #endif
     const bool by_image = a.images >= threads;
-    const bool parallel = products * a.images > kSerialProducts;
+    const bool parallel = by_image ? products * a.images > kSerialProducts : products > kSerialImage;
 #pragma omp parallel for schedule(dynamic, 1) if (by_image && parallel)
     for (int64_t b = 0; b < a.images; ++b) {
       const Image image = image_of(a, b);

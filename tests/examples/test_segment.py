@@ -94,6 +94,18 @@ def test_runs_are_equal(demo, folders):
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_every_step_has_crops_of_its_own(demo, folders, monkeypatch):
+    options = demo.parse([*SMALL, *folders, "--steps", "5"])
+    data = demo.load(options, torch.device("cpu"))
+    asked, real = [], demo.crops
+    monkeypatch.setattr(
+        demo, "crops", lambda data, options, number: asked.append(number) or real(data, options, number)
+    )
+    begun = demo.begin(data, options, torch.device("cpu"))
+    demo.calibrate(demo.train(*begun, data, options, range(2, 5), "training"), data, options)
+    assert asked == [2, 3, 4, 5, 6, 7, 8]  # those of the calibration are others
+
+
 def test_a_copied_beginning_goes_on_alike(demo, folders):
     options = demo.parse([*SMALL, *folders, "--steps", "4"])
     data = demo.load(options, torch.device("cpu"))

@@ -236,6 +236,16 @@ def test_too_few_tokens_are_left_alone(everywhere):
             assert_views(packed)
 
 
+def test_packed_images_of_too_few_tokens_are_left_alone(everywhere):
+    packing = tk.Packing.of((1, 0, 1), torch.device(everywhere))
+    metric = torch.ones(2, 4, device=everywhere)
+    token_map = tk.adaptive_bipartite_match(metric, threshold=-2.0, count="image", packed=packing)
+    assert token_map.dest.tolist() == [0, 1]
+    assert token_map.packed_in is packing
+    assert (token_map.in_shape, token_map.out_shape, token_map.packed.lengths) == ((2,), (2,), (1, 0, 1))
+    assert_views(token_map)
+
+
 def test_empty_batch_and_no_channels(everywhere):
     for tokens in (0, 1, 9):
         metric = torch.randn(0, tokens, 4, device=everywhere)
