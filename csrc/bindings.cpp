@@ -38,6 +38,7 @@ struct Cpu {
   static void merge(const tokred::MergeArgs& a, Address) { tokred::cpu::merge(a); }
   static void merge_backward(const tokred::MergeBackwardArgs& a, Address) { tokred::cpu::merge_backward(a); }
   static void unmerge(const tokred::UnmergeArgs& a, Address) { tokred::cpu::unmerge(a); }
+  static void keep_topk(const tokred::KeepTopkArgs& a, Address) { tokred::cpu::keep_topk(a); }
 };
 
 #ifdef TOKRED_WITH_CUDA
@@ -62,6 +63,7 @@ struct Cuda {
   static void merge(const tokred::MergeArgs& a, Address s) { tokred::cuda::merge(a, on(s)); }
   static void merge_backward(const tokred::MergeBackwardArgs& a, Address s) { tokred::cuda::merge_backward(a, on(s)); }
   static void unmerge(const tokred::UnmergeArgs& a, Address s) { tokred::cuda::unmerge(a, on(s)); }
+  static void keep_topk(const tokred::KeepTopkArgs& a, Address s) { tokred::cuda::keep_topk(a, on(s)); }
 };
 #endif
 
@@ -243,6 +245,57 @@ void bind_ops(py::module_ m) {
                         stream);
       },
       release());
+  m.def(
+      "keep_topk",
+      [](Address score, int64_t stride, int64_t images, int64_t tokens, int32_t first, int32_t k, int32_t fuse,
+         Address dest, Address members, Address begin, Address count, Address stream) {
+        Device::keep_topk({pointer<float>(score), stride, images, tokens, first, k, fuse, pointer<int32_t>(dest),
+                           pointer<int32_t>(members), pointer<int32_t>(begin), pointer<int32_t>(count)},
+                          stream);
+      },
+      release());
+}
+
+template <class Args>
+Args attention_args(const py::tuple& values, double scale) {
+  Reader r(values);
+  Args a{};
+  a.q = r.address(), a.k = r.address(), a.v = r.address();
+  for (auto* strides : {a.q_strides, a.k_strides, a.v_strides}) {
+    for (int i = 0; i < 3; ++i) strides[i] = r.number();
+  }
+  a.images = r.number(), a.heads = r.number(), a.tokens = r.number(), a.channels = r.number();
+  a.dtype = static_cast<DType>(r.small());
+  a.bias = r.address(), a.policy = r.address(), a.starts = r.address<int32_t>();
+  a.importance = static_cast<tokred::Importance>(r.small());
+  a.row_max = r.address(), a.row_sum = r.address();
+  a.scale = scale;
+  return a;
+}
+
+// On a GPU attention is Triton's.
+void bind_attention(py::module_ m) {
+  m.def("token_attention",
+        [](const py::tuple& problem, double scale, Address out, Address partial, Address importance, Address) {
+          auto a = attention_args<tokred::TokenAttentionArgs>(problem, scale);
+          a.out = pointer(out), a.partial = pointer(partial), a.importance_out = pointer(importance);
+          py::gil_scoped_release without_gil;
+          tokred::cpu::token_attention(a);
+        });
+  m.def("token_attention_backward",
+        [](const py::tuple& problem, double scale, Address grad_out, const py::tuple& grad_strides,
+           Address grad_importance, Address grad_q, Address grad_k, Address grad_v, Address grad_bias,
+           Address grad_policy, Address) {
+          auto a = attention_args<tokred::TokenAttentionBackwardArgs>(problem, scale);
+          Reader r(grad_strides);
+          a.grad_out = pointer(grad_out);
+          for (auto& stride : a.grad_out_strides) stride = r.number();
+          a.grad_importance = pointer(grad_importance);
+          a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v);
+          a.grad_bias = pointer(grad_bias), a.grad_policy = pointer(grad_policy);
+          py::gil_scoped_release without_gil;
+          tokred::cpu::token_attention_backward(a);
+        });
 }
 
 }  // namespace
@@ -251,6 +304,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of tokred_kernels; use the package, not this module.";
   auto cpu = m.def_submodule("cpu");
   bind_ops<Cpu>(cpu);
+  bind_attention(cpu);
   cpu.def("instruction_set", &tokred::cpu::instruction_set);
 #ifdef TOKRED_WITH_CUDA
   bind_ops<Cuda>(m.def_submodule("cuda"));

@@ -9,10 +9,12 @@ from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.bipartite_merge import MergeOutput, bipartite_merge
 from tokred_kernels.ops.grid_bipartite_match import grid_bipartite_match
 from tokred_kernels.ops.importance_match import importance_match
+from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.kth_bipartite_match import kth_bipartite_match
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.ops.random_bipartite_match import random_bipartite_match
+from tokred_kernels.ops.token_attention import token_attention
 from tokred_kernels.ops.unmerge import unmerge
 from tokred_kernels.ops.window_match import window_match
 from tokred_kernels.patch import patch, unpatch
@@ -32,6 +34,7 @@ __all__ = [
     "flops",
     "grid_bipartite_match",
     "importance_match",
+    "keep_topk",
     "kth_bipartite_match",
     "merge",
     "merge_wavg",
@@ -39,6 +42,7 @@ __all__ = [
     "patch",
     "random_bipartite_match",
     "show_config",
+    "token_attention",
     "unmerge",
     "unpatch",
     "use_backend",

@@ -204,4 +204,54 @@ struct UnmergeArgs {
   DType dtype;
 };
 
+// Keeps `first` leading tokens and the k of highest score, ties to the lower index, NaN last. Slots: the leading
+// tokens, the kept ones by descending score, and, where fuse is 1, one for all others; else those are dropped (-1).
+struct KeepTopkArgs {
+  const float* score;  // (B, N), those of the leading tokens not looked at
+  int64_t stride;      // between images
+  int64_t images, tokens;
+  int32_t first, k;
+  int32_t fuse;  // 0 or 1
+  int32_t* dest;
+  int32_t* members;
+  int32_t* begin;
+  int32_t* count;
+};
+
+enum class Importance : int { none = 0, first = 1, mean = 2, last = 3 };
+
+// softmax(q k^T scale + bias) v, image by image and head by head. With a policy P: e_ij = exp(s_ij - max_j s_ij),
+// m_ij = P_j but 1 for i = j, weights (e m + eps / N) / (sum e m + eps). Importance of key j, averaged over heads: the
+// weight it has in the first row, in the last one, or in the mean of all rows.
+// Packed images (starts given) lie one after the other: image b has rows starts[b] to starts[b + 1], the image's stride
+// is 0, and `tokens` is the length of the longest.
+struct TokenAttentionProblem {
+  const void *q, *k, *v;                             // (B, H, N, d), each
+  int64_t q_strides[3], k_strides[3], v_strides[3];  // of image, head and token
+  int64_t images, heads, tokens, channels;
+  DType dtype;
+  double scale;
+  const void* bias;       // (rows), acc, or null
+  const void* policy;     // (rows), acc, or null
+  const int32_t* starts;  // (B + 1), or null
+  Importance importance;
+  void* row_max;  // (rows, H), acc: the highest score of each query
+  void* row_sum;  // (rows, H), acc: what its weights are divided by
+};
+
+struct TokenAttentionArgs : TokenAttentionProblem {
+  void* out;             // (rows, H, d), dtype, contiguous
+  void* partial;         // (rows, H), acc, or null: workspace of importance
+  void* importance_out;  // (rows), acc, or null
+};
+
+struct TokenAttentionBackwardArgs : TokenAttentionProblem {
+  const void* grad_out;  // (B, H, N, d)
+  int64_t grad_out_strides[3];
+  const void* grad_importance;     // (rows), acc, or null
+  void *grad_q, *grad_k, *grad_v;  // (rows, H, d), dtype, contiguous
+  void* grad_bias;                 // (rows, H), acc, or null: of each head, to be summed
+  void* grad_policy;               // (rows, H), acc, or null: likewise
+};
+
 }  // namespace tokred

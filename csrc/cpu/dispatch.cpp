@@ -7,36 +7,49 @@
 
 #include "ops.h"
 
-#define TOKRED_DECLARE(isa)                            \
-  namespace tokred::cpu::isa {                         \
-  void bipartite_match(const MatchArgs&);              \
-  void best_match(const BestMatchArgs&);               \
-  void window_similarity(const WindowSimilarityArgs&); \
-  void merge(const MergeArgs&);                        \
-  void merge_backward(const MergeBackwardArgs&);       \
-  void unmerge(const UnmergeArgs&);                    \
-  }
-#define TOKRED_TABLE(isa) \
-  {#isa, isa::bipartite_match, isa::best_match, isa::window_similarity, isa::merge, isa::merge_backward, isa::unmerge}
+// Every op that is compiled once per instruction set, with what it takes.
+#define TOKRED_KERNELS(F)                    \
+  F(bipartite_match, MatchArgs)              \
+  F(best_match, BestMatchArgs)               \
+  F(window_similarity, WindowSimilarityArgs) \
+  F(merge, MergeArgs)                        \
+  F(merge_backward, MergeBackwardArgs)       \
+  F(unmerge, UnmergeArgs)                    \
+  F(token_attention, TokenAttentionArgs)     \
+  F(token_attention_backward, TokenAttentionBackwardArgs)
 
-TOKRED_DECLARE(baseline)
+#define TOKRED_DECLARE(op, Args) void op(const Args&);
+#define TOKRED_MEMBER(op, Args) void (*op)(const Args&);
+#define TOKRED_ENTRY(op, Args) isa::op,
+#define TOKRED_CALL(op, Args) \
+  void op(const Args& args) { kernels().op(args); }
+
+namespace tokred::cpu {
+struct Kernels {
+  const char* name;
+  TOKRED_KERNELS(TOKRED_MEMBER)
+};
+}  // namespace tokred::cpu
+
+#define TOKRED_SET(isa_name)                          \
+  namespace tokred::cpu::isa_name {                   \
+  TOKRED_KERNELS(TOKRED_DECLARE)                      \
+  }                                                   \
+  namespace tokred::cpu {                             \
+  inline Kernels isa_name##_kernels() {               \
+    namespace isa = isa_name;                         \
+    return {#isa_name, TOKRED_KERNELS(TOKRED_ENTRY)}; \
+  }                                                   \
+  }
+
+TOKRED_SET(baseline)
 #if defined(__x86_64__)
-TOKRED_DECLARE(avx2)
-TOKRED_DECLARE(avx512)
+TOKRED_SET(avx2)
+TOKRED_SET(avx512)
 #endif
 
 namespace tokred::cpu {
 namespace {
-
-struct Kernels {
-  const char* name;
-  void (*bipartite_match)(const MatchArgs&);
-  void (*best_match)(const BestMatchArgs&);
-  void (*window_similarity)(const WindowSimilarityArgs&);
-  void (*merge)(const MergeArgs&);
-  void (*merge_backward)(const MergeBackwardArgs&);
-  void (*unmerge)(const UnmergeArgs&);
-};
 
 bool has_avx2() {
 #if defined(__x86_64__)
@@ -60,10 +73,10 @@ Kernels choose() {
   const char* wish = std::getenv("TOKRED_CPU_ISA");
   const auto fits = [&](const char* name, bool has) { return has && (!wish || !std::strcmp(wish, name)); };
 #if defined(__x86_64__)
-  if (fits("avx512", has_avx512())) return TOKRED_TABLE(avx512);
-  if (fits("avx2", has_avx2())) return TOKRED_TABLE(avx2);
+  if (fits("avx512", has_avx512())) return avx512_kernels();
+  if (fits("avx2", has_avx2())) return avx2_kernels();
 #endif
-  if (fits("baseline", true)) return TOKRED_TABLE(baseline);
+  if (fits("baseline", true)) return baseline_kernels();
   throw std::invalid_argument(std::string("TOKRED_CPU_ISA=") + wish + ": this machine and build have baseline" +
                               (has_avx2() ? ", avx2" : "") + (has_avx512() ? ", avx512" : ""));
 }
@@ -75,12 +88,7 @@ const Kernels& kernels() {
 
 }  // namespace
 
-void bipartite_match(const MatchArgs& args) { kernels().bipartite_match(args); }
-void best_match(const BestMatchArgs& args) { kernels().best_match(args); }
-void window_similarity(const WindowSimilarityArgs& args) { kernels().window_similarity(args); }
-void merge(const MergeArgs& args) { kernels().merge(args); }
-void merge_backward(const MergeBackwardArgs& args) { kernels().merge_backward(args); }
-void unmerge(const UnmergeArgs& args) { kernels().unmerge(args); }
+TOKRED_KERNELS(TOKRED_CALL)
 const char* instruction_set() { return kernels().name; }
 
 }  // namespace tokred::cpu

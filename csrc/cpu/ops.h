@@ -17,6 +17,9 @@ void compose(const ComposeArgs& args);
 void merge(const MergeArgs& args);
 void merge_backward(const MergeBackwardArgs& args);
 void unmerge(const UnmergeArgs& args);
+void keep_topk(const KeepTopkArgs& args);
+void token_attention(const TokenAttentionArgs& args);
+void token_attention_backward(const TokenAttentionBackwardArgs& args);
 const char* instruction_set();
 
 }  // namespace tokred::cpu

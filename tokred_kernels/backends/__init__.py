@@ -28,14 +28,20 @@ OPS = (
     "merge",
     "merge_backward",
     "unmerge",
+    "keep_topk",
+    "token_attention",
+    "token_attention_backward",
     "invert",
     "compose",
 )
 # Of scores and whole numbers, not of tokens: what dtype these have does not matter.
-MAP_OPS = ("match_map", "window_map", "similar_count", "invert", "compose")
+MAP_OPS = ("match_map", "window_map", "similar_count", "keep_topk", "invert", "compose")
 # Registered ops that run the kernels of others, and can be where all of those can.
 COMPOUNDS = {"bipartite_merge": ("bipartite_match", "merge")}
 TRITON_OPS = ("bipartite_match", "best_match", "window_similarity", "merge", "merge_backward", "unmerge")
+
+# Native on the CPU alone: on a GPU they are tiles of matrix products, which are Triton's.
+NO_CUDA_OPS = ("token_attention", "token_attention_backward")
 
 # What `auto` tries, in order, by device; the first that can serve the call, and has been shown right there, does.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -105,6 +111,8 @@ def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> st
     else:
         if native.MODULE is None:
             return f"the native module is not there ({native.FAILURE}); reinstall the package"
+        if backend == "cuda" and op in NO_CUDA_OPS:
+            return f"{op} has no cuda kernel"
         if backend == "cuda" and native.CUDA is None:
             return "this build has no CUDA kernels; reinstall with nvcc on the path and TOKRED_CUDA=1"
         if device != backend:
@@ -132,6 +140,17 @@ def choose(op: str, tensor: Tensor) -> str:
         RuntimeError: the one asked for cannot, with the reason and those that can.
     """
     return _choose(op, _wanted, tensor)
+
+
+def torch_attends(op: str, tensor: Tensor, *, plain: bool) -> bool:
+    """Whether torch's own fused attention serves the call: `plain`, or with a bias on keys.
+
+    It is as good as attention without a bias can be. With one, so it is on the CPU, and it beats weights that are all
+    stored where nothing else can be chosen.
+    """
+    if _wanted == AUTO:
+        return plain or choose(op, tensor) in ("cpu", "reference")
+    return _wanted in ("cpu", "cuda")
 
 
 def _choose(op: str, wanted: str, tensor: Tensor) -> str:

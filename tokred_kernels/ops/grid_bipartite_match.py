@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels.checks import check_count, check_metric
 from tokred_kernels.ops.bipartite_match import match
-from tokred_kernels.ops.library import _nobody_listens
+from tokred_kernels.ops.library import nobody_listens
 from tokred_kernels.ops.window_match import check_pair
 from tokred_kernels.partition import Partition
 from tokred_kernels.token_map import TokenMap
@@ -82,7 +82,7 @@ def grid_bipartite_match(
         sources, destinations = split(*geometry, drawn.to(metric.device))
     else:
         # Only plain tensors are kept: the stand-ins of a compiler or a mode must not outlive it.
-        kept = _nobody_listens(metric)
+        kept = nobody_listens(metric)
         sources, destinations = (_kept_split if kept else _fixed_split)(*geometry, metric.device)
     lists = sources.expand(batch, -1).contiguous(), destinations.expand(batch, -1).contiguous()
     return match(metric, Partition(num_prefix, 1, sources.numel(), cells, 0, 0, False, r, *lists))

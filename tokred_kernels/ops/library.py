@@ -2,7 +2,7 @@
 """Registering ops with torch: one schema, one implementation that hands over to a backend, one fake kernel.
 
 `Library.define` and `impl` cost far less a call than `torch.library.custom_op`, so they are used here, and even those
-only where somebody listens (see `_nobody_listens`). Autograd stands above the registered ops, in one autograd.Function
+only where somebody listens (see `nobody_listens`). Autograd stands above the registered ops, in one autograd.Function
 an op, whose cost is paid only when a gradient is asked for.
 """
 
@@ -27,7 +27,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs)
 
 
-def _nobody_listens(tensor: Any) -> bool:
+def nobody_listens(tensor: Any) -> bool:
     """Whether an eager call on this tensor may go straight to the backend.
 
     The dispatcher serves compilers, subclasses, modes (flop counters, fake tensors), transforms and the profiler.
@@ -61,7 +61,7 @@ def register(schema: str, fake: Callable[..., Any], implementation: Callable[...
     overload = getattr(torch.ops.tokred, name).default
 
     def call(*arguments: Any) -> Any:
-        return (implementation if _nobody_listens(arguments[0]) else overload)(*arguments)
+        return (implementation if nobody_listens(arguments[0]) else overload)(*arguments)
 
     return call
 

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT
+// The pieces of attention on the CPU: operands packed for the vector units, products of small blocks kept in registers,
+// and the exponential. A block of queries has its whole row of scores at hand, N floats, so no weights are stored.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "element.h"
+
+namespace tokred::cpu::TOKRED_ISA {
+namespace {
+
+template <class Sum>
+struct Simd {
+  static constexpr int kWidth = kLanes * 4 / static_cast<int>(sizeof(Sum));
+  typedef Sum Vector __attribute__((vector_size(kLanes * 4)));
+};
+
+// Queries whose scores are at hand together: a multiple of the rows of both register tiles below.
+constexpr int kQueryBlock = 24;
+// Register tiles: rows times vectors. With 32 registers 24 hold sums, with 16 registers 12 do.
+constexpr int kPanelRows = kLanes == 16 ? 8 : 4;
+constexpr int kPanels = 3;
+constexpr int kRowRows = kLanes == 16 ? 6 : 3;
+constexpr int kRowVectors = 4;
+static_assert(kQueryBlock % kPanelRows == 0 && kQueryBlock % kRowRows == 0, "blocks must be made of whole tiles");
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Memory for the vectors, one per thread, grown and never shrunk, so that calls do not allocate.
+class Arena {
+ public:
+  template <class Sum>
+  Sum* take(int64_t values) {
+    const std::size_t bytes = static_cast<std::size_t>(values) * sizeof(Sum);
+    if (bytes > size_) {
+      data_.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
+      size_ = bytes;
+    }
+    return reinterpret_cast<Sum*>(data_.get());
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<char, Free> data_;
+  std::size_t size_ = 0;
+};
+
+// Rows (n, d) of T at a stride, as rows of `padded` sums, zeros behind the d and behind the n up to `rows`.
+template <class T, class Sum>
+void pack_rows(const T* from, int64_t stride, int64_t n, int64_t d, int64_t rows, int64_t padded, Sum* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Sum* row = to + i * padded;
+    if (i < n) {
+#pragma omp simd
+      for (int64_t c = 0; c < d; ++c) row[c] = Element<T>::load(from[i * stride + c]);
+    }
+    const int64_t have = i < n ? d : 0;
+    std::memset(static_cast<void*>(row + have), 0, (padded - have) * sizeof(Sum));
+  }
+}
+
+// Rows (n, padded) as panels of kWidth of them, (panel, d, lane), zeros behind the n: what a product with rows of d
+// reads one vector after the other.
+template <class Sum>
+void pack_panels(const Sum* rows, int64_t n, int64_t d, int64_t padded, Sum* to) {
+  constexpr int kWidth = Simd<Sum>::kWidth;
+  for (int64_t first = 0; first < n; first += kWidth) {
+    Sum* panel = to + first * d;
+    const int64_t lanes = std::min<int64_t>(kWidth, n - first);
+    for (int64_t c = 0; c < d; ++c) {
+      for (int64_t l = 0; l < lanes; ++l) panel[c * kWidth + l] = rows[(first + l) * padded + c];
+      for (int64_t l = lanes; l < kWidth; ++l) panel[c * kWidth + l] = 0;
+    }
+  }
+}
+
+template <class Sum, int kColumns>
+void multiply_panel_tile(const Sum* rows, int64_t padded, const Sum* panel, int64_t d, Sum* out, int64_t out_stride) {
+  using Vector = typename Simd<Sum>::Vector;
+  constexpr int kWidth = Simd<Sum>::kWidth;
+  Vector sum[kPanelRows][kColumns] = {};
+  for (int64_t c = 0; c < d; ++c) {
+    Vector b[kColumns];
+#pragma GCC unroll 3
+    for (int p = 0; p < kColumns; ++p) {
+      b[p] = *reinterpret_cast<const Vector*>(panel + p * d * kWidth + c * kWidth);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kPanelRows; ++m) {
+      const Sum a = rows[m * padded + c];
+#pragma GCC unroll 3
+      for (int p = 0; p < kColumns; ++p) sum[m][p] += a * b[p];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kPanelRows; ++m) {
+#pragma GCC unroll 3
+    for (int p = 0; p < kColumns; ++p) {
+      *reinterpret_cast<Vector*>(out + m * out_stride + p * kWidth) = sum[m][p];
+    }
+  }
+}
+
+// out (kQueryBlock, n) = rows (kQueryBlock, d) panels^T, n a multiple of kWidth.
+template <class Sum>
+void multiply_panels(const Sum* rows, int64_t padded, const Sum* panels, int64_t d, int64_t n, Sum* out) {
+  constexpr int kWidth = Simd<Sum>::kWidth;
+  int64_t j = 0;
+  for (; j + kPanels * kWidth <= n; j += kPanels * kWidth) {
+    for (int m = 0; m < kQueryBlock; m += kPanelRows) {
+      multiply_panel_tile<Sum, kPanels>(rows + m * padded, padded, panels + j * d, d, out + m * n + j, n);
+    }
+  }
+  for (; j < n; j += kWidth) {
+    for (int m = 0; m < kQueryBlock; m += kPanelRows) {
+      multiply_panel_tile<Sum, 1>(rows + m * padded, padded, panels + j * d, d, out + m * n + j, n);
+    }
+  }
+}
+
+template <class Sum, int kVectors>
+void multiply_row_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t keys, int64_t padded, Sum* out) {
+  using Vector = typename Simd<Sum>::Vector;
+  constexpr int kWidth = Simd<Sum>::kWidth;
+  Vector sum[kRowRows][kVectors] = {};
+  for (int64_t j = 0; j < keys; ++j) {
+    Vector b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) b[v] = *reinterpret_cast<const Vector*>(rows + j * padded + v * kWidth);
+#pragma GCC unroll 6
+    for (int m = 0; m < kRowRows; ++m) {
+      const Sum a = weights[m * n + j];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < kRowRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(out + m * padded + v * kWidth) = sum[m][v];
+  }
+}
+
+// out (kQueryBlock, padded) = weights (kQueryBlock, n), of which `keys` count, times rows (keys, padded).
+template <class Sum>
+void multiply_rows(const Sum* weights, int64_t n, const Sum* rows, int64_t keys, int64_t padded, Sum* out) {
+  constexpr int kWidth = Simd<Sum>::kWidth;
+  int64_t c = 0;
+  for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) {
+    for (int m = 0; m < kQueryBlock; m += kRowRows) {
+      multiply_row_tile<Sum, kRowVectors>(weights + m * n, n, rows + c, keys, padded, out + m * padded + c);
+    }
+  }
+  for (; c < padded; c += kWidth) {
+    for (int m = 0; m < kQueryBlock; m += kRowRows) {
+      multiply_row_tile<Sum, 1>(weights + m * n, n, rows + c, keys, padded, out + m * padded + c);
+    }
+  }
+}
+
+template <class Sum, int kVectors>
+void add_outer_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t padded, Sum* out) {
+  using Vector = typename Simd<Sum>::Vector;
+  constexpr int kWidth = Simd<Sum>::kWidth;
+  Vector sum[kRowRows][kVectors];
+#pragma GCC unroll 6
+  for (int j = 0; j < kRowRows; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[j][v] = *reinterpret_cast<Vector*>(out + j * padded + v * kWidth);
+  }
+  for (int m = 0; m < kQueryBlock; ++m) {
+    Vector b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) b[v] = *reinterpret_cast<const Vector*>(rows + m * padded + v * kWidth);
+#pragma GCC unroll 6
+    for (int j = 0; j < kRowRows; ++j) {
+      const Sum a = weights[m * n + j];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[j][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int j = 0; j < kRowRows; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(out + j * padded + v * kWidth) = sum[j][v];
+  }
+}
+
+// out (n rounded up to kRowRows, padded) += weights^T (n, kQueryBlock) rows (kQueryBlock, padded). Behind the n columns
+// weights must be readable up to the next multiple of kRowRows.
+template <class Sum>
+void add_outer(const Sum* weights, int64_t n, int64_t keys, const Sum* rows, int64_t padded, Sum* out) {
+  constexpr int kWidth = Simd<Sum>::kWidth;
+  for (int64_t j = 0; j < keys; j += kRowRows) {
+    int64_t c = 0;
+    for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) {
+      add_outer_tile<Sum, kRowVectors>(weights + j, n, rows + c, padded, out + j * padded + c);
+    }
+    for (; c < padded; c += kWidth) add_outer_tile<Sum, 1>(weights + j, n, rows + c, padded, out + j * padded + c);
+  }
+}
+
+// e^x for x <= 0, within two units in the last place; 0 below the smallest normal float. NaN stays NaN.
+inline float exponential(float x) {
+  constexpr float kLowest = -87.3365f, kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  const bool tiny = x < kLowest;
+  const float clamped = tiny ? kLowest : x;
+  // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number.
+  constexpr float kRound = 12582912.0f;
+  const float shifted = clamped * kLog2E + kRound;
+  const float whole = shifted - kRound;
+  const float r = (clamped - whole * kLn2High) - whole * kLn2Low;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000;  // the low bits of `shifted` are the whole number
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  const float result = p * power;
+  return tiny ? 0.0f : result;
+}
+
+inline double exponential(double x) { return std::exp(x); }
+
+}  // namespace
+}  // namespace tokred::cpu::TOKRED_ISA

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""DynamicViT's parts: the predictor of what to keep, its decisions, and the losses that train them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred_kernels.checks import check_count, shape
+
+KEEP = 0  # of the predictor's two classes
+
+
+class TokenPredictor(nn.Module):
+    """Scores each token by itself and by the mean of what is kept (DynamicViT, section 3.2; `PredictorLG`).
+
+    Parameters have the names and shapes of the published checkpoints' `score_predictor`.
+
+    Args:
+        embed_dim: C, a multiple of 4.
+    """
+
+    def __init__(self, embed_dim: int = 384) -> None:
+        super().__init__()
+        check_count("nn.TokenPredictor", "embed_dim", embed_dim, least=4)
+        if embed_dim % 4:
+            raise ValueError(f"tokred_kernels.nn.TokenPredictor: embed_dim must be a multiple of 4, got {embed_dim}")
+        self.in_conv = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(embed_dim, embed_dim // 2),
+            nn.GELU(),
+            nn.Linear(embed_dim // 2, embed_dim // 4),
+            nn.GELU(),
+            nn.Linear(embed_dim // 4, 2),
+            nn.LogSoftmax(dim=-1),
+        )
+
+    def forward(self, x: Tensor, policy: Tensor) -> Tensor:
+        """The log-probabilities (B, N, 2) of keeping and of dropping each token.
+
+        Args:
+            x: (B, N, C), without prefix tokens.
+            policy: (B, N, 1) or (B, N), 1 for tokens that were kept so far, else 0. An image that kept none has zeros
+                for the mean.
+        """
+        if policy.shape not in ((*x.shape[:2], 1), x.shape[:2]):
+            raise ValueError(
+                f"tokred_kernels.nn.TokenPredictor: policy must be {(*x.shape[:2], 1)} as x is {shape(x)}, "
+                f"got {shape(policy)}"
+            )
+        policy = policy.reshape(*x.shape[:2], 1).to(x.dtype)
+        x = self.in_conv(x)
+        own, others = x.chunk(2, dim=-1)
+        kept = policy.sum(1, keepdim=True)
+        mean = (others * policy).sum(1, keepdim=True) / torch.where(kept == 0, 1.0, kept)
+        return self.out_conv(torch.cat([own, mean.expand_as(others)], -1))
+
+
+def decide(log_probabilities: Tensor, policy: Tensor) -> Tensor:
+    """A new policy (B, N): 0 or 1 by Gumbel-softmax, with its straight-through gradient; what was dropped stays so.
+
+    `log_probabilities` (B, N, 2), `policy` (B, N) (DynamicViT, section 3.3).
+    """
+    return F.gumbel_softmax(log_probabilities.float(), hard=True)[..., KEEP] * policy
+
+
+def ratio_loss(policies: Sequence[Tensor], keep: Sequence[float]) -> Tensor:
+    """The mean squared distance between the share of tokens that each image keeps and the one asked for.
+
+    Args:
+        policies: of each pruning layer, (B, N) without prefix tokens.
+        keep: the shares asked for, of all N tokens.
+
+    (DynamicViT, section 3.4, equation 14.)
+    """
+    if len(policies) != len(keep):
+        raise ValueError(
+            f"tokred_kernels.nn.ratio_loss: keep must have a share for each of the {len(policies)} policies, "
+            f"got {len(keep)}"
+        )
+    distances = [(policy.float().mean(1) - share).square().mean() for policy, share in zip(policies, keep, strict=True)]
+    return torch.stack(distances).mean()
+
+
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, tokens: Tensor, teacher_tokens: Tensor, policy: Tensor, *, mse: bool = True
+) -> tuple[Tensor, Tensor]:
+    """How far a pruned model is from its teacher: of the predictions, and of the tokens that are left.
+
+    Args:
+        logits, teacher_logits: (B, classes).
+        tokens, teacher_tokens: (B, N, C), without prefix tokens.
+        policy: (B, N), the last one: only tokens that it keeps count.
+        mse: compare tokens by their mean squared distance; False by the Kullback-Leibler divergence of their softmax.
+
+    Returns:
+        Two numbers: the Kullback-Leibler divergence from the teacher's predictions, and the distance of the tokens, 0
+        where none is left.
+
+    (DynamicViT, section 3.4, equations 12 and 13; `DistillDiffPruningLoss_dynamic`.)
+    """
+    predictions = F.kl_div(
+        logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    weight = (policy > 0.5).to(tokens.dtype)  # noqa: PLR2004  (a decision is 0 or 1)
+    number = weight.sum().clamp(min=1)
+    if mse:
+        distance = (tokens - teacher_tokens).square().mean(-1)
+    else:
+        log_tokens, log_teacher = tokens.log_softmax(-1), teacher_tokens.log_softmax(-1)
+        distance = F.kl_div(log_tokens, log_teacher, reduction="none", log_target=True).sum(-1)
+    return predictions, (distance * weight).sum() / number

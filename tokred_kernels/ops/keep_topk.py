@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""Keeping the most important tokens: pruning, as a token map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.backends.reference import keep_topk as reference
+from tokred_kernels.checks import MAX_ROWS, check_count, check_floating, shape
+from tokred_kernels.ops.library import register
+from tokred_kernels.token_map import TokenMap
+
+OP = "keep_topk"
+
+
+def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False) -> TokenMap:
+    """Keep the prefix and the `k` tokens of highest score; drop the others, or fuse them into one.
+
+    (DynamicViT, section 3.2; EViT, section 3.2; DiffRate, section 3.1.)
+
+    The slots are the prefix, the kept tokens by descending score, ties to the lower index, and, with `fuse`, one for all
+    the others. NaN comes last. For EViT's fused token, `merge` with reduce="sum" and weights of 1 for tokens that stay
+    and their score for those that do not.
+
+    Args:
+        scores: (B, N), such as the importance that `token_attention` gives. Those of the prefix are not looked at. Not
+            differentiated.
+        k: how many tokens to keep besides the prefix.
+        num_prefix: so many leading tokens always stay, in place.
+        fuse: send the others to one last slot. There is none where nothing is left over.
+
+    Returns:
+        A TokenMap from N to num_prefix + k slots, one more with `fuse`.
+
+    Raises:
+        TypeError: `scores` is no floating tensor, or a count no int.
+        ValueError: wrong rank, or `k` above N - num_prefix.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    _check(scores, k, num_prefix, fuse)
+    batch, tokens = scores.shape
+    fuse = fuse and num_prefix + k < tokens
+    scores = scores.detach()
+    if scores.dtype != torch.float32:
+        scores = scores.float()
+    backend = backends.choose(OP, scores)
+    num_out = num_prefix + k + int(fuse)
+    if backend == "reference":
+        return TokenMap(reference.keep_topk(scores, k, num_prefix, fuse), num_out)
+    views = _keep_topk(scores, k, num_prefix, fuse, backend)
+    return TokenMap(views[0], num_out, *views[1:])
+
+
+def _check(scores: Any, k: Any, num_prefix: Any, fuse: Any) -> None:
+    check_floating(OP, "scores", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"tokred_kernels.{OP}: scores must be (B, N), got shape {shape(scores)}")
+    if scores.numel() > MAX_ROWS:
+        raise ValueError(f"tokred_kernels.{OP}: scores may have at most {MAX_ROWS} entries, got shape {shape(scores)}")
+    check_count(OP, "k", k)
+    check_count(OP, "num_prefix", num_prefix)
+    if not isinstance(fuse, bool):
+        raise TypeError(f"tokred_kernels.{OP}: fuse must be True or False, got {fuse!r}")
+    tokens = scores.shape[1]
+    if num_prefix > tokens:
+        raise ValueError(f"tokred_kernels.{OP}: num_prefix must be at most N = {tokens}, got {num_prefix}")
+    if k > tokens - num_prefix:
+        raise ValueError(
+            f"tokred_kernels.{OP}: k must be at most N - num_prefix = {tokens} - {num_prefix} = {tokens - num_prefix}, "
+            f"got {k}"
+        )
+
+
+def _fake(scores: Tensor, k: int, first: int, fuse: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens = scores.shape
+    slots = (batch, first + k + int(fuse))
+    return (
+        scores.new_empty((batch, tokens), dtype=torch.int32),
+        scores.new_empty(batch * tokens, dtype=torch.int32),
+        scores.new_empty(slots, dtype=torch.int32),
+        scores.new_empty(slots, dtype=torch.int32),
+    )
+
+
+_keep_topk = register(
+    "keep_topk(Tensor scores, SymInt k, SymInt first, bool fuse, str backend) "
+    "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
+    _fake,
+)

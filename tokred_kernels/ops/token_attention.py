@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: MIT
+"""Attention over tokens that count, that may be dropped, and whose importance is asked for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.backends.reference import token_attention as reference
+from tokred_kernels.checks import check_floating, check_same_device, shape
+from tokred_kernels.ops.library import nobody_listens, once, register
+from tokred_kernels.token_map import Packing
+
+OP = "token_attention"
+IMPORTANCES = ("class", "mean", "last")
+
+
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: Tensor | None = None,
+    policy: Tensor | None = None,
+    scale: float | None = None,
+    importance: str | None = None,
+    packed: Packing | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention without its N x N weights: `softmax(q k^T scale + log size) v`, and what each token was worth to it.
+
+    Args:
+        q, k, v: (B, H, N, d), of one dtype; any strides whose last is 1. (T, H, d) each if `packed`.
+        size: (B, N) or (B, N, 1), how many first tokens each key stands for (ToMe, section 3.2); above 0.
+        policy: (B, N) or (B, N, 1), from 0, dropped, to 1, kept (DynamicViT, section 3.3): with e_ij =
+            exp(s_ij - max_j s_ij) and m_ij = policy_j, 1 on the diagonal, the weights are (e m + eps / N) /
+            (sum e m + eps), eps = 1e-6. A query always sees itself, so a policy that drops all is finite.
+        scale: of the scores; default 1 / sqrt(d).
+        importance: None, or which weights make a key's importance, averaged over heads: "class", those of the first
+            query (EViT, DiffRate); "mean", the mean over queries; "last", those of the last query.
+        packed: where the images of packed rows start, such as `token_map.packed`. Then size and policy are (T,) or
+            (T, 1), and an image's first and last query are its own.
+
+    Returns:
+        (B, H, N, d), or (T, H, d), in q's dtype; with `importance` a pair of that and (B, N), or (T,), float32 (float64
+        for float64).
+
+    Differentiable once in q, k, v, size and policy, by way of both results. Scores and sums are kept in float32.
+    O(B H N d) memory, forward and backward. Without size, policy and importance, and where it can serve a size alone,
+    torch's own scaled_dot_product_attention does the work.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: wrong shapes, an unknown `importance`, tensors on several devices, sizes that are not above 0, or a
+            policy outside [0, 1]. What these hold is looked at on the CPU alone: a GPU would have to be waited for.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    rows = _check(q, k, v, packed)
+    if importance is not None and importance not in IMPORTANCES:
+        names = ", ".join(map(repr, IMPORTANCES))
+        raise ValueError(f"tokred_kernels.{OP}: importance must be None or one of {names}, got {importance!r}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+    size, policy = _per_token("size", size, q, rows), _per_token("policy", policy, q, rows)
+    if size is not None and _bounds(size)[0] <= 0:
+        raise ValueError(f"tokred_kernels.{OP}: size must be above 0, got {_bounds(size)[0]:g}")
+    if policy is not None and not (_bounds(policy)[0] >= 0 and _bounds(policy)[1] <= 1):
+        raise ValueError(
+            f"tokred_kernels.{OP}: policy must be from 0 to 1, got values from {_bounds(policy)[0]:g} to "
+            f"{_bounds(policy)[1]:g}"
+        )
+    bias = None if size is None else size.log()
+    if policy is None and importance is None and packed is None:
+        wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        if not wants_bias and backends.torch_attends(OP, q, plain=bias is None):
+            mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    backend = backends.choose(OP, q)
+    out, worth = _attend(q, k, v, bias, policy, packed, float(scale), importance or "", backend)
+    return out if importance is None else (out, worth)
+
+
+def _check(q: Any, k: Any, v: Any, packed: Any) -> tuple[int, ...]:
+    """Raise unless the three fit; the shape of what there is one of for each token."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_floating(OP, name, value)
+    if packed is not None and not isinstance(packed, Packing):
+        raise TypeError(f"tokred_kernels.{OP}: packed must be a Packing, got {type(packed).__name__}")
+    wanted, rank = ("(B, H, N, d)", 4) if packed is None else ("(T, H, d), packed", 3)
+    if q.dim() != rank:
+        raise ValueError(f"tokred_kernels.{OP}: q must be {wanted}, got shape {shape(q)}")
+    for name, value in (("k", k), ("v", v)):
+        if value.shape != q.shape:
+            raise ValueError(f"tokred_kernels.{OP}: {name} must have q's shape {shape(q)}, got {shape(value)}")
+        if value.dtype != q.dtype:
+            raise TypeError(f"tokred_kernels.{OP}: {name} must have q's dtype {q.dtype}, got {value.dtype}")
+        check_same_device(OP, name, value, "q", q)
+    if packed is None:
+        return q.shape[0], q.shape[2]
+    if packed.rows != q.shape[0]:
+        raise ValueError(f"tokred_kernels.{OP}: q must have the {packed.rows} rows of packed, got shape {shape(q)}")
+    check_same_device(OP, "packed", packed.cu_seqlens, "q", q)
+    return (q.shape[0],)
+
+
+def _per_token(name: str, value: Any, q: Tensor, rows: tuple[int, ...]) -> Tensor | None:
+    """`value` as a contiguous tensor of shape `rows` in the dtype that sums are kept in; differentiable."""
+    if value is None:
+        return None
+    check_floating(OP, name, value)
+    if value.shape not in (rows, (*rows, 1)):
+        raise ValueError(f"tokred_kernels.{OP}: {name} must be {rows} or {(*rows, 1)}, got {shape(value)}")
+    check_same_device(OP, name, value, "q", q)
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return value.to(accumulator).reshape(rows).contiguous()
+
+
+def _bounds(value: Tensor) -> tuple[float, float]:
+    """The lowest and the highest number of `value`; 1 and 1 where nobody may look. NaN is passed over."""
+    if value.device.type != "cpu" or value.numel() == 0 or not nobody_listens(value):
+        return 1.0, 1.0
+    numbers = value.detach().nan_to_num(nan=1.0)
+    low, high = numbers.aminmax()
+    return low.item(), high.item()
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    policy: Tensor | None,
+    packed: Packing | None,
+    scale: float,
+    importance: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        return reference.token_attention(q, k, v, bias, policy, packed, scale, importance)
+    starts = None if packed is None else packed.cu_seqlens
+    longest = 0 if packed is None else max(packed.lengths, default=0)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, policy)):
+        out, worth = _TokenAttention.apply(q, k, v, bias, policy, starts, longest, scale, importance, backend)
+    else:
+        out, _, _, worth = _token_attention(q, k, v, bias, policy, starts, longest, scale, importance, backend)
+    return (out if packed is not None else out.transpose(1, 2)), worth
+
+
+class _TokenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        policy: Tensor | None,
+        starts: Tensor | None,
+        longest: int,
+        scale: float,
+        importance: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        out, row_max, row_sum, worth = _token_attention(
+            q, k, v, bias, policy, starts, longest, scale, importance, backend
+        )
+        ctx.save_for_backward(q, k, v, bias, policy, starts, out, row_max, row_sum)
+        ctx.settings = longest, scale, importance
+        ctx.backend = backend
+        if not importance:
+            ctx.mark_non_differentiable(worth)
+        return out, worth
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_worth: Tensor | None) -> tuple[Tensor | None, ...]:
+        longest, scale, importance = ctx.settings
+        q, k, v, bias, policy, starts, out, row_max, row_sum = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        need_bias, need_policy = bias is not None and needs[3], policy is not None and needs[4]
+        with torch.no_grad():
+            grads = _token_attention_backward(
+                *(grad_out, grad_worth if importance else None, q, k, v, bias, policy, starts, out, row_max, row_sum),
+                *(longest, scale, importance, need_bias, need_policy, ctx.backend),
+            )
+        if starts is None:
+            grads = (*(g.transpose(1, 2) for g in grads[:3]), *grads[3:])
+        wanted = (*needs[:3], need_bias, need_policy)
+        return (*(once(OP, g, grad_out) if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 5)
+
+
+def _layout(q: Tensor, starts: Tensor | None) -> tuple[int, ...]:
+    """(B, N, H, d), or (T, H, d): the shape of the output as it lies in memory, so that heads join without a copy."""
+    if starts is not None:
+        return tuple(q.shape)
+    batch, heads, tokens, channels = q.shape
+    return batch, tokens, heads, channels
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    policy: Tensor | None,
+    starts: Tensor | None,
+    longest: int,
+    scale: float,
+    importance: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = _layout(q, starts)
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    row = q.new_empty(layout[:-1], dtype=accumulator)
+    worth = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)
+    return q.new_empty(layout), row, torch.empty_like(row), worth
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    grad_worth: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    policy: Tensor | None,
+    starts: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    longest: int,
+    scale: float,
+    importance: str,
+    need_bias: bool,
+    need_policy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = row_max.shape[:-1]
+    return (
+        torch.empty_like(out),
+        torch.empty_like(out),
+        torch.empty_like(out),
+        row_max.new_empty(rows if need_bias else (0,)),
+        row_max.new_empty(rows if need_policy else (0,)),
+    )
+
+
+_token_attention = register(
+    "token_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? policy, Tensor? starts, SymInt longest, "
+    "float scale, str importance, str backend) -> (Tensor out, Tensor row_max, Tensor row_sum, Tensor importance)",
+    _fake,
+)
+_token_attention_backward = register(
+    "token_attention_backward(Tensor grad_out, Tensor? grad_importance, Tensor q, Tensor k, Tensor v, Tensor? bias, "
+    "Tensor? policy, Tensor? starts, Tensor out, Tensor row_max, Tensor row_sum, SymInt longest, float scale, "
+    "str importance, bool need_bias, bool need_policy, str backend) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_policy)",
+    _backward_fake,
+)
