@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred_kernels.checks import check_count
+from tokred_kernels.patch.state import Step
 
 
 class Flops(NamedTuple):
@@ -96,6 +97,8 @@ def counter(**settings: Any) -> FlopCounterMode:
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         torch.ops.tokred.bipartite_match: _match,
         torch.ops.tokred.best_match: _best_match,
+        torch.ops.tokred.token_attention: _token_attention,
+        torch.ops.tokred.token_attention_backward: _token_attention_backward,
     }
     return FlopCounterMode(custom_mapping={**known, **settings.pop("custom_mapping", {})}, **settings)
 
@@ -117,8 +120,22 @@ def _best_match(metric: Any, sources: Any, destinations: Any, *others: Any, **mo
     return sum(2 * (number - number // 2) * (number // 2) * metric.shape[-1] for number in tokens)
 
 
+def _token_attention(q: Any, k: Any, v: Any, bias: Any, policy: Any, starts: Any, *_: Any, **__: Any) -> int:
+    if starts is None:
+        return 4 * q.shape[:3].numel() * q.shape[2] * q.shape[3]
+    pairs = int(starts.diff().long().square().sum())
+    return 4 * pairs * q.shape[1] * q.shape[2]
+
+
+def _token_attention_backward(grad_out: Any, grad_importance: Any, *inputs: Any, **_: Any) -> int:
+    # Five products where the forward has two.
+    return _token_attention(*inputs) * 5 // 2
+
+
 # The counter hands over tensors, not their shapes: how long packed images are stands in one.
 _best_match._get_raw = True  # type: ignore[attr-defined]
+_token_attention._get_raw = True  # type: ignore[attr-defined]
+_token_attention_backward._get_raw = True  # type: ignore[attr-defined]
 
 
 def _grid(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -140,34 +157,46 @@ def _grid(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]
 
 
 def _count(model: Any, grid: tuple[int, int], given: Sequence[int] | None) -> Flops:
-    images = _tokens(model, grid, given)
+    entering = grid[0] * grid[1] + model.num_prefix_tokens
+    images = _tokens(model, entering, grid, given)
     per_block = []
     for index, block in enumerate(model.blocks):
-        per_block.append(round(_mean([_block(block, *tokens[index : index + 2]) for tokens in images])))
+        per_block.append(round(_mean([_block(block, *_around(entering, image, index)) for image in images])))
     embed = grid[0] * grid[1] * 2 * model.patch_embed.proj.weight.numel()
-    head = round(_mean([_head(model, tokens[-1]) for tokens in images]))
-    return Flops(tuple(per_block), embed, head, tuple(_mean(column) for column in zip(*images, strict=True)))
+    head = round(_mean([_head(model, image[-1][1]) for image in images]))
+    left = [[entering, *(after for _, after in image)] for image in images]
+    return Flops(tuple(per_block), embed, head, tuple(_mean(column) for column in zip(*left, strict=True)))
 
 
-def _tokens(model: Any, grid: tuple[int, int], given: Sequence[int] | None) -> list[list[int]]:
-    """Of each image, or of one for all, how many tokens enter each block, and, last, how many leave."""
-    entering, depth = grid[0] * grid[1] + model.num_prefix_tokens, len(model.blocks)
+def _around(entering: int, image: list[tuple[int, int]], index: int) -> tuple[int, int, int]:
+    """How many tokens enter block `index`, attend in it, and leave it."""
+    return (image[index - 1][1] if index else entering, *image[index])
+
+
+def _tokens(
+    model: Any, entering: int, grid: tuple[int, int], given: Sequence[int] | None
+) -> list[list[tuple[int, int]]]:
+    """Of each image, or of one for all: of each block, how many tokens attend in it, and how many leave it."""
+    depth = len(model.blocks)
     if given is not None:
         if len(given) != depth:
             raise ValueError(
                 f"tokred_kernels.flops.count: tokens must have one number for each of {depth} blocks, got {len(given)}"
             )
-        return [[entering, *given]]
-    own = [entering]
+        return [list(zip((entering, *given), given))]  # noqa: B905  (the last one enters nothing)
+    own, tokens = [], entering
     for block in model.blocks:
-        after = block.tokred_step.tokens_after(own[-1], grid) if hasattr(block, "tokred_step") else own[-1]
-        if after is None:
+        step = getattr(block, "tokred_step", Step())
+        attended = step.tokens_attended(tokens, grid)
+        after = None if attended is None else step.tokens_after(attended, grid)
+        if attended is None or after is None:
             return _recorded(model, entering)
-        own.append(after)
+        own.append((attended, after))
+        tokens = after
     return [own]
 
 
-def _recorded(model: Any, entering: int) -> list[list[int]]:
+def _recorded(model: Any, entering: int) -> list[list[tuple[int, int]]]:
     """The same, of the images of the last forward."""
     record = model.tokred_record
     batch, tokens = record.entered[:2] if record.entered is not None else (0, 0)
@@ -177,8 +206,8 @@ def _recorded(model: Any, entering: int) -> list[list[int]]:
             "tokred_kernels.flops.count: how many tokens merge depends on the images: first run a forward of images of "
             f"{entering} tokens ({found}), or give tokens="
         )
-    columns = [(left,) * batch if isinstance(left, int) else left for left in record.left]
-    return [[entering, *own] for own in zip(*columns, strict=True)]
+    columns = [[(n,) * batch if isinstance(n, int) else n for n in pair] for pair in record.counts]
+    return [[(attended[i], left[i]) for attended, left in columns] for i in range(batch)]
 
 
 def _mean(values: Sequence[int]) -> float:
@@ -187,10 +216,10 @@ def _mean(values: Sequence[int]) -> float:
     return whole if rest == 0 else sum(values) / len(values)
 
 
-def _block(block: Any, before: int, after: int) -> int:
-    """Of one block that `before` tokens enter, of which `after` are left after its attention."""
-    match = block.tokred_step.match_flops(before, block) if hasattr(block, "tokred_step") else 0
-    return _self_attention(block.attn, before) + match + after * _linear(block.mlp)
+def _block(block: Any, entering: int, attended: int, after: int) -> int:
+    """Of one block, and of what is chosen before it, that so many tokens enter, attend in, and leave."""
+    choice = block.tokred_step.choice_flops(entering, attended, block) if hasattr(block, "tokred_step") else 0
+    return choice + _self_attention(block.attn, attended) + after * _linear(block.mlp)
 
 
 def _linear(module: nn.Module) -> int:

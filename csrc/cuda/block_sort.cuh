@@ -8,11 +8,12 @@
 
 namespace tokred::cuda {
 
-// Sorts different values from high to low, in shared or in global memory, by a bitonic network whose every comparison
-// puts the greater value in front. What a power of two lacks would be zeros at the end, which no comparison moves, so
-// they need not be there. Starts and ends with a barrier.
-template <int kThreads>
-__device__ __forceinline__ void sort_descending(uint64_t* values, int32_t size) {
+// Sorts different values from high to low, in shared or in global memory (a pointer, or what gives and takes uint64_t
+// by index as one does), by a bitonic network whose every comparison puts the greater value in front. What a power of
+// two lacks would be zeros at the end, which no comparison moves, so they need not be there. Starts and ends with a
+// barrier.
+template <int kThreads, class Values>
+__device__ __forceinline__ void sort_descending(Values values, int32_t size) {
   auto order = [&](int32_t front, int32_t back) {
     if (back >= size) return;
     const uint64_t a = values[front], b = values[back];

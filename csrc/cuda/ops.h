@@ -21,6 +21,7 @@ void match_map(const MatchMapArgs& args, cudaStream_t stream);
 void similar_count(const SimilarCountArgs& args, cudaStream_t stream);
 void window_similarity(const WindowSimilarityArgs& args, cudaStream_t stream);
 void window_map(const WindowMapArgs& args, cudaStream_t stream);
+void keep_topk(const KeepTopkArgs& args, cudaStream_t stream);
 void invert(const InvertArgs& args, cudaStream_t stream);
 void compose(const ComposeArgs& args, cudaStream_t stream);
 void merge(const MergeArgs& args, cudaStream_t stream);

@@ -31,7 +31,7 @@ FLAGS = [
 ]
 OPS = (  # in the order of driver.cpp
     *("bipartite_match", "best_match", "match_map", "similar_count", "window_similarity", "window_map"),
-    *("invert", "compose", "merge", "merge_backward", "unmerge"),
+    *("keep_topk", "invert", "compose", "merge", "merge_backward", "unmerge"),
     *("match_config", "order", "row_config", "window_config"),
 )
 H100_SHARED = 227 * 1024  # bytes of dynamic shared memory that a block may have

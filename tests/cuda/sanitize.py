@@ -8,7 +8,7 @@ from tokred_kernels.ops.window_map import window_map
 from tokred_kernels.ops.window_similarity import window_similarity
 from tokred_kernels.windows import Windows
 
-# One token, odd, a ViT's, and one past the size of a single launch.
+# One token, odd, a ViT's, and one past the size of a single launch, and of ranks by counting.
 TOKENS = (1, 17, 197, 1500)
 # Packed images, for one launch and for two.
 LENGTHS = ((5, 0, 1, 2, 197), (1200, 3, 700))
@@ -25,6 +25,7 @@ def main() -> None:
         for tokens in TOKENS:
             check(tokens, dtype)
             check_counts(tokens, dtype)
+            check_keep_topk(tokens, dtype)
         for lengths in LENGTHS:
             check_packed(lengths, dtype)
         for windows in WINDOWS:
@@ -87,6 +88,15 @@ def check_counts(tokens: int, dtype: torch.dtype) -> None:
             on_both(lambda count=count, how=how: of_map(tk.adaptive_bipartite_match(keys, count=count, **how)))
     if tokens > 2:
         on_both(lambda: of_map(tk.importance_match(keys, tokens // 2, class_token=True)[0]))
+
+
+def check_keep_topk(tokens: int, dtype: torch.dtype) -> None:
+    """Few values, so that scores tie, and one that is no number."""
+    scores = ternary(2, tokens, dtype=dtype)
+    scores[0, -1] = torch.nan
+    for k in sorted({0, (tokens - 1) // 2, tokens - 1}):
+        for fuse in (False, True):
+            on_both(lambda k=k, fuse=fuse: of_map(tk.keep_topk(scores, k, fuse=fuse)))
 
 
 def check_packed(lengths: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -38,7 +38,17 @@ OPS = (
 MAP_OPS = ("match_map", "window_map", "similar_count", "keep_topk", "invert", "compose")
 # Registered ops that run the kernels of others, and can be where all of those can.
 COMPOUNDS = {"bipartite_merge": ("bipartite_match", "merge")}
-TRITON_OPS = ("bipartite_match", "best_match", "window_similarity", "merge", "merge_backward", "unmerge")
+TRITON_OPS = (
+    "bipartite_match",
+    "best_match",
+    "window_similarity",
+    "merge",
+    "merge_backward",
+    "unmerge",
+    "keep_topk",
+    "token_attention",
+    "token_attention_backward",
+)
 
 # Native on the CPU alone: on a GPU they are tiles of matrix products, which are Triton's.
 NO_CUDA_OPS = ("token_attention", "token_attention_backward")

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The attention that patched models run: torch's own fused kernel, with token sizes as a key bias."""
+"""The attention that patched models run: `token_attention`, and its weights written out where those are dropped."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokred_kernels.backends.reference.token_attention import attention_weights, importance_of
+from tokred_kernels.ops.token_attention import token_attention
 from tokred_kernels.token_map import Packing
 
 
@@ -19,60 +23,67 @@ def size_bias(size: Tensor, like: Tensor) -> Tensor:
     return size.log().transpose(1, 2).unsqueeze(1).to(like.dtype)
 
 
-def proportional_attention(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, *, dropout: float = 0.0, fused: bool = True
-) -> Tensor:
-    """`softmax(q k^T / sqrt(d) + log size) v`: a key counts as often as the tokens it stands for (ToMe, section 3.2).
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: Tensor | None = None,
+    policy: Tensor | None = None,
+    importance: str | None = None,
+    packed: Packing | None = None,
+    dropout: float = 0.0,
+    fused: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_attention`, with what timm's attention has besides.
 
     Args:
-        q, k, v: (B, H, N, d).
-        size: (B, N, 1), how many first tokens each token stands for; None for 1 each, which needs no bias at all.
+        q, k, v, size, policy, importance, packed: of `token_attention`.
         dropout: the probability with which attention weights are dropped; 0 when evaluating.
         fused: False writes the weights out, (B, H, N, N), step by step as timm does where its fused attention is off.
 
     Returns:
-        (B, H, N, d).
+        (B, H, N, d), or (T, H, d) if packed, and the importance (B, N), or (T,), or None. Weights count before they are
+        dropped.
     """
-    bias = None if size is None else size_bias(size, q)
-    if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if bias is not None:
-        scores = scores + bias
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+    if fused and dropout == 0.0:
+        out = token_attention(q, k, v, size=size, policy=policy, importance=importance, packed=packed)
+        return out if isinstance(out, tuple) else (out, None)
+    if packed is not None:
+        return _each_image(q, k, v, size, policy, packed, importance=importance, dropout=dropout, fused=fused)
+    if fused and policy is None and importance is None:
+        bias = None if size is None else size_bias(size, q)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout), None
+    bias, policy = (None if t is None else t.reshape(q.shape[0], q.shape[2]) for t in (size, policy))
+    weights = attention_weights(q, k, None if bias is None else bias.log(), policy, q.shape[-1] ** -0.5)
+    worth = None if importance is None else importance_of(weights, importance)
+    return F.dropout(weights.to(v.dtype), dropout) @ v, worth
 
 
-def packed_attention(
+def _each_image(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    packing: Packing,
-    size: Tensor | None = None,
+    size: Tensor | None,
+    policy: Tensor | None,
+    packed: Packing,
     *,
-    dropout: float = 0.0,
-    fused: bool = True,
-) -> Tensor:
-    """`proportional_attention` of packed tokens: those of an image attend to those of the same image.
-
-    Args:
-        q, k, v: (T, H, d), T the tokens of all images, as variable-length attention takes them.
-        packing: where each image starts.
-        size: (T, 1), how many first tokens each token stands for; None for 1 each.
-        dropout, fused: as in `proportional_attention`.
-
-    Returns:
-        (T, H, d).
-
-    One call of torch's attention an image: no padding and no masks, but B launches, which a GPU feels where images are
-    small. A single kernel for all of them belongs in its place.
-    """
-    if not packing.lengths:
-        return torch.empty_like(v)
-    images = zip(*(part.split(packing.lengths) for part in (q, k, v)), strict=True)
-    sizes = [None] * len(packing.lengths) if size is None else [own[None] for own in size.split(packing.lengths)]
-    results = []
-    for image, own in zip(images, sizes, strict=True):
-        query, key, value = (part.transpose(0, 1)[None] for part in image)
-        y = proportional_attention(query, key, value, own, dropout=dropout, fused=fused)
-        results.append(y[0].transpose(0, 1))
-    return torch.cat(results)
+    importance: str | None,
+    dropout: float,
+    fused: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` for packed tokens (T, H, d), image by image."""
+    lengths = list(packed.lengths)
+    if not lengths:
+        return torch.empty_like(v), None if importance is None else q.new_empty(0, dtype=torch.float32)
+    columns: list[Any] = [part.split(lengths) for part in (q, k, v)]
+    columns += [[None] * len(lengths) if t is None else t.split(lengths) for t in (size, policy)]
+    outputs, worths = [], []
+    for query, key, value, *terms in zip(*columns, strict=True):
+        heads_first = (part.transpose(0, 1)[None] for part in (query, key, value))
+        own_size, own_policy = (None if t is None else t[None] for t in terms)
+        wanted: Any = {"size": own_size, "policy": own_policy, "importance": importance}
+        y, worth = attend(*heads_first, **wanted, dropout=dropout, fused=fused)
+        outputs.append(y[0].transpose(0, 1))
+        worths.append(worth)
+    return torch.cat(outputs), None if importance is None else torch.cat([own[0] for own in worths if own is not None])

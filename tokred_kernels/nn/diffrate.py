@@ -13,8 +13,8 @@ class CompressionRate(nn.Module):
     """How many tokens a layer keeps, learned by gradient descent (DiffRate, section 3.3).
 
     The candidates are patch_number, patch_number - granularity, ..., down to above 0; the parameter
-    `selected_probability`, as in the published code, holds their logits. What is kept is the expected candidate, rounded
-    up.
+    `selected_probability`, as in the published code, holds their logits. What is kept is the expected candidate,
+    rounded up.
 
     Args:
         patch_number: the patches that come in, without the class token.

@@ -105,7 +105,7 @@ def distillation_loss(
     predictions = F.kl_div(
         logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="batchmean", log_target=True
     )
-    weight = (policy > 0.5).to(tokens.dtype)  # noqa: PLR2004  (a decision is 0 or 1)
+    weight = (policy > 0.5).to(tokens.dtype)
     number = weight.sum().clamp(min=1)
     if mse:
         distance = (tokens - teacher_tokens).square().mean(-1)

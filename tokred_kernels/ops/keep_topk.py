@@ -22,9 +22,9 @@ def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False
 
     (DynamicViT, section 3.2; EViT, section 3.2; DiffRate, section 3.1.)
 
-    The slots are the prefix, the kept tokens by descending score, ties to the lower index, and, with `fuse`, one for all
-    the others. NaN comes last. For EViT's fused token, `merge` with reduce="sum" and weights of 1 for tokens that stay
-    and their score for those that do not.
+    The slots are the prefix, the kept tokens by descending score, ties to the lower index, and, with `fuse`, one for
+    all the others. NaN comes last. For EViT's fused token, `merge` with reduce="sum" and weights of 1 for tokens that
+    stay and their score for those that do not.
 
     Args:
         scores: (B, N), such as the importance that `token_attention` gives. Those of the prefix are not looked at. Not
@@ -42,7 +42,7 @@ def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False
         RuntimeError: the backend asked for cannot serve the call.
     """
     _check(scores, k, num_prefix, fuse)
-    batch, tokens = scores.shape
+    tokens = scores.shape[1]
     fuse = fuse and num_prefix + k < tokens
     scores = scores.detach()
     if scores.dtype != torch.float32:

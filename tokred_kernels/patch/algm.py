@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,33 +22,16 @@ from tokred_kernels.token_map import TokenMap
 from tokred_kernels.windows import Windows
 
 
-class MergeNothing(NamedTuple):
-    """What a block does that is not among the given layers."""
-
-    proportional: bool
-
-    def match(self, x: Tensor, keys: Tensor, state: State) -> None:
-        """See `Step`."""
-
-    def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int:
-        """See `Step`."""
-        return tokens
-
-    def match_flops(self, tokens: int, block: Any) -> int:
-        """See `Step`."""
-        return 0
-
-
-class MergeWindows(NamedTuple):
+@dataclass(frozen=True)
+class MergeWindows(Step):
     """What the first given layer does: merge windows whose tokens are alike (ALGM, section 3.2)."""
 
-    threshold: float
-    window: tuple[int, int]
-    number: int | str
-    uneven: str
-    group: Any
-    num_prefix: int
-    proportional: bool
+    threshold: float = 1.0
+    window: tuple[int, int] = (1, 2)
+    number: int | str = BATCH
+    uneven: str = KEEP
+    group: Any = None
+    num_prefix: int = 0
 
     def __deepcopy__(self, memo: Any) -> MergeWindows:
         """The same: it never changes, and a process group has no copy."""
@@ -72,20 +56,16 @@ class MergeWindows(NamedTuple):
         windows = Windows(self.num_prefix, *grid, *self.window)
         return tokens - min(self.number, windows.number) * (windows.size - 1)
 
-    def match_flops(self, tokens: int, block: Any) -> int:
-        """See `Step`: windows are summed, and multiply no matrices."""
-        return 0
 
-
-class MergeAlike(NamedTuple):
+@dataclass(frozen=True)
+class MergeAlike(Step):
     """What the other given layers do: merge pairs of tokens that are alike (ALGM, section 3.3)."""
 
-    layer: int
-    threshold: float | None
-    number: int | str
-    group: Any
-    num_prefix: int
-    proportional: bool
+    layer: int = 1
+    threshold: float | None = None
+    number: int | str = BATCH
+    group: Any = None
+    num_prefix: int = 0
 
     def __deepcopy__(self, memo: Any) -> MergeAlike:
         """The same: it never changes, and a process group has no copy."""
@@ -107,10 +87,10 @@ class MergeAlike(NamedTuple):
         partition = every_other(tokens, self.number, self.num_prefix, False, False)
         return tokens if partition is None else partition.num_out
 
-    def match_flops(self, tokens: int, block: Any) -> int:
+    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
         """See `Step`: the product of sources and destinations, of all channels."""
-        most = tokens if isinstance(self.number, str) else self.number
-        partition = every_other(tokens, most, self.num_prefix, False, False)
+        most = attended if isinstance(self.number, str) else self.number
+        partition = every_other(attended, most, self.num_prefix, False, False)
         if partition is None:
             return 0
         return 2 * partition.num_src * partition.num_dst * block.attn.qkv.in_features
@@ -168,10 +148,10 @@ def apply(
     prefix = model.num_prefix_tokens
     local = _at("threshold", threshold, given[0])
     window = _check_window(model, local, window, uneven)
-    steps: dict[int, Step] = {given[0]: MergeWindows(local, window, numbers[0], uneven, group, prefix, prop_attn)}
+    steps: dict[int, Step] = {given[0]: MergeWindows(prop_attn, local, window, numbers[0], uneven, group, prefix)}
     for layer, number in zip(given[1:], numbers[1:], strict=True):
         own = None if global_threshold is None else _at("global_threshold", global_threshold, layer)
-        steps[layer] = MergeAlike(layer, own, number, group, prefix, prop_attn)
+        steps[layer] = MergeAlike(prop_attn, layer, own, number, group, prefix)
     settings: dict[str, Any] = {"layers": given, "window": window, "threshold": threshold}
     settings |= {
         "global_threshold": global_threshold,
@@ -181,7 +161,7 @@ def apply(
         "group": group,
         "trace": trace,
     }
-    rest = MergeNothing(prop_attn)
+    rest = Step(prop_attn)
     timm_vit.install(model, timm_vit.Mark("algm", settings), lambda index: steps.get(index + 1, rest))
 
 

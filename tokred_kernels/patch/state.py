@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.token_map import Packing, TokenMap
 
 
@@ -15,41 +17,79 @@ class State(NamedTuple):
     """What travels with the tokens from block to block.
 
     Attributes:
-        size: (B, N, 1) float32, or (T, 1), how many of the first tokens each token stands for; None for 1 each.
+        size: (B, N, 1) float32, or (T, 1), how many of the first tokens each token stands for; None for 1 each, and
+            where a method does not count.
         grid: height and width of the patches after the prefix, as long as they are a grid: None once tokens have
             merged, or been dropped, and where the patch embedding does not tell.
         packing: where each image starts, once every image has a count of its own and x is (T, C); else None.
+        policy: (B, N), 1 for tokens that are kept and 0 for those that attention passes over, where a method masks
+            tokens instead of removing them; else None.
+        decisions: the policies that a method has drawn so far, without prefix tokens.
     """
 
     size: Tensor | None = None
     grid: tuple[int, int] | None = None
     packing: Packing | None = None
+    policy: Tensor | None = None
+    decisions: tuple[Tensor, ...] = ()
 
 
-class Step(Protocol):
-    """What a method does in one block; each block carries one."""
+@dataclass(frozen=True)
+class Step:
+    """What a method does in one block; each block carries one. This one does nothing.
 
-    @property
-    def proportional(self) -> bool:
-        """Whether keys count as often as the tokens they stand for."""
+    Attributes:
+        proportional: whether keys count as often as the tokens they stand for.
+    """
 
-    def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
-        """Where the tokens go between attention and MLP; None where all stay.
+    proportional: bool = False
+
+    # The `importance` that is wanted of the block's attention; see `ops.token_attention`.
+    importance = None
+
+    def enter(self, model: Any, x: Tensor, state: State) -> tuple[Tensor, State, TokenMap | None]:
+        """What happens before the block: x (B, N, C), or packed (T, C), its state, and the map that was followed."""
+        return x, state, None
+
+    def reduce(
+        self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
+    ) -> tuple[Tensor, State, TokenMap | None]:
+        """What happens between attention and MLP: merging along `match`, sizes tracked.
 
         Args:
+            block: the block.
             x: (B, N, C), or packed (T, C), the tokens after the attention residual.
             keys: (B, H, N, d), or (T, H, d), of that attention.
+            importance: (B, N), or (T,), that it gave, or None.
             state: of these tokens.
-        """
 
-    def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
-        """How many of an image's `tokens` tokens leave the block; None where that depends on the image.
+        Returns:
+            Those that leave, their state, and the map that was followed; None where all stay.
+        """
+        token_map = self.match(x, keys, state)
+        if token_map is None:
+            return x, state, None
+        x, size = merge_wavg(x, token_map, state.size)
+        return x, State(size, None, token_map.packed), token_map
+
+    def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
+        """Where the tokens go between attention and MLP; None where all stay."""
+        return None
+
+    def tokens_attended(self, tokens: int, grid: tuple[int, int]) -> int | None:
+        """How many of an image's `tokens` tokens the block's attention has; None where that depends on the image.
 
         `grid` is that of the patches when they entered the first block.
         """
+        return tokens
 
-    def match_flops(self, tokens: int, block: Any) -> int:
-        """The floating-point operations of choosing, an image, where `tokens` tokens enter."""
+    def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
+        """How many of the `tokens` tokens of its attention leave the block; None where that depends on the image."""
+        return tokens
+
+    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
+        """The floating-point operations of choosing, an image, where so many tokens enter and so many attend."""
+        return 0
 
 
 class Record:
@@ -62,7 +102,8 @@ class Record:
         maps: of each merge; None where they are not kept.
         state: of the final tokens.
         entered: B, N and the device of the tokens that entered the first block.
-        left: how many tokens left each block: N', or, of packed tokens, that of each image.
+        counts: of each block, how many tokens its attention had, and how many left it: N', or, of packed tokens, that
+            of each image.
     """
 
     def __init__(
@@ -70,12 +111,17 @@ class Record:
         maps: tuple[TokenMap, ...] | None = None,
         state: State = State(),  # noqa: B008  (it never changes)
         entered: tuple[int, int, torch.device] | None = None,
-        left: tuple[int | tuple[int, ...], ...] = (),
+        counts: tuple[tuple[int | tuple[int, ...], int | tuple[int, ...]], ...] = (),
     ) -> None:
         self.maps = maps
         self.state = state
         self.entered = entered
-        self.left = left
+        self.counts = counts
+
+    @property
+    def left(self) -> tuple[int | tuple[int, ...], ...]:
+        """How many tokens left each block."""
+        return tuple(after for _, after in self.counts)
 
     def __reduce__(self) -> tuple[type[Record], tuple[()]]:
         return Record, ()

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.nn.attention import packed_attention, proportional_attention, size_bias
+from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, leading, pool_packed, pool_sized
-from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.patch import MARK
 from tokred_kernels.patch.state import Record, State, Step
 from tokred_kernels.patch.timm_import import import_timm
@@ -65,34 +64,38 @@ class Patched:
 
 
 class PatchedAttention(Patched, Attention):
-    """timm's Attention that takes token sizes and gives its keys too."""
+    """timm's Attention that takes what travels with the tokens, and gives its keys and their importance too."""
 
     original = Attention
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, size: Tensor | None = None, packing: Packing | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Attend, x (B, N, C), or packed (T, C), with sizes (B, N, 1), or (T, 1), where keys count by them.
+        self,
+        x: Tensor,
+        size: Tensor | None = None,
+        policy: Tensor | None = None,
+        packing: Packing | None = None,
+        importance: str | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Attend, x (B, N, C), or packed (T, C); the others are those of `nn.attention.attend`.
 
         Returns:
-            The same shape, and the keys (B, H, N, d), or (T, H, d), a view.
+            The same shape, the keys (B, H, N, d), or (T, H, d), a view, and their importance, where it was asked for.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3) if packing is not None else qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        settings: Any = {"dropout": self.attn_drop.p if self.training else 0.0, "fused": self.fused_attn}
+        wanted: Any = {"size": size, "policy": policy, "packed": packing, "importance": importance}
+        y, worth = attend(q, k, v, **wanted, dropout=self.attn_drop.p if self.training else 0.0, fused=self.fused_attn)
         if packing is None:
-            y = proportional_attention(q, k, v, size, **settings).transpose(1, 2)
-        else:
-            y = packed_attention(q, k, v, packing, size, **settings)
+            y = y.transpose(1, 2)
         y = self.norm(y.flatten(-2))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y)), k
+        return self.proj_drop(self.proj(y)), k, worth
 
 
 class PatchedBlock(Patched, Block):
-    """timm's Block that may merge tokens between attention and MLP, as its step says."""
+    """timm's Block that may remove tokens between attention and MLP, as its step says."""
 
     original = Block
     tokred_step: Step
@@ -104,13 +107,11 @@ class PatchedBlock(Patched, Block):
     ) -> tuple[Tensor, State, TokenMap | None]:
         """x (B, N, C), or packed (T, C), and its state, to those that leave, and the map that was followed, if any."""
         step = self.tokred_step
-        attended, keys = self.attn(self.norm1(x), state.size if step.proportional else None, state.packing)
+        size = state.size if step.proportional else None
+        attended, keys, importance = self.attn(self.norm1(x), size, state.policy, state.packing, step.importance)
         x = x + _drop_path(self.drop_path1, self.ls1(attended), state.packing)
-        token_map = step.match(x, keys, state)
+        x, state, token_map = step.reduce(self, x, keys, importance, state)
         del attended, keys  # the keys are a view of all of qkv, which would else live on through the MLP
-        if token_map is not None:
-            x, size = merge_wavg(x, token_map, state.size)
-            state = State(size, None, token_map.packed)
         x = x + _drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), state.packing)
         return x, state, token_map
 
@@ -120,6 +121,11 @@ def _drop_path(drop: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     if packing is None or not drop.training or isinstance(drop, nn.Identity):
         return drop(x)
     return x * drop(x.new_ones(len(packing.lengths), 1))[image_of_row(packing)]
+
+
+def _count(x: Tensor, state: State) -> int | tuple[int, ...]:
+    """How many tokens an image has; of packed ones, each image."""
+    return x.shape[1] if state.packing is None else state.packing.lengths
 
 
 class PatchedVisionTransformer(Patched, VisionTransformer):
@@ -141,17 +147,19 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
         entered = (x.shape[0], x.shape[1], x.device)
         if grid is not None and grid[0] * grid[1] + self.num_prefix_tokens != x.shape[1]:
             grid = None  # after patch dropout
-        state, maps, left = State(grid=grid), [], []
+        state, maps, counts = State(grid=grid), [], []
         for block in self.blocks:
+            step: Any = block.tokred_step
+            x, state, before = step.enter(self, x, state)
+            attended = _count(x, state)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, state, token_map = checkpoint(block, x, state)
+                x, state, after = checkpoint(block, x, state)
             else:
-                x, state, token_map = block(x, state)
-            left.append(x.shape[1] if state.packing is None else state.packing.lengths)
-            if token_map is not None:
-                maps.append(token_map)
+                x, state, after = block(x, state)
+            counts.append((attended, _count(x, state)))
+            maps += [token_map for token_map in (before, after) if token_map is not None]
         kept = tuple(maps) if self.tokred_patch.settings.get("trace", True) else None
-        self.tokred_record = Record(kept, state, entered, tuple(left))
+        self.tokred_record = Record(kept, state, entered, tuple(counts))
         return self.norm(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
@@ -226,14 +234,20 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
     def token_sizes(self) -> Tensor:
         """(B, N', 1) float32: how many of the tokens that entered each final token stands for, in the last forward.
 
-        (T', 1) where every image has a count of its own.
+        (T', 1) where every image has a count of its own. A method that weighs its tokens otherwise gives its weights.
         """
         record = self.tokred_record
         if record.entered is None:
             raise RuntimeError("tokred_kernels: token_sizes are of the last forward, and this model has run none yet")
-        batch, tokens, device = record.entered
-        size = record.state.size
-        return torch.ones(batch, tokens, 1, device=device) if size is None else size
+        return self.token_map.views()[2].float().unsqueeze(-1) if record.state.size is None else record.state.size
+
+    @property
+    def token_decisions(self) -> tuple[Tensor, ...]:
+        """Of each layer that drew one in the last forward, its policy (B, N) without prefix tokens: 1 is kept, 0 not.
+
+        "dynamicvit" draws them when training, differentiable by the predictors' parameters, for `nn.ratio_loss`.
+        """
+        return self.tokred_record.state.decisions
 
 
 class PatchedVisionTransformerDistilled(PatchedVisionTransformer, VisionTransformerDistilled):

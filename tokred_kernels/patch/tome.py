@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.patch import timm_vit
 from tokred_kernels.patch.schedule import removed_per_block
-from tokred_kernels.patch.state import State
+from tokred_kernels.patch.state import State, Step
 from tokred_kernels.token_map import TokenMap
 
 
-class MergeSimilar(NamedTuple):
+@dataclass(frozen=True)
+class MergeSimilar(Step):
     """What one block does: merge `r` tokens by their keys, of which the first `num_prefix` are protected."""
 
-    r: int
-    num_prefix: int
-    proportional: bool
+    r: int = 0
+    num_prefix: int = 0
 
     def joining(self, tokens: int) -> int:
         """How many of `tokens` tokens merge: `r`, or half of the unprotected ones where that is less."""
@@ -35,8 +36,9 @@ class MergeSimilar(NamedTuple):
         """See `Step`."""
         return tokens - self.joining(tokens)
 
-    def match_flops(self, tokens: int, block: Any) -> int:
+    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
         """See `Step`: the product of sources and destinations, if any."""
+        tokens = attended
         if self.joining(tokens) == 0:
             return 0
         return 2 * (tokens - tokens // 2) * (tokens // 2) * block.attn.head_dim
@@ -64,5 +66,5 @@ def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> 
     timm_vit.install(
         model,
         timm_vit.Mark("tome", {"r": r, "prop_attn": prop_attn, "trace": trace}),
-        lambda index: MergeSimilar(schedule[index], prefix, prop_attn),
+        lambda index: MergeSimilar(prop_attn, schedule[index], prefix),
     )

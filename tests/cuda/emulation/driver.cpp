@@ -180,6 +180,16 @@ Result window_map(Call& c) {
   return {};
 }
 
+Result keep_topk(Call& c) {
+  KeepTopkArgs a{};
+  a.score = c.buffer<float>();
+  map_outputs(c, a);
+  a.stride = c.integer(), a.images = c.integer(), a.tokens = c.integer();
+  a.first = c.small(), a.k = c.small(), a.fuse = c.small();
+  cuda::keep_topk(a, nullptr);
+  return {};
+}
+
 Result match_config_of(Call& c) {
   const auto a = match_args<MatchArgs>(c);
   const MatchConfig config = match_config(a, c.integer());
@@ -265,9 +275,9 @@ Result window_config_of(Call& c) {
 }
 
 constexpr Result (*kOps[])(Call&) = {
-    bipartite_match, best_match,      match_map, similar_count, window_similarity,
-    window_map,      invert,          compose,   merge,         merge_backward,
-    unmerge,         match_config_of, order,     row_config_of, window_config_of,
+    bipartite_match, best_match,       match_map, similar_count,  window_similarity, window_map,      keep_topk,
+    invert,          compose,          merge,     merge_backward, unmerge,           match_config_of, order,
+    row_config_of,   window_config_of,
 };
 
 // What comes first in every call: the op, the shared memory of a block, and whether threads run in reverse.

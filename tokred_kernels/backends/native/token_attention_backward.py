@@ -39,10 +39,14 @@ def token_attention_backward(
     grads = [torch.empty_like(out) for _ in range(3)]
     of_heads = [torch.empty_like(row_max) if need else None for need in (need_bias, need_policy)]
     values = problem(q, k, v, bias, policy, starts, longest, importance, row_max, row_sum)
-    stride = packed_strides(grad_out) if starts is not None else (
-        grad_out.stride(0),
-        grad_out.stride(2),
-        grad_out.stride(1),
+    stride = (
+        packed_strides(grad_out)
+        if starts is not None
+        else (
+            grad_out.stride(0),
+            grad_out.stride(2),
+            grad_out.stride(1),
+        )
     )
     kernels(q).token_attention_backward(
         *(values, scale, grad_out.data_ptr(), stride, address(grad_importance)),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,11 @@ def token_attention(
         return _attend(q, k, v, bias, policy, scale, importance)
     lengths = list(packed.lengths)
     pieces = []
-    for image in zip(*([None] * len(lengths) if t is None else t.split(lengths) for t in (q, k, v, bias, policy))):
-        heads_first = (t.transpose(0, 1)[None] for t in image[:3])
-        terms = (None if t is None else t[None] for t in image[3:])
-        out, worth = _attend(*heads_first, *terms, scale, importance)
+    columns: list[Any] = [[None] * len(lengths) if t is None else t.split(lengths) for t in (q, k, v, bias, policy)]
+    for *operands, own_bias, own_policy in zip(*columns, strict=True):
+        query, key, value = (t.transpose(0, 1)[None] for t in operands)
+        own_bias, own_policy = (None if t is None else t[None] for t in (own_bias, own_policy))
+        out, worth = _attend(query, key, value, own_bias, own_policy, scale, importance)
         pieces.append((out[0].transpose(0, 1), worth[0] if importance else worth))
     if not pieces:
         return torch.empty_like(q), q.new_empty(0)
@@ -39,19 +42,25 @@ def token_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, policy: Tensor | None, scale: float, importance: str
 ) -> tuple[Tensor, Tensor]:
+    weights = attention_weights(q, k, bias, policy, scale)
+    out = (weights @ v.to(weights.dtype)).to(q.dtype)
+    return out, importance_of(weights, importance) if importance else weights.new_empty(0)
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, policy: Tensor | None, scale: float) -> Tensor:
+    """(B, H, N, N), in float32, or float64 of such."""
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = (q.to(accumulator) @ k.to(accumulator).transpose(-2, -1)) * scale
     if bias is not None:
         scores = scores + bias[:, None, None, :]
-    weights = scores.softmax(-1) if policy is None else policy_softmax(scores, policy)
-    out = (weights @ v.to(accumulator)).to(q.dtype)
-    if importance == "class":
-        return out, weights[:, :, 0].mean(1)
+    return scores.softmax(-1) if policy is None else policy_softmax(scores, policy)
+
+
+def importance_of(weights: Tensor, importance: str) -> Tensor:
+    """(B, N) from the weights (B, H, N, N); see `ops.token_attention`."""
     if importance == "mean":
-        return out, weights.mean((1, 2))
-    if importance == "last":
-        return out, weights[:, :, -1].mean(1)
-    return out, weights.new_empty(0)
+        return weights.mean((1, 2))
+    return weights[:, :, 0 if importance == "class" else -1].mean(1)
 
 
 def policy_softmax(scores: Tensor, policy: Tensor) -> Tensor:

@@ -54,6 +54,17 @@ class RowsConfig:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class AttentionConfig:
+    """A tile of scores, block_queries x block_keys, of heads of at most block_channels."""
+
+    block_queries: int
+    block_keys: int
+    block_channels: int
+    num_warps: int
+    num_stages: int
+
+
 # Longer vectors are taken 64 channels at a time, and a thread has few scores and their running best: with more of
 # either, kernels spill where the metric's strides let no load be wide. float32 products run on the vector units, where
 # a thread holds whole rows of both operands: 16 channels.
@@ -88,6 +99,36 @@ ROWS_CONFIGS = {
     for dtype in DTYPES
 }
 
+MAX_HEAD_WIDTH = 128  # channels of a head, which a program holds whole
+_ATTENTION_16 = {
+    16: AttentionConfig(128, 64, 16, 4, 3),
+    32: AttentionConfig(128, 64, 32, 4, 3),
+    64: AttentionConfig(128, 64, 64, 4, 3),
+    128: AttentionConfig(128, 64, 128, 8, 2),
+}
+_ATTENTION_32 = {
+    16: AttentionConfig(64, 32, 16, 8, 1),
+    32: AttentionConfig(64, 32, 32, 8, 1),
+    64: AttentionConfig(64, 16, 64, 8, 1),
+    128: AttentionConfig(32, 16, 128, 8, 1),
+}
+ATTENTION_CONFIGS = {dtype: _ATTENTION_32 if dtype == torch.float32 else _ATTENTION_16 for dtype in DTYPES}
+IMPORTANCE_CONFIGS = ATTENTION_CONFIGS
+_KEYS_32 = {
+    16: AttentionConfig(16, 64, 16, 8, 1),
+    32: AttentionConfig(16, 64, 32, 8, 1),
+    64: AttentionConfig(16, 64, 64, 8, 1),
+    128: AttentionConfig(16, 32, 128, 8, 1),
+}
+_KEYS_16 = {
+    16: AttentionConfig(64, 64, 16, 4, 2),
+    32: AttentionConfig(64, 64, 32, 4, 2),
+    64: AttentionConfig(64, 64, 64, 4, 2),
+    128: AttentionConfig(32, 64, 128, 8, 1),
+}
+KEYS_CONFIGS = {dtype: _KEYS_32 if dtype == torch.float32 else _KEYS_16 for dtype in DTYPES}
+QUERIES_CONFIGS = ATTENTION_CONFIGS
+
 
 def match_config(channels: int, dtype: torch.dtype) -> MatchConfig:
     """For scores of vectors of `channels`."""
@@ -112,3 +153,27 @@ def rows_config(channels: int, dtype: torch.dtype) -> RowsConfig:
 def window_config(channels: int) -> WindowConfig:
     """For windows of tokens of `channels`."""
     return WINDOW_CONFIGS[min((block for block in WINDOW_CONFIGS if block >= channels), default=max(WINDOW_CONFIGS))]
+
+
+def attention_config(channels: int, dtype: torch.dtype) -> AttentionConfig:
+    """For attention by heads of `channels`, at most MAX_HEAD_WIDTH."""
+    return _narrowest(ATTENTION_CONFIGS[dtype], channels)
+
+
+def importance_config(channels: int, dtype: torch.dtype) -> AttentionConfig:
+    """For the importance of keys, summed block by block of queries."""
+    return _narrowest(IMPORTANCE_CONFIGS[dtype], channels)
+
+
+def keys_config(channels: int, dtype: torch.dtype) -> AttentionConfig:
+    """For the gradients of keys and values."""
+    return _narrowest(KEYS_CONFIGS[dtype], channels)
+
+
+def queries_config(channels: int, dtype: torch.dtype) -> AttentionConfig:
+    """For the gradients of queries, and for what they need of each row."""
+    return _narrowest(QUERIES_CONFIGS[dtype], channels)
+
+
+def _narrowest(configs: dict[int, AttentionConfig], channels: int) -> AttentionConfig:
+    return configs[min(block for block in configs if block >= channels)]

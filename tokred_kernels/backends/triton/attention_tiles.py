@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""What the kernels of token attention share: where an image's rows are, tiles of them, and what is added to scores."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokred_kernels.backends.native.token_attention import packed_strides
+from tokred_kernels.backends.reference.token_attention import POLICY_EPS
+from tokred_kernels.backends.triton import INTERPRETED
+from tokred_kernels.backends.triton.configs import MAX_HEAD_WIDTH
+
+# Exponentials are of base 2, which GPUs have an instruction for; scores are scaled to match.
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+EPS = tl.constexpr(POLICY_EPS)
+
+
+def check_width(q: Tensor) -> None:
+    """Raise ValueError where a head has more channels than a program can hold."""
+    if q.shape[-1] > MAX_HEAD_WIDTH:
+        raise ValueError(
+            f"tokred_kernels.token_attention: q must have at most {MAX_HEAD_WIDTH} channels a head, which is the most "
+            f'that triton kernels take (use the backend "cpu" or "reference"), got shape {tuple(q.shape)}'
+        )
+
+
+def head_strides(tensor: Tensor, starts: Tensor | None) -> tuple[int, int, int]:
+    """Of image, head and token, of (B, H, N, d), or, packed, of (T, H, d)."""
+    return packed_strides(tensor) if starts is not None else tensor.stride()[:3]
+
+
+def sizes(q: Tensor, starts: Tensor | None, longest: int) -> tuple[int, int, int, int]:
+    """How many images, heads and tokens there are, in the longest image where packed, and channels of a head."""
+    if starts is not None:
+        return starts.shape[0] - 1, q.shape[1], longest, q.shape[2]
+    images, heads, tokens, channels = q.shape
+    return images, heads, tokens, channels
+
+
+def shares(images: int, heads: int, tokens: int, block: int) -> tuple[tuple[int], int]:
+    """The grid of a kernel whose programs have `block` tokens of one head of one image, and the blocks of an image."""
+    blocks = triton.cdiv(tokens, block)
+    return (images * heads * blocks,), blocks
+
+
+@triton.jit
+def place(heads, blocks):
+    """The image, head and block of this program: those of one head are neighbours, and share what they read."""
+    program = tl.program_id(0)
+    return (program // blocks // heads).to(tl.int64), program // blocks % heads, program % blocks
+
+
+@triton.jit
+def image_rows(starts, image, tokens, PACKED: tl.constexpr):
+    """The first row of an image among those of all, and how many it has."""
+    if PACKED:
+        first = tl.load(starts + image)
+        count = tl.load(starts + image + 1) - first
+        first = first.to(tl.int64)
+    else:
+        first = image * tokens
+        count = tokens
+    return first, count
+
+
+@triton.jit
+def head_start(vectors, image, head, first, stride_b, stride_h, stride_n, PACKED: tl.constexpr):
+    """Where the vectors of one head of one image start."""
+    vectors += head.to(tl.int64) * stride_h
+    return vectors + first * stride_n if PACKED else vectors + image * stride_b
+
+
+@triton.jit
+def load_vectors(vectors, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """(BLOCK, BLOCK_CHANNELS) of the vectors of tokens i; 0 beyond the image's `count`, and beyond their CHANNELS."""
+    c = tl.arange(0, BLOCK_CHANNELS)
+    at = vectors + i.to(tl.int64)[:, None] * stride_n + c[None, :]
+    mask = (i < count)[:, None]
+    if CHANNELS < BLOCK_CHANNELS:
+        mask = mask & (c < CHANNELS)[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_vectors(vectors, tile, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Write what `load_vectors` would read."""
+    c = tl.arange(0, BLOCK_CHANNELS)
+    at = vectors + i.to(tl.int64)[:, None] * stride_n + c[None, :]
+    mask = (i < count)[:, None]
+    if CHANNELS < BLOCK_CHANNELS:
+        mask = mask & (c < CHANNELS)[None, :]
+    tl.store(at, tile, mask=mask)
+
+
+@triton.jit
+def key_terms(bias, first, j, count, BIAS: tl.constexpr):
+    """What is added to the scores of keys j, in base 2: -infinity where there is no such key."""
+    present = j < count
+    if BIAS:
+        term = tl.load(bias + first + j, mask=present, other=float("-inf")) * LOG2_E
+    else:
+        term = tl.where(present, 0.0, float("-inf"))
+    return term
+
+
+@triton.jit
+def load_rows(values, i, count, heads, other):
+    """What there is one of for each of the tokens i of a head, (rows, H)."""
+    return tl.load(values + i.to(tl.int64) * heads, mask=i < count, other=other)
+
+
+@triton.jit
+def counts_query(i, count, IMPORTANCE: tl.constexpr):
+    """Whether the weights of queries i count for the importance."""
+    if IMPORTANCE == "class":
+        counts = i == 0
+    elif IMPORTANCE == "last":
+        counts = i == count - 1
+    else:
+        counts = i >= 0
+    return counts
+
+
+@triton.jit
+def weight_share(heads, count, IMPORTANCE: tl.constexpr):
+    """What one weight adds to the importance of its key."""
+    number = heads * count if IMPORTANCE == "mean" else heads
+    return 1.0 / number.to(tl.float32)
+
+
+@triton.jit
+def multiply(a, b, total):
+    """total + a b, float32, of float32 without TF32. See `multiply_add` for the interpreter's bfloat16."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: MIT
+"""Token attention in Triton: a block of queries past all keys, with the softmax kept running; then the importance."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokred_kernels.backends.native.bipartite_match import inner_dense
+from tokred_kernels.backends.triton import multiply_add, narrow, on_device
+from tokred_kernels.backends.triton.attention_tiles import (
+    EPS,
+    LN_2,
+    LOG2_E,
+    check_width,
+    head_start,
+    head_strides,
+    image_rows,
+    key_terms,
+    load_rows,
+    load_vectors,
+    multiply,
+    place,
+    shares,
+    sizes,
+    store_vectors,
+    weight_share,
+)
+from tokred_kernels.backends.triton.configs import attention_config, importance_config
+
+# Weights are multiplied by this before they are rounded to float16, so that those of kept keys that lie far below a
+# dropped one keep all their digits: they are divided by a sum that is as small.
+_HALF_RANGE = tl.constexpr(2.0**14)
+
+
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    policy: Tensor | None,
+    starts: Tensor | None,
+    longest: int,
+    scale: float,
+    importance: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `ops.token_attention`: out as it lies in memory, what the backward needs of each row, importance."""
+    check_width(q)
+    q, k, v = (inner_dense(t) for t in (q, k, v))
+    images, heads, tokens, channels = sizes(q, starts, longest)
+    layout = q.shape if starts is not None else (images, tokens, heads, channels)
+    out = q.new_empty(layout)
+    row_max, row_sum = (q.new_empty(layout[:-1], dtype=torch.float32) for _ in range(2))
+    worth = q.new_empty(layout[:-2] if importance else (0,), dtype=torch.float32)
+    modes = {"BIAS": bias is not None, "POLICY": policy is not None, "PACKED": starts is not None}
+    with on_device(q):
+        config = attention_config(channels, q.dtype)
+        grid, blocks = shares(images, heads, tokens, config.block_queries)
+        if grid[0]:
+            attention_kernel[grid](
+                *(q, k, v, bias, policy, starts, out, row_max, row_sum),
+                *(number for t in (q, k, v) for number in head_strides(t, starts)),
+                *(heads, tokens, blocks, scale),
+                **modes,
+                CHANNELS=channels,
+                BLOCK_CHANNELS=config.block_channels,
+                BLOCK_QUERIES=config.block_queries,
+                BLOCK_KEYS=config.block_keys,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        config = importance_config(channels, q.dtype)
+        grid, blocks = shares(images, 1, tokens, config.block_keys)
+        if importance and grid[0]:
+            importance_kernel[grid](
+                *(q, k, bias, policy, starts, row_max, row_sum, worth),
+                *(number for t in (q, k) for number in head_strides(t, starts)),
+                *(heads, tokens, blocks, scale),
+                **modes,
+                IMPORTANCE=importance,
+                CHANNELS=channels,
+                BLOCK_CHANNELS=config.block_channels,
+                BLOCK_QUERIES=config.block_queries,
+                BLOCK_KEYS=config.block_keys,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+    return out, row_max, row_sum, worth
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "blocks"])
+def attention_kernel(
+    q,  # (B, H, N, d), or, if PACKED, (T, H, d); k and v likewise
+    k,
+    v,
+    bias,  # (rows), if BIAS
+    policy,  # (rows), if POLICY
+    starts,  # (B + 1), if PACKED
+    out,  # out: (rows, H, d)
+    row_max,  # out: (rows, H), the highest score
+    row_sum,  # out: (rows, H), what weights are divided by
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    heads,
+    tokens,
+    blocks,
+    scale,
+    BIAS: tl.constexpr,
+    POLICY: tl.constexpr,
+    PACKED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """A program takes BLOCK_QUERIES queries of one head past all keys; the equation is in csrc/common/args.h.
+
+    Keys beyond the last one have a term of -infinity and values of 0, so that the last block needs no case.
+    """
+    image, head, block = place(heads, blocks)
+    first, count = image_rows(starts, image, tokens, PACKED)
+    if block * BLOCK_QUERIES >= count:
+        return
+    q = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
+    k = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
+    v = head_start(v, image, head, first, v_stride_b, v_stride_h, v_stride_n, PACKED)
+    i = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
+    factor = _HALF_RANGE if POLICY and v.dtype.element_ty == tl.float16 else 1.0
+
+    highest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_QUERIES,), tl.float32)
+    mixed = tl.zeros((BLOCK_QUERIES, BLOCK_CHANNELS), tl.float32)
+    value_sum = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+    for start in range(0, count, BLOCK_KEYS):
+        j = start + tl.arange(0, BLOCK_KEYS)
+        keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
+        dots = multiply_add(queries, keys, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, count, BIAS)[None, :]
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        # Where no key has a score yet, there is nothing to subtract from.
+        level = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(highest - level)
+        highest = higher
+        seen = tl.exp2(scores - level[:, None])
+        values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
+        if POLICY:
+            kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+            seen *= tl.where(i[:, None] == j[None, :], factor, (factor * kept)[None, :])
+            value_sum += tl.sum(values.to(tl.float32), 0)
+        total = total * shrink + tl.sum(seen, 1)
+        mixed = multiply(narrow(seen, values.dtype), values, mixed * shrink[:, None])
+
+    if POLICY:
+        least = factor * EPS / count.to(tl.float32)
+        total += factor * EPS
+        mixed += least * value_sum[None, :]
+    mixed /= total[:, None]
+    at = first * heads + head
+    out += at * CHANNELS
+    store_vectors(out, narrow(mixed, out.dtype.element_ty), i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
+    rows = at + i.to(tl.int64) * heads
+    tl.store(row_max + rows, highest * LN_2, mask=i < count)
+    tl.store(row_sum + rows, total / factor, mask=i < count)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "blocks"])
+def importance_kernel(
+    q,  # (B, H, N, d), or, if PACKED, (T, H, d); k likewise
+    k,
+    bias,  # (rows), if BIAS
+    policy,  # (rows), if POLICY
+    starts,  # (B + 1), if PACKED
+    row_max,  # (rows, H)
+    row_sum,  # (rows, H)
+    worth,  # out: (rows)
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    heads,
+    tokens,
+    blocks,
+    scale,
+    BIAS: tl.constexpr,
+    POLICY: tl.constexpr,
+    PACKED: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """A program sums the weights of BLOCK_KEYS keys of one image, head by head: no order depends on timing.
+
+    It needs one query of each head, or, for the mean, all of them, a block at a time.
+    """
+    image, _, block = place(1, blocks)
+    first, count = image_rows(starts, image, tokens, PACKED)
+    if block * BLOCK_KEYS >= count:
+        return
+    j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    terms = key_terms(bias, first, j, count, BIAS)
+    if POLICY:
+        kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+        least = EPS / count.to(tl.float32)
+    sums = tl.zeros((BLOCK_KEYS,), tl.float32)
+    for number in range(heads):
+        head = number + tl.zeros((), tl.int32)
+        q_head = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
+        k_head = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
+        keys = load_vectors(k_head, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
+        at = first * heads + head
+        if IMPORTANCE == "mean":
+            for start in range(0, count, BLOCK_QUERIES):
+                i = start + tl.arange(0, BLOCK_QUERIES)
+                queries = load_vectors(q_head, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
+                dots = multiply_add(keys, queries, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
+                level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
+                seen = tl.exp2(dots * (scale * LOG2_E) + terms[:, None] - level[None, :])
+                if POLICY:
+                    seen = tl.where(i[None, :] == j[:, None], seen, seen * kept[:, None]) + least
+                inverse = tl.where(i < count, 1.0 / load_rows(row_sum + at, i, count, heads, 1.0), 0.0)
+                sums += tl.sum(seen * inverse[None, :], 1)
+        else:
+            i = tl.zeros((), tl.int32) if IMPORTANCE == "class" else count - 1
+            c = tl.arange(0, BLOCK_CHANNELS)
+            query = tl.load(q_head + i.to(tl.int64) * q_stride_n + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
+            dots = tl.sum(keys.to(tl.float32) * query[None, :], 1)
+            level = load_rows(row_max + at, i, count, heads, 0.0) * LOG2_E
+            seen = tl.exp2(dots * (scale * LOG2_E) + terms - level)
+            if POLICY:
+                seen = tl.where(j == i, seen, seen * kept) + least
+            sums += seen / load_rows(row_sum + at, i, count, heads, 1.0)
+    tl.store(worth + first + j, sums * weight_share(heads, count, IMPORTANCE), mask=j < count)
