@@ -219,26 +219,26 @@ def _mean(values: Sequence[int]) -> float:
 def _block(block: Any, entering: int, attended: int, after: int) -> int:
     """Of one block, and of what is chosen before it, that so many tokens enter, attend in, and leave."""
     choice = block.tokred_step.choice_flops(entering, attended, block) if hasattr(block, "tokred_step") else 0
-    return choice + _self_attention(block.attn, attended) + after * _linear(block.mlp)
+    return choice + _self_attention(block.attn, attended) + after * linear_flops(block.mlp)
 
 
-def _linear(module: nn.Module) -> int:
-    """Of all linear layers inside, for one token."""
+def linear_flops(module: nn.Module) -> int:
+    """Of all linear layers inside `module`, for one token."""
     return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def _self_attention(attention: Any, tokens: int) -> int:
     """Projections, and two products of (N, d) with (N, d) for each head."""
-    return tokens * _linear(attention) + 4 * tokens * tokens * attention.num_heads * attention.head_dim
+    return tokens * linear_flops(attention) + 4 * tokens * tokens * attention.num_heads * attention.head_dim
 
 
 def _head(model: Any, tokens: int) -> int:
-    per_image = _linear(model.head) + (_linear(model.head_dist) if hasattr(model, "head_dist") else 0)
+    per_image = linear_flops(model.head) + (linear_flops(model.head_dist) if hasattr(model, "head_dist") else 0)
     pool = model.attn_pool
     if pool is None:
         # Without pooling the head runs on every token.
         return per_image * (1 if model.global_pool else tokens)
     pooled = tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
     latents = pool.latent_len
-    attended = pooled * _linear(pool.kv) + 4 * latents * pooled * pool.num_heads * pool.head_dim
-    return per_image + attended + latents * (_linear(pool) - _linear(pool.kv))
+    attended = pooled * linear_flops(pool.kv) + 4 * latents * pooled * pool.num_heads * pool.head_dim
+    return per_image + attended + latents * (linear_flops(pool) - linear_flops(pool.kv))

@@ -8,6 +8,7 @@ own process may have set: kernels are either interpreted or compiled, for the wh
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,10 @@ NVIDIA_SHARED, AMD_SHARED = 99 * 1024, 64 * 1024
 # one more block onto a multiprocessor.
 SPILL_ALLOWANCE = 16
 # Tensors that a kernel may be given None for.
-ABSENT = ("sources", "destinations", "cu_seqlens", "inverse", "weight", "weight_sum", "grad_weight_sum", "x", "y")
+ABSENT = (
+    *("sources", "destinations", "cu_seqlens", "inverse", "weight", "weight_sum", "grad_weight_sum", "x", "y"),
+    *("bias", "policy", "starts", "grad_worth", "top", "shift", "grad_bias", "grad_policy"),
+)
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -47,7 +51,8 @@ def test_every_kernel_fits_and_does_not_spill(target):
     compiled = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert {kernel["name"] for kernel in compiled} == {
         *("match_kernel", "mean_kernel", "rank_kernel", "select_kernel", "window_kernel"),
-        *("merge_kernel", "merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel"),
+        *("merge_kernel", "merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel", "topk_kernel"),
+        *("attention_kernel", "importance_kernel", "rows_kernel", "keys_kernel", "queries_kernel"),
     }
     limit = AMD_SHARED if target.startswith("gfx") else NVIDIA_SHARED
     assert [kernel for kernel in compiled if kernel["shared"] > limit] == []
@@ -61,6 +66,7 @@ def _cases():
     from tokred_kernels.backends.triton import configs
     from tokred_kernels.backends.triton.best_match import match_kernel, mean_kernel, rank_kernel
     from tokred_kernels.backends.triton.bipartite_match import select_kernel
+    from tokred_kernels.backends.triton.keep_topk import topk_kernel
     from tokred_kernels.backends.triton.merge import merge_kernel
     from tokred_kernels.backends.triton.merge_backward import amax_backward_kernel, merge_backward_kernel
     from tokred_kernels.backends.triton.unmerge import unmerge_kernel
@@ -121,6 +127,9 @@ def _cases():
             (select | lists, {"LISTS": True, "BY_INDEX": False}),
         ):
             yield select_kernel, types, constants | blocks, options, True
+        types = {"scores": "*fp32", **dict.fromkeys(("dest", "members", "begin", "count"), "*i32")}
+        for fuse in (False, True):
+            yield topk_kernel, types, {"FUSE": fuse, **blocks}, options, True
 
     for (_, dtype), config in configs.ROWS_CONFIGS.items():
         blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_CHANNELS": config.block_channels}
@@ -155,6 +164,58 @@ def _cases():
             yield merge_backward_kernel, kept, modes | blocks, options, True
 
 
+# What attention may be asked for: bias, policy, packed, the importance that is differentiated.
+ATTENTION_MODES = [(True, False, False, "class"), (True, True, True, "mean"), (False, False, True, "")]
+
+
+def _attention_cases():
+    """The same, of token attention: at the full width of a head of each config, and at one that is less."""
+    import torch
+
+    from tokred_kernels.backends.triton import configs
+    from tokred_kernels.backends.triton.attention_rows import rows_kernel
+    from tokred_kernels.backends.triton.token_attention import attention_kernel, importance_kernel
+    from tokred_kernels.backends.triton.token_attention_backward import keys_kernel, queries_kernel
+
+    pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    forward = (attention_kernel, "out"), (importance_kernel, "worth")
+    backward = (rows_kernel, "out delta top shift"), (queries_kernel, "delta top shift grad_q")
+    of_keys = (keys_kernel, "delta top shift grad_k grad_v grad_bias grad_policy")
+    shipped = (
+        (configs.ATTENTION_CONFIGS, forward[:1]),
+        (configs.IMPORTANCE_CONFIGS, forward[1:]),
+        (configs.QUERIES_CONFIGS, backward),
+        (configs.KEYS_CONFIGS, (of_keys,)),
+    )
+    for table, kernels in shipped:
+        for dtype, by_width in table.items():
+            for config, (kernel, others) in itertools.product(by_width.values(), kernels):
+                width = config.block_channels
+                modes = [(width, True, mode) for mode in ATTENTION_MODES]
+                if dtype == torch.float16:  # differs from bfloat16 in the products' type alone
+                    modes = modes[:1]
+                elif width == 64:
+                    modes.append((40, False, ATTENTION_MODES[1]))
+                for channels, aligned, (bias, policy, packed, importance) in modes:
+                    if kernel is importance_kernel and not importance:
+                        continue
+                    types = dict.fromkeys(("q", "k", "v", "grad_out", "out", "grad_q", "grad_k", "grad_v"), pointer[dtype])
+                    types |= dict.fromkeys(("row_max", "row_sum", "worth", "delta"), "*fp32")
+                    types |= dict.fromkeys(("bias", "grad_bias"), "*fp32") if bias else {}
+                    types |= dict.fromkeys(("policy", "shift", "grad_policy"), "*fp32") if policy else {}
+                    types |= {"top": "*i32"} if policy else {}
+                    types |= {"starts": "*i32"} if packed else {}
+                    types |= {"grad_worth": "*fp32"} if importance else {}
+                    types = {name: of for name, of in types.items() if name in kernel.arg_names} | {"scale": "fp32"}
+                    constants = {"BIAS": bias, "POLICY": policy, "PACKED": packed, "IMPORTANCE": importance}
+                    constants |= {"NEED_BIAS": bias, "NEED_POLICY": policy, "CHANNELS": channels}
+                    constants |= {"BLOCK_QUERIES": config.block_queries, "BLOCK_KEYS": config.block_keys}
+                    constants |= {"BLOCK_CHANNELS": width}
+                    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+                    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                    yield kernel, types, constants, options, aligned
+
+
 def _compile(target, kernel, types, constants, options, aligned):
     """What launching `kernel` would compile: tensors 16-byte aligned, and where `aligned`, strides and sizes too."""
     import triton
@@ -172,7 +233,7 @@ def _compile(target, kernel, types, constants, options, aligned):
             signature[name], values[name] = "constexpr", None
         else:
             signature[name] = "i32"
-        if name in types or (aligned and signature[name] == "i32" and name not in unspecialized):
+        if signature[name].startswith("*") or (aligned and signature[name] == "i32" and name not in unspecialized):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(options))
@@ -209,5 +270,5 @@ def _spilled(compiled):
 
 
 if __name__ == "__main__":
-    for case in _cases():
+    for case in itertools.chain(_cases(), _attention_cases()):
         print(json.dumps(_compile(sys.argv[1], *case)), flush=True)

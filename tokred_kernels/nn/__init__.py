@@ -1,6 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Modules and layer functions of the token-reduction systems, made of the package's ops."""
 
+from tokred_kernels.nn.diffrate import CompressionRate
+from tokred_kernels.nn.dynamicvit import TokenPredictor, decide, distillation_loss, ratio_loss
+from tokred_kernels.nn.evit import cosine_keep_rate, keep_attentive
 from tokred_kernels.nn.segmenter import LinearSegmenter
 
-__all__ = ["LinearSegmenter"]
+__all__ = [
+    "CompressionRate",
+    "LinearSegmenter",
+    "TokenPredictor",
+    "cosine_keep_rate",
+    "decide",
+    "distillation_loss",
+    "keep_attentive",
+    "ratio_loss",
+]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tokred_kernels.checks import check_count, shape
 
 KEEP = 0  # of the predictor's two classes
+INIT_STD = 0.02  # as published
 
 
 class TokenPredictor(nn.Module):
@@ -37,6 +38,10 @@ class TokenPredictor(nn.Module):
             nn.Linear(embed_dim // 4, 2),
             nn.LogSoftmax(dim=-1),
         )
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, policy: Tensor) -> Tensor:
         """The log-probabilities (B, N, 2) of keeping and of dropping each token.

@@ -168,6 +168,7 @@ class _TokenAttention(torch.autograd.Function):
         out, row_max, row_sum, worth = _token_attention(
             q, k, v, bias, policy, starts, longest, scale, importance, backend
         )
+        ctx.set_materialize_grads(False)  # where the importance only chooses tokens, no gradient comes through it
         ctx.save_for_backward(q, k, v, bias, policy, starts, out, row_max, row_sum)
         ctx.settings = longest, scale, importance
         ctx.backend = backend
@@ -176,11 +177,14 @@ class _TokenAttention(torch.autograd.Function):
         return out, worth
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_worth: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_worth: Tensor | None) -> tuple[Tensor | None, ...]:
         longest, scale, importance = ctx.settings
         q, k, v, bias, policy, starts, out, row_max, row_sum = ctx.saved_tensors
         needs = ctx.needs_input_grad
         need_bias, need_policy = bias is not None and needs[3], policy is not None and needs[4]
+        anchor: Any = grad_worth if grad_out is None else grad_out
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
         with torch.no_grad():
             grads = _token_attention_backward(
                 *(grad_out, grad_worth if importance else None, q, k, v, bias, policy, starts, out, row_max, row_sum),
@@ -189,7 +193,7 @@ class _TokenAttention(torch.autograd.Function):
         if starts is None:
             grads = (*(g.transpose(1, 2) for g in grads[:3]), *grads[3:])
         wanted = (*needs[:3], need_bias, need_policy)
-        return (*(once(OP, g, grad_out) if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 5)
+        return (*(once(OP, g, anchor) if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
 def _layout(q: Tensor, starts: Tensor | None) -> tuple[int, ...]:

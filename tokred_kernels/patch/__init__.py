@@ -15,6 +15,9 @@ from torch import nn
 METHODS = {
     "tome": "tokred_kernels.patch.tome",
     "algm": "tokred_kernels.patch.algm",
+    "dynamicvit": "tokred_kernels.patch.dynamicvit",
+    "evit": "tokred_kernels.patch.evit",
+    "diffrate": "tokred_kernels.patch.diffrate",
     "tomesd": "tokred_kernels.patch.tomesd",
 }
 
@@ -27,10 +30,10 @@ Model = TypeVar("Model")
 
 
 def patch(model: Model, method: str, **settings: Any) -> Model:
-    """Make `model` reduce its tokens as it goes; its parameters, buffers and state dict stay what they are.
+    """Make `model` reduce its tokens as it goes; its parameters and buffers stay what they are.
 
     Args:
-        model: for "tome" and "algm" a timm VisionTransformer (ViT, DeiT with or without the distillation token, with
+        model: a timm VisionTransformer (ViT, DeiT with or without the distillation token, with
             any number of register tokens, with or without a class token); for "tomesd" a diffusers pipeline, UNet or
             transformer. Patch it before torch.compile, DDP or the like wrap it.
         method: how tokens get fewer, and brings its own settings. The `apply` of each method's module describes them
@@ -46,6 +49,13 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
                 count, uneven, group: "batch", "keep", None: whether images differ in how many merge; grids that the
                     window does not divide; processes that shall agree.
                 prop_attn, trace: False, True, as for "tome".
+            "dynamicvit", DynamicViT (tokred_kernels.patch.dynamicvit): trained predictors choose what is kept, from
+            some blocks on; they are new modules of the model.
+                layers, keep: (3, 6, 9), (0.7, 0.49, 0.343), the blocks, counted from 0, and the share of all patches.
+                trace: True, as for "tome".
+            "evit", EViT (tokred_kernels.patch.evit): the class token's attention chooses; the others become one.
+                keep_rate, layers: 0.7, (3, 6, 9), the share of the tokens at hand, and the blocks, counted from 0.
+                fuse, importance, trace: True, "class", True.
             "tomesd", ToMe for diffusion (tokred_kernels.patch.tomesd): tokens merge before the chosen parts of each
                 transformer block, and come back after.
                 ratio, stride, max_downsample: 0.5, (2, 2), 1: how many tokens merge, into those of which cells, and how
@@ -89,6 +99,19 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
             )
     module.apply(target, **settings)
     return model
+
+
+def set_keep_rate(model: nn.Module, keep_rate: Any) -> None:
+    """Change the keep rate of a model patched with "evit", as training goes on; see `nn.cosine_keep_rate`.
+
+    Args:
+        model: what was patched, not a wrapper around it. A compiled one compiles anew for each number of tokens.
+        keep_rate: as in `patch`: one share for all layers, or a list with one for each.
+
+    Raises:
+        TypeError, ValueError: a wrong rate, or a model that is not patched with "evit".
+    """
+    importlib.import_module(METHODS["evit"]).set_keep_rate(model, keep_rate)
 
 
 def unpatch(model: Model) -> Model:

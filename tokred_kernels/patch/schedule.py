@@ -53,19 +53,48 @@ def merging_layers(layers: Any, num_blocks: int) -> tuple[int, ...]:
         TypeError: no tuple or list, or a part that is no int.
         ValueError: none at all, one that the model does not have, or not in ascending order.
     """
+    return _blocks(layers, 1, num_blocks)
+
+
+def reducing_blocks(layers: Any, num_blocks: int) -> tuple[int, ...]:
+    """The same of indices of blocks, counted from 0."""
+    return _blocks(layers, 0, num_blocks - 1)
+
+
+def _blocks(layers: Any, first: int, last: int) -> tuple[int, ...]:
     if not isinstance(layers, (tuple, list)):
         raise TypeError(f"tokred_kernels.patch: layers must be a tuple of ints, got {layers!r}")
     if not layers:
         raise ValueError("tokred_kernels.patch: layers must name at least one block, got none")
     for layer in layers:
-        check_count("patch", "layers", layer, least=1)
-    if layers[-1] > num_blocks:
+        check_count("patch", "layers", layer, least=first)
+    if layers[-1] > last:
         raise ValueError(
-            f"tokred_kernels.patch: layers must be from 1 to {num_blocks}, the model's last block, got {layers[-1]}"
+            f"tokred_kernels.patch: layers must be from {first} to {last}, the model's last block, got {layers[-1]}"
         )
     if any(after <= before for before, after in pairwise(layers)):
         raise ValueError(f"tokred_kernels.patch: layers must ascend, got {tuple(layers)}")
     return tuple(layers)
+
+
+def share_per_layer(name: str, share: Any, num_layers: int) -> list[float]:
+    """The share of tokens to keep in each of `num_layers` layers, from one for all, or a list with one for each.
+
+    Raises:
+        TypeError: something else than numbers.
+        ValueError: one that is not above 0 and at most 1, or a list of another length.
+    """
+    shares = list(share) if isinstance(share, (tuple, list)) else [share] * num_layers
+    if len(shares) != num_layers:
+        raise ValueError(
+            f"tokred_kernels.patch: {name} must have one number for each of {num_layers} layers, got {len(shares)}"
+        )
+    for value in shares:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"tokred_kernels.patch: {name} must be a number, or a list of numbers, got {share!r}")
+        if not 0 < value <= 1:
+            raise ValueError(f"tokred_kernels.patch: {name} must be above 0 and at most 1, got {value}")
+    return shares
 
 
 def count_per_layer(count: Any, num_layers: int, group: Any = None) -> list[int | str]:

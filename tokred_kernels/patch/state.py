@@ -25,6 +25,7 @@ class State(NamedTuple):
         policy: (B, N), 1 for tokens that are kept and 0 for those that attention passes over, where a method masks
             tokens instead of removing them; else None.
         decisions: the policies that a method has drawn so far, without prefix tokens.
+        patches: how many tokens after the prefix entered the first block.
     """
 
     size: Tensor | None = None
@@ -32,6 +33,7 @@ class State(NamedTuple):
     packing: Packing | None = None
     policy: Tensor | None = None
     decisions: tuple[Tensor, ...] = ()
+    patches: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Step:
         if token_map is None:
             return x, state, None
         x, size = merge_wavg(x, token_map, state.size)
-        return x, State(size, None, token_map.packed), token_map
+        return x, state._replace(size=size, grid=None, packing=token_map.packed), token_map
 
     def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
         """Where the tokens go between attention and MLP; None where all stay."""

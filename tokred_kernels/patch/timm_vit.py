@@ -36,10 +36,17 @@ OWN_BLOCK = "write a block of your own with tokred_kernels.bipartite_match and m
 
 
 class Mark(NamedTuple):
-    """What was put into a model. A model that carries one is patched."""
+    """What was put into a model. A model that carries one is patched.
+
+    Attributes:
+        method: its name.
+        settings: as they were given.
+        modules: the names of the modules that it put into the model, or into its blocks.
+    """
 
     method: str
     settings: dict[str, Any]
+    modules: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return ", ".join([f'"{self.method}"', *(f"{name}={value!r}" for name, value in self.settings.items())])
@@ -50,10 +57,12 @@ class Mark(NamedTuple):
 
     def remove(self, model: nn.Module) -> None:
         """Give every module its own class back, and drop what we left in them."""
-        for module in model.modules():
+        for module in list(model.modules()):
             if isinstance(module, Patched):
                 for name in (STEP, RECORD, MARK):
                     module.__dict__.pop(name, None)
+                for name in self.modules:
+                    module._modules.pop(name, None)
                 module.__class__ = module.original  # type: ignore[assignment]
 
 
@@ -123,6 +132,14 @@ def _drop_path(drop: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     return x * drop(x.new_ones(len(packing.lengths), 1))[image_of_row(packing)]
 
 
+def _weights(state: State) -> Tensor | None:
+    """(B, N, 1), how much each final token counts in a mean; None for 1 each."""
+    if state.policy is None:
+        return state.size
+    kept = state.policy.unsqueeze(-1)
+    return kept if state.size is None else kept * state.size
+
+
 def _count(x: Tensor, state: State) -> int | tuple[int, ...]:
     """How many tokens an image has; of packed ones, each image."""
     return x.shape[1] if state.packing is None else state.packing.lengths
@@ -147,7 +164,8 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
         entered = (x.shape[0], x.shape[1], x.device)
         if grid is not None and grid[0] * grid[1] + self.num_prefix_tokens != x.shape[1]:
             grid = None  # after patch dropout
-        state, maps, counts = State(grid=grid), [], []
+        state = State(grid=grid, patches=x.shape[1] - self.num_prefix_tokens)
+        maps, counts = [], []
         for block in self.blocks:
             step: Any = block.tokred_step
             x, state, before = step.enter(self, x, state)
@@ -167,7 +185,7 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
 
         Packed tokens (T, C) of the last forward give (B, C) as others do, or, with no pooling at all, stay as they are.
         """
-        packing, size = self._packing_of(x), self.tokred_record.state.size
+        packing, size = self._packing_of(x), _weights(self.tokred_record.state)
         kind = self.global_pool if pool_type is None else pool_type
         begin = 0 if self.pool_include_prefix else self.num_prefix_tokens
         if packing is not None and size is not None:

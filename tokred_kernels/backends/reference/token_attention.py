@@ -29,10 +29,10 @@ def token_attention(
     lengths = list(packed.lengths)
     pieces = []
     columns: list[Any] = [[None] * len(lengths) if t is None else t.split(lengths) for t in (q, k, v, bias, policy)]
-    for *operands, own_bias, own_policy in zip(*columns, strict=True):
+    for *operands, image_bias, image_policy in zip(*columns, strict=True):
         query, key, value = (t.transpose(0, 1)[None] for t in operands)
-        own_bias, own_policy = (None if t is None else t[None] for t in (own_bias, own_policy))
-        out, worth = _attend(query, key, value, own_bias, own_policy, scale, importance)
+        terms = [None if t is None else t[None] for t in (image_bias, image_policy)]
+        out, worth = _attend(query, key, value, terms[0], terms[1], scale, importance)
         pieces.append((out[0].transpose(0, 1), worth[0] if importance else worth))
     if not pieces:
         return torch.empty_like(q), q.new_empty(0)

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: MIT
+"""The gradients of token attention in Triton: rows, then a block of keys past all queries, then the other way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokred_kernels.backends.native.bipartite_match import inner_dense
+from tokred_kernels.backends.triton import multiply_add, narrow, on_device
+from tokred_kernels.backends.triton.attention_rows import rows_kernel
+from tokred_kernels.backends.triton.attention_tiles import (
+    EPS,
+    LOG2_E,
+    check_width,
+    counts_query,
+    head_start,
+    head_strides,
+    image_rows,
+    key_terms,
+    load_rows,
+    load_vectors,
+    multiply,
+    place,
+    shares,
+    sizes,
+    store_vectors,
+    weight_share,
+)
+from tokred_kernels.backends.triton.configs import AttentionConfig, keys_config, queries_config
+
+
+def token_attention_backward(
+    grad_out: Tensor,
+    grad_importance: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    policy: Tensor | None,
+    starts: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    longest: int,
+    scale: float,
+    importance: str,
+    need_bias: bool,
+    need_policy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `ops.token_attention`: gradients as `out` lies in memory, and of bias and policy, empty if not needed.
+
+    `grad_out` lies as `out` does: (B, N, H, d), or (T, H, d).
+    """
+    check_width(q)
+    q, k, v, grad_out = (inner_dense(t) for t in (q, k, v, grad_out))
+    if grad_importance is not None:
+        grad_importance = grad_importance.contiguous()
+    grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
+    delta = torch.empty_like(row_max)
+    shift, top = (
+        (None, None)
+        if policy is None
+        else (torch.empty_like(row_max), row_max.new_empty(row_max.shape, dtype=torch.int32))
+    )
+    of_heads = [torch.empty_like(row_max) if need else None for need in (need_bias, need_policy)]
+    images, heads, tokens, channels = sizes(q, starts, longest)
+    inputs = (q, k, v, grad_out, bias, policy, starts, grad_importance, row_max, row_sum)
+    strides = [number for t in (q, k, v) for number in head_strides(t, starts)]
+    strides += head_strides(grad_out if starts is not None else grad_out.transpose(1, 2), starts)
+    modes = {
+        "BIAS": bias is not None,
+        "POLICY": policy is not None,
+        "PACKED": starts is not None,
+        "IMPORTANCE": importance if grad_importance is not None else "",
+        "CHANNELS": channels,
+    }
+
+    def launch(kernel: Any, config: AttentionConfig, block: int, *others: Tensor | None, **more: bool) -> None:
+        grid, blocks = shares(images, heads, tokens, block)
+        if grid[0]:
+            kernel[grid](
+                *(*inputs, *others, *strides, heads, tokens, blocks, scale),
+                **(modes | more),
+                BLOCK_CHANNELS=config.block_channels,
+                BLOCK_QUERIES=config.block_queries,
+                BLOCK_KEYS=config.block_keys,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+
+    with on_device(q):
+        config = queries_config(channels, q.dtype)
+        launch(rows_kernel, config, config.block_queries, out, delta, top, shift)
+        launch(queries_kernel, config, config.block_queries, delta, top, shift, grad_q)
+        config = keys_config(channels, q.dtype)
+        outputs = (grad_k, grad_v, *of_heads)
+        needs = {"NEED_BIAS": need_bias, "NEED_POLICY": need_policy}
+        launch(keys_kernel, config, config.block_keys, delta, top, shift, *outputs, **needs)
+    # Heads are summed in one order, so the result does not depend on timing.
+    sums = [row_max.new_empty(0) if t is None else t.sum(-1) for t in of_heads]
+    return grad_q, grad_k, grad_v, sums[0], sums[1]
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "blocks"])
+def keys_kernel(
+    q,  # (B, H, N, d), or, if PACKED, (T, H, d); k, v and grad_out likewise
+    k,
+    v,
+    grad_out,
+    bias,  # (rows), if BIAS
+    policy,  # (rows), if POLICY
+    starts,  # (B + 1), if PACKED
+    grad_worth,  # (rows), if IMPORTANCE
+    row_max,  # (rows, H)
+    row_sum,  # (rows, H)
+    delta,  # (rows, H); this and the next two are from `rows_kernel`
+    top,  # (rows, H), if POLICY
+    shift,  # (rows, H), if POLICY
+    grad_k,  # out: (rows, H, d)
+    grad_v,  # out: (rows, H, d)
+    grad_bias,  # out: (rows, H), if NEED_BIAS
+    grad_policy,  # out: (rows, H), if NEED_POLICY
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    g_stride_b,
+    g_stride_h,
+    g_stride_n,
+    heads,
+    tokens,
+    blocks,
+    scale,
+    BIAS: tl.constexpr,
+    POLICY: tl.constexpr,
+    PACKED: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    NEED_POLICY: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """A program takes BLOCK_KEYS keys of one head past all queries: tiles are of keys x queries.
+
+    Queries beyond the last one have a highest score of infinity and vectors of 0, so that they add nothing.
+    """
+    image, head, block = place(heads, blocks)
+    first, count = image_rows(starts, image, tokens, PACKED)
+    if block * BLOCK_KEYS >= count:
+        return
+    q = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
+    k = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
+    v = head_start(v, image, head, first, v_stride_b, v_stride_h, v_stride_n, PACKED)
+    grad_out = head_start(grad_out, image, head, first, g_stride_b, g_stride_h, g_stride_n, PACKED)
+    at = first * heads + head
+    j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
+    values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
+    terms = key_terms(bias, first, j, count, BIAS)
+    if POLICY:
+        kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+    if IMPORTANCE != "":
+        worth = tl.load(grad_worth + first + j, mask=j < count, other=0.0) * weight_share(heads, count, IMPORTANCE)
+
+    to_keys = tl.zeros((BLOCK_KEYS, BLOCK_CHANNELS), tl.float32)
+    to_values = tl.zeros((BLOCK_KEYS, BLOCK_CHANNELS), tl.float32)
+    to_bias = tl.zeros((BLOCK_KEYS,), tl.float32)
+    to_policy = tl.zeros((BLOCK_KEYS,), tl.float32)
+    for start in range(0, count, BLOCK_QUERIES):
+        i = start + tl.arange(0, BLOCK_QUERIES)
+        queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
+        level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
+        inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
+        mean = load_rows(delta + at, i, count, heads, 0.0)
+        dots = multiply_add(keys, queries, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
+        seen = tl.exp2(dots * (scale * LOG2_E) + terms[:, None] - level[None, :])
+        grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
+        reached = multiply_add(values, grads, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
+        if IMPORTANCE != "":
+            reached += tl.where(counts_query(i, count, IMPORTANCE)[None, :], worth[:, None], 0.0)
+        weights = seen * inverse[None, :]
+        moved = weights * (reached - mean[None, :])
+        if POLICY:
+            own = i[None, :] == j[:, None]
+            to_policy += tl.sum(tl.where(own, 0.0, moved), 1)
+            moved = tl.where(own, moved, moved * kept[:, None])
+            highest = load_rows(top + at, i, count, heads, -1)
+            shifts = load_rows(shift + at, i, count, heads, 0.0)
+            moved -= tl.where(highest[None, :] == j[:, None], shifts[None, :], 0.0)
+            weights = tl.where(own, weights, weights * kept[:, None])
+            weights += (EPS / count.to(tl.float32)) * inverse[None, :]
+        to_bias += tl.sum(moved, 1)
+        to_values = multiply(narrow(weights, grads.dtype), grads, to_values)
+        to_keys = multiply(narrow(moved, queries.dtype), queries, to_keys)
+
+    stride = heads * CHANNELS
+    to_keys = narrow(to_keys * scale, grad_k.dtype.element_ty)
+    store_vectors(grad_k + at * CHANNELS, to_keys, j, count, stride, CHANNELS, BLOCK_CHANNELS)
+    to_values = narrow(to_values, grad_v.dtype.element_ty)
+    store_vectors(grad_v + at * CHANNELS, to_values, j, count, stride, CHANNELS, BLOCK_CHANNELS)
+    rows = at + j.to(tl.int64) * heads
+    if NEED_BIAS:
+        tl.store(grad_bias + rows, to_bias, mask=j < count)
+    if NEED_POLICY:
+        tl.store(grad_policy + rows, to_policy, mask=j < count)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "blocks"])
+def queries_kernel(
+    q,  # (B, H, N, d), or, if PACKED, (T, H, d); k, v and grad_out likewise
+    k,
+    v,
+    grad_out,
+    bias,  # (rows), if BIAS
+    policy,  # (rows), if POLICY
+    starts,  # (B + 1), if PACKED
+    grad_worth,  # (rows), if IMPORTANCE
+    row_max,  # (rows, H)
+    row_sum,  # (rows, H)
+    delta,  # (rows, H); this and the next two are from `rows_kernel`
+    top,  # (rows, H), if POLICY
+    shift,  # (rows, H), if POLICY
+    grad_q,  # out: (rows, H, d)
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    g_stride_b,
+    g_stride_h,
+    g_stride_n,
+    heads,
+    tokens,
+    blocks,
+    scale,
+    BIAS: tl.constexpr,
+    POLICY: tl.constexpr,
+    PACKED: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """A program takes BLOCK_QUERIES queries of one head past all keys."""
+    image, head, block = place(heads, blocks)
+    first, count = image_rows(starts, image, tokens, PACKED)
+    if block * BLOCK_QUERIES >= count:
+        return
+    q = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
+    k = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
+    v = head_start(v, image, head, first, v_stride_b, v_stride_h, v_stride_n, PACKED)
+    grad_out = head_start(grad_out, image, head, first, g_stride_b, g_stride_h, g_stride_n, PACKED)
+    at = first * heads + head
+    i = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
+    grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
+    level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
+    inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
+    mean = load_rows(delta + at, i, count, heads, 0.0)
+    if POLICY:
+        highest = load_rows(top + at, i, count, heads, -1)
+        shifts = load_rows(shift + at, i, count, heads, 0.0)
+    if IMPORTANCE != "":
+        share = tl.where(counts_query(i, count, IMPORTANCE), weight_share(heads, count, IMPORTANCE), 0.0)
+
+    to_queries = tl.zeros((BLOCK_QUERIES, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, count, BLOCK_KEYS):
+        j = start + tl.arange(0, BLOCK_KEYS)
+        keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
+        terms = key_terms(bias, first, j, count, BIAS)
+        dots = multiply_add(queries, keys, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        seen = tl.exp2(dots * (scale * LOG2_E) + terms[None, :] - level[:, None])
+        values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
+        reached = multiply_add(grads, values, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        if IMPORTANCE != "":
+            worth = tl.load(grad_worth + first + j, mask=j < count, other=0.0)
+            reached += share[:, None] * worth[None, :]
+        moved = seen * inverse[:, None] * (reached - mean[:, None])
+        if POLICY:
+            kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+            moved = tl.where(i[:, None] == j[None, :], moved, moved * kept[None, :])
+            moved -= tl.where(highest[:, None] == j[None, :], shifts[:, None], 0.0)
+        to_queries = multiply(narrow(moved, keys.dtype), keys, to_queries)
+    to_queries = narrow(to_queries * scale, grad_q.dtype.element_ty)
+    store_vectors(grad_q + at * CHANNELS, to_queries, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)

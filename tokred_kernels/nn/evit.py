@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: MIT
+"""EViT's parts: how many tokens to keep as training goes on, and what the others leave behind."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.ops.keep_topk import keep_topk
+from tokred_kernels.ops.merge import merge
+from tokred_kernels.token_map import TokenMap
+
+
+def keep_attentive(
+    x: Tensor, importance: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = True
+) -> tuple[Tensor, TokenMap]:
+    """Keep the `k` most attended tokens, and fuse the others into one (EViT, section 3.2).
+
+    Args:
+        x: (B, N, C).
+        importance: (B, N), the class token's attention, as `token_attention(importance="class")` gives it. The fused
+            token is the sum of its tokens, each times this, so it is differentiable by way of both.
+        k, num_prefix, fuse: of `keep_topk`; without `fuse` the others are dropped.
+
+    Returns:
+        The tokens that are left, and the map that was followed.
+
+    Raises as `keep_topk` and `merge` do.
+    """
+    token_map = keep_topk(importance, k, num_prefix=num_prefix, fuse=fuse)
+    if token_map.num_out == num_prefix + k:
+        return merge(x, token_map, reduce="sum"), token_map
+    weight = torch.where(token_map.dest == num_prefix + k, importance, 1.0)
+    return merge(x, token_map, reduce="sum", weight=weight), token_map
+
+
+def cosine_keep_rate(step: int, *, warmup: int, total: int, base: float, highest: float = 1.0) -> float:
+    """The keep rate at a step of training: all tokens at first, then falling to `base` along a cosine.
+
+    Args:
+        step: counted from 0, in any unit: iterations, or epochs.
+        warmup: so many steps keep every token.
+        total: from this step on it is `base`.
+        base: the rate to end with.
+        highest: where the cosine starts.
+
+    (EViT, section 4, "training strategy"; `adjust_keep_rate`.)
+
+    Raises:
+        ValueError: rates that are not 0 < base <= highest <= 1, or a warmup that is not below `total`.
+    """
+    if not 0 < base <= highest <= 1:
+        raise ValueError(
+            "tokred_kernels.nn.cosine_keep_rate: base and highest must be 0 < base <= highest <= 1, "
+            f"got {base} and {highest}"
+        )
+    if not 0 <= warmup < total:
+        raise ValueError(
+            f"tokred_kernels.nn.cosine_keep_rate: warmup must be from 0 to below total, got {warmup} and {total}"
+        )
+    if step < warmup:
+        return 1.0
+    if step >= total:
+        return base
+    return base + (highest - base) * (math.cos(math.pi * (step - warmup) / (total - warmup)) + 1) / 2

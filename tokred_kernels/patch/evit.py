@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""EViT in timm's VisionTransformer: inattentive tokens are fused into one, or dropped (EViT, section 3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from tokred_kernels.nn.evit import keep_attentive
+from tokred_kernels.patch import MARK, timm_vit
+from tokred_kernels.patch.schedule import reducing_blocks, share_per_layer
+from tokred_kernels.patch.state import State, Step
+from tokred_kernels.token_map import TokenMap
+
+METHOD = "evit"
+
+
+@dataclass(frozen=True)
+class KeepAttentive(Step):
+    """What a given block does: keep a share of the tokens, those most attended by the class token, or by all."""
+
+    keep: float = 1.0
+    fuse: bool = True
+    attended_by: str = "class"
+    num_prefix: int = 0
+
+    @property
+    def importance(self) -> str | None:  # type: ignore[override]
+        """See `Step`."""
+        return self.attended_by if self.keep < 1 else None
+
+    def kept(self, tokens: int) -> int:
+        """How many of `tokens` tokens stay, besides the prefix."""
+        return math.ceil(self.keep * (tokens - self.num_prefix))
+
+    def reduce(
+        self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
+    ) -> tuple[Tensor, State, TokenMap | None]:
+        """See `Step`."""
+        k = self.kept(x.shape[1])
+        if importance is None or k == x.shape[1] - self.num_prefix:
+            return x, state, None
+        x, token_map = keep_attentive(x, importance, k, num_prefix=self.num_prefix, fuse=self.fuse)
+        return x, state._replace(grid=None), token_map
+
+    def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int:
+        """See `Step`."""
+        left = self.num_prefix + self.kept(tokens)
+        return left + int(self.fuse and left < tokens)
+
+
+def apply(
+    model: Any,
+    *,
+    keep_rate: Any = 0.7,
+    layers: Any = (3, 6, 9),
+    fuse: bool = True,
+    importance: str = "class",
+    trace: bool = True,
+) -> None:
+    """Keep the tokens that the class token attends to, and fuse the others into one: EViT (ICLR 2022).
+
+    Args:
+        model: the VisionTransformer.
+        keep_rate: the share of the tokens at hand that each given layer keeps, rounded up, prefix tokens not counted;
+            above 0, at most 1. One for all, or a list with one for each. `set_keep_rate` changes it, for a schedule.
+        layers: indices of blocks, counted from 0 as in `model.blocks[3]` and as published, ascending. They reduce
+            between attention and MLP.
+        fuse: True (default): the others become one token, their sum weighted by importance. False drops them.
+        importance: "class" (default), what the class token attends to; "mean", what all tokens do, for models without.
+        trace: True (default) keeps the maps of the last forward, for `model.token_map`.
+
+    The model is the same when training, so it is trained, or fine-tuned, as it is. Sizes are not tracked, as published:
+    a fused token counts as one.
+
+    Raises as `patch` says.
+    """
+    timm_vit.check_switches(fuse=fuse, trace=trace)
+    if importance not in ("class", "mean"):
+        raise ValueError(f'tokred_kernels.patch: importance must be "class" or "mean", got {importance!r}')
+    timm_vit.check(model)
+    if importance == "class" and not model.has_class_token:
+        raise ValueError(
+            'tokred_kernels.patch: importance must be "mean" for a model without a class token, got "class"'
+        )
+    given = reducing_blocks(layers, len(model.blocks))
+    rates = share_per_layer("keep_rate", keep_rate, len(given))
+    prefix = model.num_prefix_tokens
+    steps = {
+        layer: KeepAttentive(False, rate, fuse, importance, prefix) for layer, rate in zip(given, rates, strict=True)
+    }
+    settings = {"keep_rate": keep_rate, "layers": given, "fuse": fuse, "importance": importance, "trace": trace}
+    timm_vit.install(model, timm_vit.Mark(METHOD, settings), lambda index: steps.get(index, Step()))
+
+
+def set_keep_rate(model: Any, keep_rate: Any) -> None:
+    """See `tokred_kernels.set_keep_rate`."""
+    mark = getattr(model, MARK, None)
+    if not isinstance(mark, timm_vit.Mark) or mark.method != METHOD:
+        raise ValueError(
+            f'tokred_kernels.set_keep_rate: model must be patched with "{METHOD}", got {type(model).__name__}'
+            + ("" if mark is None else f" patched with {mark}")
+        )
+    given = mark.settings["layers"]
+    rates = share_per_layer("keep_rate", keep_rate, len(given))
+    for layer, rate in zip(given, rates, strict=True):
+        block = model.blocks[layer]
+        setattr(block, timm_vit.STEP, replace(block.tokred_step, keep=rate))
+    setattr(model, MARK, mark._replace(settings={**mark.settings, "keep_rate": keep_rate}))
