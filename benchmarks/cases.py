@@ -15,11 +15,14 @@ MEASURES = {
     "matmul_share": ("least", "{:.0%} of a matrix product's rate"),
     "flops_efficiency": ("least", "{:g} of the FLOPs ratio"),
     "times_clone": ("most", "{:g}x the time of x.clone()"),
+    "times_fused": ("most", "{:g}x the time of torch's fused attention without either"),
     "median_us": ("most", "{:g} us"),
     "peak_share_published": ("most", "{:.0%} of the published chain's peak memory"),
     "peak_per_token": ("most", "{:g} bytes of memory a token"),
 }
 WINDOW_OPS = ("window_match", "window_merge")
+# What attention.py has: "keep_merge" is keep_topk, then merge, with the tokens that are not kept fused.
+ATTENTION_OPS = ("token_attention", "keep_merge")
 # These decide how many tokens merge by the tokens themselves; inputs are drawn so that it is `r`.
 ADAPTIVE_OPS = (*WINDOW_OPS, "adaptive_bipartite_match")
 
@@ -49,10 +52,11 @@ class Case:
             window_match followed by merge_wavg.
         model: what the shape comes from.
         shape: (B, N, C).
-        r: tokens to merge, or windows; the k of kth_bipartite_match.
+        r: tokens to merge, or windows, or those that are not kept; the k of kth_bipartite_match.
         metric_dim: D of the metric (B, N, D), or the d of keys (B, H, N, d).
         heads: H of the keys; 0 for a metric (B, N, D).
         reduce: how `merge` reduces.
+        variant: what a token_attention has, of "size", "policy" and "class" (importance), with "+" between.
         window: height and width of a window, or of a cell of grid_bipartite_match.
         training: forward and backward, for the gradient of the tokens; else forward, without gradients.
         host: times what a call costs the host (tiny tensors), not what it costs the device.
@@ -69,6 +73,7 @@ class Case:
     metric_dim: int = 64
     heads: int = 0
     reduce: str = "mean"
+    variant: str = ""
     window: tuple[int, int] = (2, 2)
     training: bool = False
     host: bool = False
@@ -79,9 +84,10 @@ class Case:
     @property
     def name(self) -> str:
         """What the results know this case by."""
-        variant = self.reduce if self.op == "merge" else ""
+        variant = self.reduce if self.op == "merge" else self.variant
+        variant += "-" if self.variant and self.training else ""
         variant += "overhead" if self.host else "training" if self.training else ""
-        variant += f"keys{self.heads}" if self.heads else ""
+        variant += f"keys{self.heads}" if self.heads and self.op != "token_attention" else ""
         variant += "{}x{}".format(*self.window) if self.window != (2, 2) else ""
         batch = f"b{self.shape[0]}"
         return "/".join(filter(None, (self.op, variant, self.model, batch, f"r{self.r}", self.dtype, self.device)))
@@ -106,6 +112,11 @@ class Case:
             height, width = self.window
             windows = (self.grid[0] // height) * (self.grid[1] // width)
             return f"({batch}, {tokens}, {channels}), {self.r} of {windows} windows {height}x{width}"
+        if self.op == "token_attention":
+            passes = ", forward and backward" if self.training else ""
+            return f"({batch}, {self.heads}, {tokens}, {self.metric_dim}), {self.variant}{passes}"
+        if self.op == "keep_merge":
+            return f"({batch}, {tokens}, {channels}), {self.r} fused"
         if self.op.endswith("_match"):
             heads = f"{self.heads}, " if self.heads else ""
             shape = f"({batch}, {heads}{tokens}, {self.metric_dim})"
@@ -204,6 +215,24 @@ CPU_CASES = (
     Case("grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cpu", metric_dim=320),
     Case("importance_match", "deit_small", DEIT_S, 67, "cpu", quick=True),
     Case("importance_match", "deit_small", DEIT_S, 67, "cpu", heads=6),
+    Case("keep_merge", "deit_small", DEIT_S, 58, "cpu", quick=True, targets=(Target("speedup_published", 3),)),
+    Case("keep_merge", "vit_base", VIT_B, 58, "cpu", dtype="bfloat16"),
+    Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="policy"),
+    Case(
+        "token_attention",
+        "deit_small",
+        DEIT_S,
+        0,
+        "cpu",
+        heads=6,
+        variant="policy",
+        training=True,
+        quick=True,
+        targets=(Target("speedup_published", 2), Target("peak_share_published", 1 / 3)),
+    ),
+    Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="size"),
+    Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="class", quick=True),
+    Case("token_attention", "vit_base_384", (2, 577, 768), 0, "cpu", heads=12, variant="size+class"),
     Case("then", "deit_small", DEIT_S, 16, "cpu", quick=True, targets=AT_LEAST_50),
     Case("then", "vit_large_384", VIT_L_384, 23, "cpu", quick=True, targets=AT_LEAST_50),
     Case("invert", "deit_small", DEIT_S, 16, "cpu", quick=True),
@@ -215,6 +244,7 @@ VIT_L_384_256 = (256, 577, 1024)
 GPU_MERGE = (Target("speedup_published", 10), Target("speedup_compiled", 3), Target("median_us", 25))
 MOSTLY_COPY = (Target("copy_share", 0.7),)
 VIT_B_1024 = (64, 1 + 64 * 64, 768)  # ViT-B/16 at 1024 x 1024
+VIT_B_384_64 = (64, 577, 768)
 UNET_128 = (2, 128 * 128, 320)  # Stable Diffusion's first blocks at 1024 x 1024, with guidance
 WINDOWS_AS_COPY = (Target("copy_share", 0.6), Target("speedup_reference", 20))
 # Of what a match writes (dest, members, begin, count) and ranks by; a row of scores would take 6144 times the dtype.
@@ -259,6 +289,33 @@ CUDA_CASES = (
     ),
     Case("grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cuda", "float16", metric_dim=320),
     Case("importance_match", "deit_small", DEIT_S_64, 67, "cuda", BF16, quick=True),
+    Case("keep_merge", "deit_small", DEIT_S_64, 58, "cuda", BF16, quick=True),
+    Case(
+        "token_attention",
+        "vit_base_384",
+        VIT_B_384_64,
+        0,
+        "cuda",
+        BF16,
+        heads=12,
+        variant="size+class",
+        quick=True,
+        targets=(Target("times_fused", 1.25), Target("speedup_published", 3)),
+    ),
+    Case(
+        "token_attention",
+        "vit_base_384",
+        VIT_B_384_64,
+        0,
+        "cuda",
+        BF16,
+        heads=12,
+        variant="size+class",
+        training=True,
+        quick=True,
+        targets=(Target("times_fused", 1.4),),
+    ),
+    Case("token_attention", "vit_base_384", VIT_B_384_64, 0, "cuda", BF16, heads=12, variant="policy", training=True),
     Case("then", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
     Case("invert", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
 )

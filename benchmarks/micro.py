@@ -11,7 +11,7 @@ from benchmarks.agreement import check
 from benchmarks.cases import ADAPTIVE_OPS, Case, Target
 from benchmarks.ceilings import Ceilings
 from benchmarks.inputs import Inputs, draw
-from benchmarks.providers import CLONE, COMPILED, PUBLISHED, REFERENCE, Provider, providers
+from benchmarks.providers import CLONE, COMPILED, FUSED, PUBLISHED, REFERENCE, Provider, providers
 from benchmarks.timing import (
     Budget,
     Visit,
@@ -152,6 +152,7 @@ def _statistics(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
         "speedup_published": ratio(seconds[PUBLISHED], seconds[name]) if PUBLISHED in seconds else None,
         "speedup_compiled": ratio(seconds[COMPILED], seconds[name]) if COMPILED in seconds else None,
         "speedup_reference": ratio(seconds[REFERENCE], seconds[name]) if REFERENCE in seconds else None,
+        "times_fused": ratio(seconds[name], seconds[FUSED]) if FUSED in seconds else None,
         "times_clone": ratio(seconds[name], seconds[CLONE]) if CLONE in seconds else None,
     }
 

@@ -7,19 +7,22 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokred_kernels as tk
-from benchmarks import published, published_algm, published_others
+from benchmarks import attention, published, published_algm, published_others
 from benchmarks.cases import ADAPTIVE_OPS, Case
 from benchmarks.inputs import Inputs
 from tokred_kernels import backends
 
 PUBLISHED, COMPILED, CLONE = "published", "compiled", "clone"
-BASELINES = (PUBLISHED, COMPILED, CLONE)
+FUSED, FLEX = "fused", "flex"  # torch's own attentions: with no term but the scores, and with sizes
+BASELINES = (PUBLISHED, COMPILED, CLONE, FUSED, FLEX)
+YARDSTICKS = (CLONE, FUSED)  # which compute something else
 REFERENCE = "reference"  # says what is right, and is asked for no speed
 
 # What a case's rows run on, by the names that the backends know.
@@ -36,14 +39,23 @@ KERNEL_OPS = {
     "adaptive_bipartite_match": ("best_match", "similar_count", "match_map"),
     "grid_bipartite_match": ("bipartite_match",),
     "importance_match": ("best_match", "match_map"),
+    "keep_merge": ("keep_topk", "merge"),
+    "token_attention": ("token_attention",),
     "then": ("compose",),
     "invert": ("invert",),
 }
-BACKWARD_OPS = {"merge": ("merge_backward",), "merge_wavg": ("merge_backward",), "unmerge": ("merge",)}
+BACKWARD_OPS = {
+    "merge": ("merge_backward",),
+    "merge_wavg": ("merge_backward",),
+    "unmerge": ("merge",),
+    "token_attention": ("token_attention_backward",),
+}
 
 
 def chain(case: Case) -> tuple[Callable[..., Any], Callable[[Inputs], tuple[Any, ...]]] | None:
     """The published chain as a function of tensors, and the arguments it takes; None where nothing is published."""
+    if case.op in attention.HERE:
+        return attention.chain(case)
     r, mode, window, grid = case.r, case.reduce, case.window, case.grid
     kept = case.shape[1] - r
 
@@ -88,6 +100,8 @@ def ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
     """The package's own call; which backend serves it is set around it, by `scope`."""
     r, reduce, window, grid = case.r, case.reduce, case.window, case.grid
     kept = case.shape[1] - r
+    if case.op in attention.HERE:
+        return attention.ours(case)
     if case.op in ("then", "invert"):
         return _whole_numbers(case, backend)
 
@@ -162,11 +176,16 @@ def providers(case: Case, chosen: list[str], compile_chain: bool) -> list[Provid
             found.append(Provider(COMPILED, lambda i: compiled(*arguments(i))))
     if case.op in ("merge", "merge_wavg", "unmerge", "window_merge") and not case.training:
         found.append(Provider(CLONE, lambda i: (i.y if case.op == "unmerge" else i.x).clone()))
+    if case.op == "token_attention":
+        found.append(Provider(FUSED, attention.fused))
+        flex = attention.flex(case) if compile_chain else None
+        found += [Provider(FLEX, flex)] if flex else []
     if any(target.measure == "speedup_reference" for target in case.targets):  # then it is a baseline, asked for or not
         chosen = list(dict.fromkeys([REFERENCE, *chosen]))
     found += [Provider(name, ours(case, name), name) for name in chosen if reason_against(case, name) is None]
     if case.training:
-        found = [Provider(p.name, _with_backward(case, p.run), p.backend) for p in found]
+        backward = attention.with_backward if case.op in attention.HERE else partial(_with_backward, case)
+        found = [Provider(p.name, backward(p.run), p.backend) for p in found]
     return found
 
 

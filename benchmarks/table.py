@@ -31,6 +31,7 @@ REACHED = {
     "matmul_share": "{:.0%}",
     "flops_efficiency": "{:.2f}",
     "times_clone": "{:.2f}x",
+    "times_fused": "{:.2f}x",
     "median_us": "{:.1f} us",
     "peak_share_published": "{:.0%}",
     "peak_per_token": "{:.0f} B",

@@ -7,6 +7,7 @@ merge of windows reads its input twice: which windows merge is known only when a
 
 from __future__ import annotations
 
+from benchmarks import attention
 from benchmarks.cases import WINDOW_OPS, Case
 
 INDEX = 4  # bytes of an int32
@@ -38,6 +39,8 @@ def cells(case: Case) -> int:
 
 def least_bytes(case: Case) -> int:
     """Bytes that must pass between memory and chip."""
+    if case.op in attention.HERE:
+        return attention.least_bytes(case)
     batch, tokens, channels = case.shape
     item, out = ITEM[case.dtype], slots(case)
     metric = batch * max(case.heads, 1) * tokens * case.metric_dim * item
@@ -72,6 +75,8 @@ def least_bytes(case: Case) -> int:
 
 def operations(case: Case) -> int:
     """Floating-point operations of the similarity product; 0 for what only moves data, or only sums it."""
+    if case.op in attention.HERE:
+        return attention.operations(case)
     if not (case.op.endswith("_match") or case.op == "bipartite_merge") or case.op in WINDOW_OPS:
         return 0
     batch, tokens, _ = case.shape

@@ -29,10 +29,14 @@ from benchmarks.table import newest
 from tokred_kernels import backends
 
 VERIFIED = Path(__file__).resolve().parents[1] / "tokred_kernels" / "backends" / "verified.json"
-OPS = {"cuda": backends.OPS, "triton": backends.TRITON_OPS}
+OPS = {
+    "cuda": tuple(op for op in backends.OPS if op not in backends.NO_CUDA_OPS),
+    "triton": backends.TRITON_OPS,
+}
 # Where an op's tests are, other than in tests/ops/test_<op>.py: the file, and a word of the test's name.
 TESTED_IN = {
     "merge_backward": ("test_merge", "gradient"),
+    "token_attention_backward": ("test_token_attention", "gradient"),
     "invert": ("test_token_map", "maps"),
     "compose": ("test_token_map", "maps"),
 }

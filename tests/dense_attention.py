@@ -19,8 +19,8 @@ KERNELS = pytest.mark.parametrize("backend", ["cpu", TRITON], indirect=True)
 ANYWHERE = pytest.mark.parametrize("everywhere", ["reference", "cpu", TRITON], indirect=True)
 # DynamicViT's, models/dyvit.py.
 EPS = 1e-6
-# Roundings of float32 that a result may be off by, in units of all that was added up to make it.
-ROUNDINGS = 32
+# Sums over tokens are made of sums over so many.
+BLOCK = 24
 
 
 class Call(NamedTuple):
@@ -58,20 +58,28 @@ def drawn(shape, dtype, terms=(), rows=None, spread=1.0):
     return Call((q * spread).to(dtype), k, v, size, policy)
 
 
-def weights_of(call, scale):
-    """e m before it is divided, what it is divided by, and the weights: (B, H, N, N), (B, H, N, 1), (B, H, N, N)."""
+class Parts(NamedTuple):
+    """What the weights (B, H, N, N) are made of: (e seen + eps / N) / total, without a policy e / total."""
+
+    e: torch.Tensor
+    seen: torch.Tensor
+    total: torch.Tensor
+    weights: torch.Tensor
+
+
+def parts_of(call, scale):
+    """The weights of a call, and their parts."""
     scores = call.q @ call.k.transpose(-2, -1) * scale
     if call.size is not None:
         scores = scores + call.size.log()[:, None, None, :]
-    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    e = (scores - scores.max(-1, keepdim=True).values).exp()
     if call.policy is None:
         total = e.sum(-1, keepdim=True)
-        return e, total, e / total
+        return Parts(e, torch.ones_like(e), total, e / total)
     tokens = call.q.shape[2]
-    own = torch.eye(tokens, dtype=torch.bool, device=e.device)
-    e = e * torch.where(own, 1.0, call.policy[:, None, None, :])
-    total = e.sum(-1, keepdim=True) + EPS
-    return e, total, (e + EPS / tokens) / total
+    seen = torch.where(torch.eye(tokens, dtype=torch.bool), 1.0, call.policy[:, None, None, :])
+    total = (e * seen).sum(-1, keepdim=True) + EPS
+    return Parts(e, seen, total, (e * seen + EPS / tokens) / total)
 
 
 def importance_of(weights, importance):
@@ -87,49 +95,53 @@ class Exact(NamedTuple):
     gradients: list
     result_sizes: list
     gradient_sizes: list
+    roundings: float  # of the dtype that sums are kept in, of each such value
 
 
 def exact(call, grad_out, importance=None, grad_importance=None, scale=None):
     """All that the op must give for a call whose gradients are (B, H, N, d) and (B, N)."""
     scale = 1 / math.sqrt(call.q.shape[-1]) if scale is None else scale
     wide, leaves = call.map(lambda t: t.double()).leaves()
-    e, total, weights = weights_of(wide, scale)
-    results = [weights @ wide.v]
-    loss = (results[0] * grad_out.double()).sum()
+    grad_out = grad_out.double()
+    parts = parts_of(wide, scale)
+    results, grads = [parts.weights @ wide.v], [grad_out]
     if importance:
-        results.append(importance_of(weights, importance))
-        loss = loss + (results[1] * grad_importance.double()).sum()
-    # The maximum is a constant in e m / total, but for the eps.
-    gradients = torch.autograd.grad(loss, leaves)
+        results.append(importance_of(parts.weights, importance))
+        grads.append(grad_importance.double())
+    gradients = torch.autograd.grad(results, leaves, grads)
     with torch.no_grad():
-        reached = grad_out.double().abs() @ wide.v.abs().transpose(-2, -1)
+        reached = grad_out.abs() @ wide.v.abs().transpose(-2, -1)
         if importance:
-            share = torch.zeros_like(weights)
-            rows = {"class": slice(0, 1), "mean": slice(None), "last": slice(-1, None)}[importance]
-            share[:, :, rows] = grad_importance.double().abs()[:, None, None, :]
-            reached = reached + share / (weights.shape[1] * (weights.shape[2] if importance == "mean" else 1))
-        both = (reached + (weights * reached).sum(-1, keepdim=True)) / total
-        scores = both * e
-        if call.policy is not None:  # the highest score of a row gets what the sum of the others lacks
-            scores = scores + (e == e.amax(-1, keepdim=True)) * scores.sum(-1, keepdim=True)
+            shared = torch.ones_like(parts.weights).requires_grad_()
+            with torch.enable_grad():
+                worth = importance_of(shared, importance)
+            reached = reached + torch.autograd.grad(worth, shared, grads[1].abs())[0]
+        seen = (reached + (parts.weights * reached).sum(-1, keepdim=True)) * parts.e / parts.total
+        scores = seen * parts.seen
+        if call.policy is not None:  # the highest score of a row gets what the others' gradients lack to add to zero
+            scores = scores + (parts.e == 1) * scores.sum(-1, keepdim=True)
         sizes = [scores @ wide.k.abs() * scale, scores.transpose(-2, -1) @ wide.q.abs() * scale]
-        sizes.append(weights.transpose(-2, -1) @ grad_out.double().abs())
-        if call.size is not None:
-            sizes.append(scores.sum((1, 2)) / wide.size)
-        if call.policy is not None:
-            seen = wide._replace(policy=torch.ones_like(wide.policy))
-            sizes.append((both * weights_of(seen, scale)[0]).sum((1, 2)))
-        result_sizes = [weights @ wide.v.abs(), *(r.abs() for r in results[1:])]
-    return Exact([r.detach() for r in results], list(gradients), result_sizes, sizes)
+        sizes.append(parts.weights.transpose(-2, -1) @ grad_out.abs())
+        sizes += [] if call.size is None else [scores.sum((1, 2)) / wide.size]
+        sizes += [] if call.policy is None else [seen.sum((1, 2))]
+        result_sizes = [parts.weights @ wide.v.abs(), *(r.abs() for r in results[1:])]
+        # A score that is off by so much moves its weight by as large a part; then come the sums over tokens.
+        highest = float((wide.q.abs() @ wide.k.abs().transpose(-2, -1)).max() * scale) if wide.q.numel() else 0.0
+    roundings = 2 * highest + BLOCK + call.q.shape[2] / BLOCK
+    return Exact([r.detach() for r in results], list(gradients), result_sizes, sizes, roundings)
 
 
-def assert_rounded(actual, exact, size, dtype, where):
+def accumulator(dtype):
+    """What sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_rounded(actual, exact, size, roundings, dtype, where):
     """`actual` is `exact`, rounded to its dtype, after sums in float32 (float64) of values whose sizes add to `size`.
 
     On a GPU weights are rounded to `dtype` before they are multiplied.
     """
-    kept = torch.float64 if dtype == torch.float64 else torch.float32
-    inner = ROUNDINGS * torch.finfo(kept).eps + (torch.finfo(dtype).eps if where == "cuda" else 0)
+    inner = roundings * torch.finfo(accumulator(dtype)).eps + (torch.finfo(dtype).eps if where == "cuda" else 0)
     off = (actual.cpu().double() - exact).abs()
     bound = torch.finfo(actual.dtype).eps * exact.abs() + inner * size + torch.finfo(actual.dtype).tiny
     if actual.dtype == torch.float16:
@@ -150,15 +162,12 @@ def check(call, where, importance=None, scale=None, move=None, **how):
     truth = exact(call, grad_out, importance, grad_importance, scale)
     moved, leaves = call.map(lambda t: t.to(where)).leaves()
     passed = moved if move is None else moved._replace(q=move(moved.q), k=move(moved.k), v=move(moved.v))
-    out, worth = passed.run(importance=importance, scale=scale, **how)
-    assert out.dtype == dtype
-    assert_rounded(out, truth.results[0], truth.result_sizes[0], dtype, where)
-    loss = [out, grad_out.to(where)], *([[worth, grad_importance.to(worth)]] if importance else [])
-    if importance:
-        assert worth.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert_rounded(worth, truth.results[1], truth.result_sizes[1], dtype, where)
-    gradients = torch.autograd.grad(*zip(*loss, strict=True), leaves) if False else torch.autograd.grad(
-        [result for result, _ in loss], leaves, [grad for _, grad in loss]
-    )
+    results = [result for result in passed.run(importance=importance, scale=scale, **how) if result is not None]
+    assert results[0].dtype == dtype
+    assert results[-1].dtype == (dtype if not importance else accumulator(dtype))
+    grads = [grad_out.to(where)] if not importance else [grad_out.to(where), grad_importance.to(results[1])]
+    for got, want, size in zip(results, truth.results, truth.result_sizes, strict=True):
+        assert_rounded(got, want, size, truth.roundings, dtype, where)
+    gradients = torch.autograd.grad(results, leaves, grads)
     for got, want, size in zip(gradients, truth.gradients, truth.gradient_sizes, strict=True):
-        assert_rounded(got, want, size, dtype, where)
+        assert_rounded(got, want, size, truth.roundings, dtype, where)

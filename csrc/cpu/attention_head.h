@@ -13,12 +13,13 @@ namespace {
 
 struct ImageRows {
   int64_t first, count;
+  bool packed;
 };
 
 template <class Args>
 ImageRows image_rows(const Args& a, int64_t image) {
-  if (a.starts) return {a.starts[image], a.starts[image + 1] - a.starts[image]};
-  return {image * a.tokens, a.tokens};
+  if (a.starts) return {a.starts[image], a.starts[image + 1] - a.starts[image], true};
+  return {image * a.tokens, a.tokens, false};
 }
 
 struct HeadShape {
@@ -39,7 +40,7 @@ HeadShape head_shape(const Args& a, int64_t tokens) {
 template <class T>
 const T* head_rows(const void* data, const int64_t (&strides)[3], const ImageRows& rows, int64_t image, int64_t head) {
   // Packed images have no stride of their own: their rows are counted from the first image's.
-  const int64_t start = strides[0] ? image * strides[0] : rows.first * strides[2];
+  const int64_t start = rows.packed ? rows.first * strides[2] : image * strides[0];
   return static_cast<const T*>(data) + start + head * strides[1];
 }
 

@@ -11,11 +11,13 @@ void attend_head(const TokenAttentionArgs& a, int64_t image, int64_t head) {
   const ImageRows rows = image_rows(a, image);
   const HeadShape s = head_shape<Sum>(a, rows.count);
   thread_local Arena arena;
-  Sum* values = arena.take<Sum>(s.keys * (s.padded + s.channels + 2) + kQueryBlock * (s.keys + 2 * s.padded));
+  Sum* values = arena.take<Sum>(s.keys * (s.padded + s.channels + 4) + kQueryBlock * (s.keys + 2 * s.padded));
   Sum* key_panels = values + s.keys * s.padded;
   Sum* bias = key_panels + s.keys * s.channels;
   Sum* policy = bias + s.keys;
-  Sum* queries = policy + s.keys;
+  Sum* importance = policy + s.keys;
+  Sum* block_importance = importance + s.keys;
+  Sum* queries = block_importance + s.keys;
   Sum* out = queries + kQueryBlock * s.padded;
   Sum* scores = out + kQueryBlock * s.padded;
 
@@ -28,14 +30,12 @@ void attend_head(const TokenAttentionArgs& a, int64_t image, int64_t head) {
   load_key_terms(a, rows, s, bias, policy);
 
   const T* q = head_rows<T>(a.q, a.q_strides, rows, image, head);
-  Sum* importance = static_cast<Sum*>(a.partial);
-  if (importance) {
-    for (int64_t j = 0; j < s.tokens; ++j) importance[(rows.first + j) * a.heads + head] = 0;
-  }
+  if (a.partial) std::memset(static_cast<void*>(importance), 0, s.keys * sizeof(Sum));
   for (int64_t first = 0; first < s.tokens; first += kQueryBlock) {
     const int64_t count = std::min<int64_t>(kQueryBlock, s.tokens - first);
     pack_rows(q + first * a.q_strides[2], a.q_strides[2], count, s.channels, kQueryBlock, s.padded, queries);
     multiply_panels(queries, s.padded, key_panels, s.channels, s.keys, scores);
+    if (a.partial) std::memset(static_cast<void*>(block_importance), 0, s.keys * sizeof(Sum));
     for (int64_t m = 0; m < kQueryBlock; ++m) {
       Sum* row = scores + m * s.keys;
       if (m >= count) {
@@ -47,9 +47,14 @@ void attend_head(const TokenAttentionArgs& a, int64_t image, int64_t head) {
       const int64_t at = (rows.first + first + m) * a.heads + head;
       static_cast<Sum*>(a.row_max)[at] = statistics.highest;
       static_cast<Sum*>(a.row_sum)[at] = statistics.sum;
-      if (importance && counts(a.importance, first + m, s.tokens)) {
-        for (int64_t j = 0; j < s.tokens; ++j) importance[(rows.first + j) * a.heads + head] += row[j];
+      if (a.partial && counts(a.importance, first + m, s.tokens)) {
+#pragma omp simd
+        for (int64_t j = 0; j < s.keys; ++j) block_importance[j] += row[j];
       }
+    }
+    if (a.partial) {  // by blocks, so that the sum of many queries rounds no more often than it must
+#pragma omp simd
+      for (int64_t j = 0; j < s.keys; ++j) importance[j] += block_importance[j];
     }
     multiply_rows(scores, s.keys, values, s.tokens, s.padded, out);
     for (int64_t m = 0; m < count; ++m) {
@@ -57,6 +62,10 @@ void attend_head(const TokenAttentionArgs& a, int64_t image, int64_t head) {
 #pragma omp simd
       for (int64_t c = 0; c < s.channels; ++c) to[c] = Element<T>::store(out[m * s.padded + c]);
     }
+  }
+  if (a.partial) {
+    Sum* to = static_cast<Sum*>(a.partial) + rows.first * a.heads + head;
+    for (int64_t j = 0; j < s.tokens; ++j) to[j * a.heads] = importance[j];
   }
 }
 

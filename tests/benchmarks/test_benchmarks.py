@@ -369,7 +369,7 @@ def test_every_op_has_tests_that_a_gpu_can_run(op):
     file, word = verify.TESTED_IN.get(op, (f"test_{op}", ""))
     (path,) = (ROOT / "tests").rglob(file + ".py")
     text = path.read_text()
-    assert re.search(rf"def test_\w*{word}", text) and re.search(r"\((backend|everywhere)\b|\"cuda\"", text)
+    assert re.search(rf"def test_\w*{word}", text) and re.search(r"\((backend|everywhere)\b|\"(cuda|triton)\"", text)
 
 
 def test_only_what_was_tested_and_timed_is_verified(tmp_path, capsys):

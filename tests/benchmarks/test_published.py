@@ -4,7 +4,7 @@ import torch
 from support import golden
 
 import tokred_kernels as tk
-from benchmarks import published, published_algm, published_others
+from benchmarks import published, published_algm, published_others, published_pruning
 
 
 @pytest.mark.parametrize("name", ["tome_0.npz", "tome_1.npz", "tome_2.npz"])
@@ -126,3 +126,20 @@ def test_importance_plan_is_the_reference_map():
         expected, cosine = tk.importance_match(metric, 25, class_token=True)
     assert same(plan, expected)
     torch.testing.assert_close(similarity, cosine)
+
+
+def test_policy_chain_reproduces_the_authors_code():
+    arrays, _ = golden("dynamicvit_policy_0.npz")
+    scores, policy = (arrays[name].clone().requires_grad_() for name in ("scores", "policy"))
+    weights = published_pruning._softmax_with_policy(scores, policy[..., 0])
+    torch.testing.assert_close(weights, arrays["out"])
+    (weights * arrays["w"]).sum().backward()
+    torch.testing.assert_close(scores.grad, arrays["grad_scores"])
+    torch.testing.assert_close(policy.grad, arrays["grad_policy"])
+
+
+def test_pruning_chain_reproduces_the_authors_code():
+    arrays, _ = golden("evit_0.npz")
+    scores = torch.nn.functional.pad(arrays["cls_attn"], (1, 0))
+    kept = arrays["kept_index"].shape[1]
+    torch.testing.assert_close(published_pruning.keep_attentive(arrays["x"], scores, kept), arrays["out"])

@@ -52,10 +52,11 @@ def attend(
     if packed is not None:
         return _each_image(q, k, v, size, policy, packed, importance=importance, dropout=dropout, fused=fused)
     if fused and policy is None and importance is None:
-        bias = None if size is None else size_bias(size, q)
+        bias = None if size is None else size_bias(size.reshape(q.shape[0], q.shape[2], 1), q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout), None
-    bias, policy = (None if t is None else t.reshape(q.shape[0], q.shape[2]) for t in (size, policy))
-    weights = attention_weights(q, k, None if bias is None else bias.log(), policy, q.shape[-1] ** -0.5)
+    size, policy = (None if t is None else t.reshape(q.shape[0], q.shape[2]) for t in (size, policy))
+    bias = None if size is None else size.to(torch.promote_types(q.dtype, size.dtype)).log()
+    weights = attention_weights(q, k, bias, policy, q.shape[-1] ** -0.5)
     worth = None if importance is None else importance_of(weights, importance)
     return F.dropout(weights.to(v.dtype), dropout) @ v, worth
 
@@ -73,7 +74,7 @@ def _each_image(
     fused: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` for packed tokens (T, H, d), image by image."""
-    lengths = list(packed.lengths)
+    lengths = [length for length in packed.lengths if length]  # images without tokens have no weights to write out
     if not lengths:
         return torch.empty_like(v), None if importance is None else q.new_empty(0, dtype=torch.float32)
     columns: list[Any] = [part.split(lengths) for part in (q, k, v)]

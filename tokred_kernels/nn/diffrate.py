@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""DiffRate's differentiable discrete proxy: how many tokens to keep, as a parameter."""
+"""DiffRate's differentiable discrete proxy: how many tokens to keep, as a parameter; and what that costs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +22,36 @@ class CompressionRate(nn.Module):
         patch_number: the patches that come in, without the class token.
         granularity: the gap between candidates.
         class_token: there is one; it is always kept and counted.
+        num_prefix: so many tokens, the class token among them, are always kept and counted; default that one or none.
     """
 
     kept_token_candidate: Tensor
 
-    def __init__(self, patch_number: int, granularity: int = 1, class_token: bool = True) -> None:
+    def __init__(
+        self, patch_number: int, granularity: int = 1, class_token: bool = True, num_prefix: int | None = None
+    ) -> None:
         super().__init__()
         check_count("nn.CompressionRate", "patch_number", patch_number, least=1)
         check_count("nn.CompressionRate", "granularity", granularity, least=1)
+        if num_prefix is not None:
+            check_count("nn.CompressionRate", "num_prefix", num_prefix)
         self.patch_number = patch_number
-        self.prefix = int(class_token)
+        self.prefix = int(class_token) if num_prefix is None else num_prefix
         candidates = torch.arange(patch_number, 0, -granularity, dtype=torch.float32)
         # Published checkpoints have it among the parameters, so it is in the state dict, and no gradient reaches it.
         self.kept_token_candidate = nn.Parameter(candidates, requires_grad=False)
         self.selected_probability = nn.Parameter(torch.zeros_like(candidates))
 
+    @property
+    def least(self) -> int:
+        """The lowest count there is to learn, the tokens that are always kept included."""
+        return int(self.kept_token_candidate[-1]) + self.prefix
+
     def kept(self) -> Tensor:
         """The expected number of tokens kept, class token included, rounded up; its gradient is that of the mean."""
-        mean = self.kept_token_candidate @ self.selected_probability.softmax(-1)
+        # No matrix product: under autocast that would round to half precision, and counts with it.
+        candidates = self.kept_token_candidate
+        mean = (_full(candidates) * _full(self.selected_probability).softmax(-1)).sum()
         # The zero is added to a whole number, so that the count is exactly one.
         return mean.ceil().detach() + self.prefix + (mean - mean.detach())
 
@@ -49,7 +63,7 @@ class CompressionRate(nn.Module):
         keep their gradient's way.
         """
         total = self.patch_number + self.prefix
-        probability = self.selected_probability.softmax(-1)
+        probability = _full(self.selected_probability).softmax(-1)
         # Candidate c keeps tokens 0 to c + prefix - 1. Put at its last token, the sum from the end is each token's own.
         last = self.kept_token_candidate.long() + self.prefix - 1
         at_last = probability.new_zeros(total).scatter(0, last, probability)
@@ -58,8 +72,68 @@ class CompressionRate(nn.Module):
         gone = index >= self.kept().detach()
         if token_number is not None:
             gone = gone & (index < token_number)
-        return torch.where(gone, 0.0, 1.0) - soft.detach() + soft
+        # An exact zero is added, so that the mask is 0 and 1 to the bit, as attention wants of a policy.
+        return torch.where(gone, 0.0, 1.0).to(soft.dtype) + (soft - soft.detach())
 
     def extra_repr(self) -> str:
         """What a print of the model shows."""
         return f"patch_number={self.patch_number}, class_token={bool(self.prefix)}, kept={int(self.kept())}"
+
+
+def _full(value: Tensor) -> Tensor:
+    """In float32, or float64 of such: half precision has no 577."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def kept_counts(model: Any) -> tuple[list[int], list[int]]:
+    """How many tokens pruning keeps in each block, and how many merging does, as the learned counts stand.
+
+    Args:
+        model: patched with "diffrate" and no counts given.
+    """
+    counts = [torch.stack([block.prune_ddp.kept(), block.merge_ddp.kept()]).tolist() for block in model.blocks]
+    return [int(prune) for prune, _ in counts], [int(merge) for _, merge in counts]
+
+
+def compression_flops(model: Any) -> Tensor:
+    """What one image takes as the learned counts stand, in GFLOPs: a scalar that is differentiable by the counts.
+
+    The number is that of `flops.count(model).gflops`: a multiply-add is two operations, and papers on vision
+    transformers print half of it. Its gradient is the published one: what leaves a block is the least of what enters
+    and the two counts, and its gradient goes to both counts, whichever is the least; that of choosing which tokens
+    merge is left out.
+
+    Args:
+        model: patched with "diffrate" and no counts given.
+    """
+    from tokred_kernels import flops  # noqa: PLC0415  (it counts by the patch framework, which imports this package)
+
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    entering: Any = tokens
+    slope: Any = 0.0
+    left = []
+    for block in model.blocks:
+        prune, merge = block.prune_ddp.kept(), block.merge_ddp.kept()
+        tokens = min(tokens, int(prune.detach()), int(merge.detach()))
+        leaving = tokens + _zero(prune) + _zero(merge)
+        attention = block.attn
+        slope = slope + _per_token(attention) * entering + _per_pair(attention) * entering * entering
+        slope = slope + _per_token(block.mlp) * leaving
+        left.append(tokens)
+        entering = leaving
+    return flops.count(model, tokens=left).gflops + _zero(slope)
+
+
+def _zero(value: Tensor) -> Tensor:
+    """Nothing but the gradient."""
+    return value - value.detach()
+
+
+def _per_token(module: nn.Module) -> float:
+    """GFLOPs of the linear layers inside, for a token."""
+    return 2e-9 * sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def _per_pair(attention: Any) -> float:
+    """GFLOPs of the two products of attention, for a query and a key."""
+    return 4e-9 * attention.num_heads * attention.head_dim

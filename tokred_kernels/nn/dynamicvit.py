@@ -69,7 +69,17 @@ def decide(log_probabilities: Tensor, policy: Tensor) -> Tensor:
 
     `log_probabilities` (B, N, 2), `policy` (B, N) (DynamicViT, section 3.3).
     """
+    _check_policy("decide", policy, "log_probabilities", log_probabilities)
     return F.gumbel_softmax(log_probabilities.float(), hard=True)[..., KEEP] * policy
+
+
+def _check_policy(function: str, policy: Tensor, name: str, tokens: Tensor) -> None:
+    """Raise unless there is one for each token: a column would spread to all pairs of them."""
+    if policy.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"tokred_kernels.nn.{function}: policy must be {tuple(tokens.shape[:2])} as {name} are {shape(tokens)}, "
+            f"got {shape(policy)}"
+        )
 
 
 def ratio_loss(policies: Sequence[Tensor], keep: Sequence[float]) -> Tensor:
@@ -107,6 +117,7 @@ def distillation_loss(
 
     (DynamicViT, section 3.4, equations 12 and 13; `DistillDiffPruningLoss_dynamic`.)
     """
+    _check_policy("distillation_loss", policy, "tokens", tokens)
     predictions = F.kl_div(
         logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="batchmean", log_target=True
     )

@@ -182,7 +182,9 @@ class _TokenAttention(torch.autograd.Function):
         q, k, v, bias, policy, starts, out, row_max, row_sum = ctx.saved_tensors
         needs = ctx.needs_input_grad
         need_bias, need_policy = bias is not None and needs[3], policy is not None and needs[4]
-        anchor: Any = grad_worth if grad_out is None else grad_out
+        # Attention is linear in no input but v, so a second derivative may be asked for by way of any of them.
+        anchors = [t for t in (grad_out, grad_worth, q, k, v, bias, policy) if t is not None and t.requires_grad]
+        anchor: Any = anchors[0] if anchors else q
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         with torch.no_grad():

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""The count that is learned: what the authors' code gives, and its gradients by hand."""
+
+import pytest
+import torch
+from support import golden
+
+from tokred_kernels.nn.diffrate import CompressionRate
+
+
+def drawn(*args, scale=1.0, **settings):
+    """With logits drawn, in float64."""
+    rate = CompressionRate(*args, **settings).double()
+    torch.nn.init.normal_(rate.selected_probability, std=scale)
+    return rate
+
+
+def test_reproduces_the_authors_code():
+    arrays, params = golden("diffrate_rate_0.npz")
+    rate = CompressionRate(params["patch_number"], params["granularity"], params["class_token"])
+    rate.load_state_dict(
+        {"kept_token_candidate": arrays["candidates"], "selected_probability": arrays["logits"]}, strict=True
+    )
+    kept, mask = rate.kept(), rate.mask(params["token_number"])
+    assert kept.item() == arrays["kept"].item()
+    torch.testing.assert_close(mask, arrays["mask"])
+    ((mask * arrays["w"]).sum() + 0.01 * kept).backward()
+    torch.testing.assert_close(rate.selected_probability.grad, arrays["grad_logits"])
+    assert rate.kept_token_candidate.grad is None
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("patches,granularity", [(1, 1), (2, 1), (7, 3), (20, 4), (36, 37), (196, 2)])
+def test_kept_is_the_mean_rounded_up_and_the_mask_ones_up_to_there(patches, granularity, prefix):
+    rate = drawn(patches, granularity, num_prefix=prefix, scale=2.0)
+    candidates = list(range(patches, 0, -granularity))
+    assert rate.kept_token_candidate.tolist() == candidates
+    assert rate.least == candidates[-1] + prefix
+    probability = rate.selected_probability.softmax(-1)
+    mean = sum(c * p for c, p in zip(candidates, probability.tolist(), strict=True))
+    kept = int(rate.kept())
+    assert rate.kept().item() == kept  # whole to the bit
+    assert -1e-9 <= kept - prefix - mean < 1 + 1e-9
+    expected = [1.0] * kept + [0.0] * (patches + prefix - kept)
+    assert rate.mask().tolist() == expected
+    for last in (0, kept, kept + 1, patches + prefix):
+        behind = [1.0] * max(patches + prefix - max(last, kept), 0)
+        assert rate.mask(last).tolist() == expected[: patches + prefix - len(behind)] + behind
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_the_class_token_is_kept_and_counted(class_token):
+    rate = CompressionRate(10, class_token=class_token)
+    assert rate.kept().item() == 6 + class_token  # the mean of 1 to 10 is 5.5
+    assert len(rate.mask()) == 10 + class_token
+    assert repr(rate) == f"CompressionRate(patch_number=10, class_token={class_token}, kept={6 + class_token})"
+
+
+def test_gradients_are_those_of_the_soft_count_and_the_soft_mask():
+    rate = drawn(9, 2, num_prefix=2)
+    weights = torch.randn(11, dtype=torch.float64)
+    candidates = torch.arange(9, 0, -2).double()
+
+    def soft(logits):
+        probability = logits.softmax(-1)
+        keeps = (torch.arange(11)[:, None] < candidates + 2).double()  # which candidate keeps which token
+        return probability @ candidates, keeps @ probability @ weights
+
+    logits = rate.selected_probability
+    for part, straight in enumerate((rate.kept(), (rate.mask(8) * weights).sum())):
+        (found,) = torch.autograd.grad(straight, logits)
+        step = 1e-6
+        for index in range(len(logits)):
+            up, down = logits.detach().clone(), logits.detach().clone()
+            up[index] += step
+            down[index] -= step
+            slope = (soft(up)[part] - soft(down)[part]) / (2 * step)
+            assert found[index].item() == pytest.approx(slope.item(), abs=1e-8)
+
+
+def test_masks_multiply_to_masks_to_the_bit():
+    rates = [drawn(577, scale=3.0).float() for _ in range(12)]
+    mask = torch.stack([rate.mask() for rate in rates]).prod(0)
+    assert set(mask.tolist()) <= {0.0, 1.0}
+    assert int(mask.sum()) == min(int(rate.kept()) for rate in rates)
+
+
+def test_counts_are_not_rounded_under_autocast_and_in_half_precision():
+    rate = drawn(577).float()
+    kept, mask = rate.kept(), rate.mask()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rate.kept(), kept)
+        assert torch.equal(rate.mask(), mask)
+    half = drawn(197).half()
+    assert half.kept().item() == half.kept().item() // 1
+    assert half.mask().dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "settings,error,words",
+    [
+        ({"patch_number": 0}, ValueError, "nn.CompressionRate: patch_number must be at least 1, got 0"),
+        ({"patch_number": 4.0}, TypeError, "patch_number must be an int, got float"),
+        ({"patch_number": 4, "granularity": 0}, ValueError, "granularity must be at least 1, got 0"),
+        ({"patch_number": 4, "num_prefix": -1}, ValueError, "num_prefix must be at least 0, got -1"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, error, words):
+    with pytest.raises(error, match=words):
+        CompressionRate(**settings)

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""DiffRate in timm's VisionTransformer: sort by class attention, prune, merge; counts given, or learned."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.checks import check_count
+from tokred_kernels.nn.diffrate import CompressionRate
+from tokred_kernels.ops.importance_match import importance_match
+from tokred_kernels.ops.keep_topk import keep_topk
+from tokred_kernels.ops.merge import merge
+from tokred_kernels.partition import prefix_and_rest
+from tokred_kernels.patch import timm_vit
+from tokred_kernels.patch.state import State, Step
+from tokred_kernels.token_map import TokenMap
+
+PRUNE, MERGE = "prune_kept_num", "merge_kept_num"  # the keys of the published compression_rate.json
+MODULES = ("prune_ddp", "merge_ddp")  # the published names of what is learned
+# A token that joins one of opposite direction takes away from its size, and attention has no logarithm for 0 or less:
+# then the key all but vanishes.
+LEAST_SIZE = 1e-6
+
+
+@dataclass(frozen=True)
+class Compress(Step):
+    """What a block does with given counts: of its tokens `prune` stay, and of these `merge` are left."""
+
+    prune: int = 0
+    merge: int = 0
+    num_prefix: int = 0
+
+    importance = "class"  # type: ignore[assignment]
+
+    def reduce(
+        self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
+    ) -> tuple[Tensor, State, TokenMap | None]:
+        """See `Step`; sorting without removing anything would change nothing, and is left out."""
+        tokens = x.shape[1]
+        if self.tokens_after(tokens, (0, 0)) == tokens:
+            return x, state, None
+        stay, _ = self._stages(tokens)
+        sort = keep_topk(importance, stay - self.num_prefix, num_prefix=self.num_prefix)  # type: ignore[arg-type]
+        x, size = merge(x, sort, reduce="sum"), merge(_sizes(x, state), sort, reduce="sum")
+        state = state._replace(size=size, grid=None)
+        if self.merge >= stay:
+            return x, state, sort
+        join, similarity = importance_match(x, self.merge, num_prefix=self.num_prefix)
+        scaled = _scale(size, similarity, self.merge)
+        size = merge(scaled, join, reduce="sum").clamp_min(LEAST_SIZE)
+        return merge(x, join, reduce="mean"), state._replace(size=size), sort.then(join)
+
+    def _stages(self, tokens: int) -> tuple[int, int]:
+        """How many of `tokens` tokens pruning leaves, and how many merging does."""
+        stay = min(tokens, self.prune)
+        return stay, min(stay, self.merge)
+
+    def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
+        """See `Step`."""
+        return self._stages(tokens)[1]
+
+    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
+        """See `Step`: the product of the tokens that join and those that may be joined, of all channels."""
+        stay, left = self._stages(attended)
+        if left == stay:
+            return 0
+        partition = prefix_and_rest(stay, left, self.num_prefix)
+        return 2 * partition.num_src * partition.num_dst * block.attn.qkv.in_features
+
+
+@dataclass(frozen=True)
+class CompressLearned(Step):
+    """What a block does with the counts of its `prune_ddp` and `merge_ddp`: when training, tokens are masked."""
+
+    num_prefix: int = 0
+
+    importance = "class"  # type: ignore[assignment]
+
+    def at(self, block: Any) -> Compress:
+        """The step with the counts that `block` has learned so far."""
+        prune, merged = torch.stack([block.prune_ddp.kept(), block.merge_ddp.kept()]).tolist()
+        return Compress(self.proportional, int(prune), int(merged), self.num_prefix)
+
+    def reduce(
+        self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
+    ) -> tuple[Tensor, State, TokenMap | None]:
+        """See `Step`."""
+        if not block.training:
+            return self.at(block).reduce(block, x, keys, importance, state)
+        return self._mask(block, x, importance, state)
+
+    def _mask(
+        self, block: Any, x: Tensor, importance: Any, state: State
+    ) -> tuple[Tensor, State, TokenMap | None]:
+        """Sort; pass over what is pruned or joins another, and keep it behind (published code, training)."""
+        batch, tokens, _ = x.shape
+        known = block.prune_ddp.patch_number + self.num_prefix
+        if tokens != known:
+            raise ValueError(
+                f"tokred_kernels: counts are learned on all {known} tokens of an image, got {tokens}; train on images "
+                "of the model's own size, without patch dropout"
+            )
+        policy = x.new_ones(batch, tokens, dtype=importance.dtype) if state.policy is None else state.policy
+        # Those that are masked stay behind the others, however little these are worth.
+        worth = torch.where(policy.detach() > 0, importance.detach(), -torch.inf)
+        sort = keep_topk(worth, tokens - self.num_prefix, num_prefix=self.num_prefix)
+        x, size, policy = (
+            merge(part, sort, reduce="sum") for part in (x, _sizes(x, state), policy.reshape(batch, tokens, 1))
+        )
+        policy = policy[..., 0]
+        prune, merged = block.prune_ddp, block.merge_ddp
+        last = known if batch == 0 else int(policy[0].detach().sum())
+        stay, left = self.at(block)._stages(last)
+        if stay < last:
+            policy = policy * prune.mask(last)
+        if left < stay:
+            policy = policy * merged.mask(stay)
+            join, similarity = importance_match(x[:, :stay], left, num_prefix=self.num_prefix)
+            scaled = _scale(size[:, :stay], similarity, left).clamp_min(1)
+            x = torch.cat([merge(x[:, :stay], join, reduce="mean"), x[:, left:]], 1)
+            size = torch.cat([merge(scaled, join, reduce="sum"), scaled[:, left:], size[:, stay:]], 1)
+        return x, state._replace(size=size, grid=None, policy=policy), sort
+
+    def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
+        """See `Step`: that is for `at` to say; without a block at hand the last forward has it."""
+        return None
+
+    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
+        """See `Step`."""
+        return self.at(block).choice_flops(entering, attended, block)
+
+
+def _sizes(x: Tensor, state: State) -> Tensor:
+    """(B, N, 1) float32."""
+    return x.new_ones(*x.shape[:2], 1, dtype=torch.float32) if state.size is None else state.size
+
+
+def _scale(size: Tensor, similarity: Tensor, kept: int) -> Tensor:
+    """The sizes, those of tokens from `kept` on by the cosine with which they join: who differs adds less."""
+    return torch.cat([size[:, :kept], size[:, kept:] * similarity.unsqueeze(-1).to(size.dtype)], 1)
+
+
+def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool = True, trace: bool = True) -> None:
+    """Prune the least important tokens of each block, and merge some of the others into them: DiffRate (ICCV 2023).
+
+    Between attention and MLP, by the attention that the class token pays: the tokens are sorted; only the first
+    prune_kept_num stay; of these, those after the first merge_kept_num join the most similar one before. A merged token
+    is the plain mean of its members, and a size that joins counts by its similarity, so `model.token_sizes` are no whole
+    numbers.
+
+    Args:
+        model: the VisionTransformer, with a class token.
+        kept: how many tokens leave each stage: a JSON file, or a dict, with "prune_kept_num" and "merge_kept_num", one
+            number for each block, prefix tokens included; what `diffrate_search` saves, or one entry of the published
+            compression_rate.json, such as `json.load(file)["ViT-S-DeiT"]["2.9"]`. Numbers that the tokens at hand do
+            not reach remove nothing. None (default): the counts are learned, see below.
+        granularity: with kept=None, the gap between the counts that may be learned.
+        prop_attn: True (default) lets keys count by their size.
+        trace: True (default) keeps the maps of the last forward, for `model.token_map`.
+
+    With kept=None each block gets two modules, `prune_ddp` and `merge_ddp` (`nn.CompressionRate`), whose parameters are
+    the model's from then on, and which `unpatch` takes out; the first block's are there for the state dict alone, and
+    remove nothing. All start in the middle: about half of the tokens stay. Evaluating uses the counts as they stand,
+    read from the device in every block: for speed, give the counts found to `kept`. When training, no token is removed:
+    attention passes over those that would be (`token_attention`'s policy), so that a loss reaches the counts;
+    `diffrate_search` is the loop for that, and `nn.compression_flops` the term that keeps them low.
+
+    Raises as `patch` says, and OSError where the file cannot be read.
+    """
+    timm_vit.check_switches(prop_attn=prop_attn, trace=trace)
+    timm_vit.check(model)
+    check_count("patch", "granularity", granularity, least=1)
+    if model.cls_token is None:
+        raise NotImplementedError(
+            'tokred_kernels.patch: "diffrate" sorts tokens by the attention of the class token, and this model has '
+            'none; "tome" and "algm" need none'
+        )
+    settings = {"kept": kept, "granularity": granularity, "prop_attn": prop_attn, "trace": trace}
+    if kept is None:
+        _install_learned(model, granularity, prop_attn, settings)
+        return
+    prefix = model.num_prefix_tokens
+    counts = read_kept(kept, len(model.blocks), prefix)
+    # From the first images on, if they may be of any size; else from where fewer are asked for than there can be.
+    most = None if getattr(model, "dynamic_img_size", False) else model.patch_embed.num_patches + prefix
+    steps: list[Step] = []
+    for prune, merged in zip(*counts, strict=True):
+        left = min(prune, merged)
+        idle = most is not None and left >= most
+        steps.append(Step(prop_attn) if idle else Compress(prop_attn, prune, merged, prefix))
+        most = left if most is None else min(most, left)
+    timm_vit.install(model, timm_vit.Mark("diffrate", settings), lambda index: steps[index])
+
+
+def _install_learned(model: Any, granularity: int, prop_attn: bool, settings: dict[str, Any]) -> None:
+    prefix, patches = model.num_prefix_tokens, model.patch_embed.num_patches
+    for index, block in enumerate(model.blocks):
+        for name in MODULES:
+            # As published, the first block has a single candidate: all.
+            rate = CompressionRate(patches, granularity if index else patches + 1, num_prefix=prefix)
+            setattr(block, name, rate.to(block.norm1.weight.device).train(block.training))
+    timm_vit.install(
+        model,
+        timm_vit.Mark("diffrate", settings, MODULES),
+        lambda index: CompressLearned(prop_attn, prefix) if index else Step(prop_attn),
+    )
+
+
+def read_kept(kept: Any, depth: int, prefix: int) -> tuple[list[int], list[int]]:
+    """The two lists of counts in `kept`, a path or a dict, for `depth` blocks of `prefix` prefix tokens.
+
+    Raises:
+        TypeError: neither of them, or a count that is no int.
+        ValueError: no JSON, a key or a count that is missing, or a count that leaves no patch.
+        OSError: the file cannot be read.
+    """
+    where = "kept"
+    if isinstance(kept, (str, os.PathLike)):
+        where = f"kept, the file {os.fspath(kept)},"
+        try:
+            kept = json.loads(Path(kept).read_text())
+        except ValueError as error:
+            raise ValueError(f"tokred_kernels.patch: {where} must be JSON ({error})") from None
+    if not isinstance(kept, Mapping):
+        raise TypeError(
+            f'tokred_kernels.patch: {where} must be a path, a dict with "{PRUNE}" and "{MERGE}", or None, got '
+            f"{type(kept).__name__}"
+        )
+    if PRUNE not in kept or MERGE not in kept:
+        raise ValueError(
+            f'tokred_kernels.patch: {where} must have "{PRUNE}" and "{MERGE}", got the keys '
+            f'{", ".join(map(repr, kept)) or "of nothing"}; of the published compression_rate.json, give one entry: '
+            'json.load(file)["ViT-S-DeiT"]["2.9"]'
+        )
+    prune, merged = (_counts(name, kept[name], depth, prefix) for name in (PRUNE, MERGE))
+    return prune, merged
+
+
+def _counts(name: str, value: Any, depth: int, prefix: int) -> list[int]:
+    if isinstance(value, str):  # as published: a list in quotes
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"tokred_kernels.patch: {name} must be a list, got the text {value!r}") from None
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"tokred_kernels.patch: {name} must be a list with one int a block, got {value!r}")
+    if len(value) != depth:
+        raise ValueError(
+            f"tokred_kernels.patch: {name} must have one number for each of {depth} blocks, got {len(value)}"
+        )
+    for index, number in enumerate(value):
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise TypeError(f"tokred_kernels.patch: {name}[{index}] must be an int, got {number!r}")
+        if number <= prefix:
+            raise ValueError(
+                f"tokred_kernels.patch: {name}[{index}] must be at least {prefix + 1}, the prefix and one patch, got "
+                f"{number}"
+            )
+    return [int(number) for number in value]
