@@ -88,3 +88,25 @@ def write_plot(path: Path, rows: list[dict[str, Any]], title: str, axis: str) ->
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_accuracy(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Accuracy against operations, a point for each row; the first is the plain model's."""
+    import matplotlib  # noqa: PLC0415
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    first = rows[0]["accuracy"]
+    axes.axhspan(first - 1, first, color="0.94", label="within a point of the plain model")
+    for number, row in enumerate(rows):
+        axes.plot(row["gflops"] * 1e3, row["accuracy"], "o", color=f"C{number}", markersize=8)
+        place = (8, 6 if number % 2 else -13)
+        axes.annotate(row["method"], (row["gflops"] * 1e3, row["accuracy"]), place, textcoords="offset points")
+    axes.margins(0.15)
+    axes.set(xlabel="operations an image, millions", ylabel="test accuracy, percent")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

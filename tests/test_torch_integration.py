@@ -14,7 +14,7 @@ import tokred_kernels as tk
 from tokred_kernels.ops import library
 
 OPS = torch.ops.tokred
-SAMPLES = 80
+SAMPLES = 112
 
 
 def samples():
@@ -43,6 +43,7 @@ def samples():
         yield OPS.invert.default, (dest, 3, "cpu")
         yield OPS.compose.default, (dest, random_map(batch, 3, 2).dest, "cpu")
         yield from selector_samples(x, arithmetic[2:-1])
+        yield from attention_samples(batch, tokens, channels)
 
 
 def selector_samples(x, numbers):
@@ -69,6 +70,30 @@ def selector_samples(x, numbers):
     counts = torch.full((batch,), number, dtype=torch.int32)
     after = tk.Packing.of((tokens - number * gone,) * batch, x.device)
     yield OPS.window_map.default, (likeness, *windows, 0, counts, after.cu_seqlens, after.rows, "cpu")
+
+
+def attention_samples(batch, tokens, channels):
+    """Attention with and without terms, rectangular and packed, and what keeps the highest of its scores."""
+    scores, kept = torch.randn(tokens, batch).t(), (tokens - 1) // 2
+    yield OPS.keep_topk.default, (scores, kept, 1, False, "cpu")
+    yield OPS.keep_topk.default, (scores.contiguous(), kept, 0, True, "cpu")
+    q, k, v = torch.randn(batch, tokens, 3, 2, channels).permute(2, 0, 3, 1, 4).unbind()
+    bias, policy = torch.randn(batch, tokens), torch.rand(batch, tokens)
+    starts = tk.Packing.of((tokens,) * batch, q.device).cu_seqlens
+    rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    for tensors, how in (
+        ((q, k, v, None, policy, None), (0, 0.5, "")),
+        ((q, k, v, bias, policy, None), (0, 0.5, "mean")),
+        ((*rows, bias.flatten(), None, starts), (tokens, 0.5, "class")),
+    ):
+        yield OPS.token_attention.default, (*tensors, *how, "cpu")
+        out, row_max, row_sum, worth = OPS.token_attention.default(*tensors, *how, "cpu")
+        grads = torch.randn_like(out), torch.randn_like(worth) if how[2] else None
+        wanted = tensors[3] is not None, tensors[4] is not None
+        yield (
+            OPS.token_attention_backward.default,
+            (*grads, *tensors, out, row_max, row_sum, *how, *wanted, "cpu"),
+        )
 
 
 @pytest.mark.parametrize("number", range(SAMPLES))

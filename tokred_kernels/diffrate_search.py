@@ -21,6 +21,7 @@ from tokred_kernels import flops
 from tokred_kernels.checks import check_count
 from tokred_kernels.nn.diffrate import compression_flops, kept_counts
 from tokred_kernels.patch import MARK, patch, unpatch
+from tokred_kernels.patch.state import Record
 
 OP = "diffrate_search"
 METHOD = "diffrate"
@@ -72,7 +73,7 @@ def diffrate_search(
 
     Args:
         model: a timm VisionTransformer with trained weights: patched with "diffrate" and no counts given, whose counts
-            are learned further, or not patched, which is then done. DistributedDataParallel around it is looked through.
+            are learned further, or not patched, which is then done. One in DistributedDataParallel is taken out of it.
         batches: (images, labels) from a DataLoader, list or the like, which is gone through as often as it takes, or a
             function that gives one for each time. Images and labels are moved to the model's device.
         target_gflops: what an image shall take, in the units of `flops.count(model).gflops`: a multiply-add is two
@@ -82,8 +83,9 @@ def diffrate_search(
         flops_weight: how much it counts to miss the target.
         granularity: where the model is not patched, the gap between the counts that may be learned.
         criterion: the loss, of what the model returns and the labels.
-        group: the torch.distributed process group whose processes search together, each on batches of its own: gradients
-            are averaged, and all end with the same counts. Default: all processes, where torch.distributed is set up.
+        group: the torch.distributed process group whose processes search together, each on batches of its own: their
+            gradients are averaged, and all end with the same counts. Default: all processes, where torch.distributed
+            is set up.
         save: a path to write the result to, as JSON, which `patch(model, "diffrate", kept=path)` reads.
         tolerance: by which share of the target the result may be off without a warning.
         progress: show a progress bar (lines, where tqdm is not installed) on stderr.
@@ -200,6 +202,7 @@ class _Searching:
         return [rate.selected_probability.requires_grad_(True) for rate in rates]
 
     def __exit__(self, *_: object) -> None:
+        self.model.tokred_record = Record()  # the last one is of masked tokens, and holds the graph of their gradients
         for module, mode in self.modes:
             module.training = mode
         for parameter, flag in self.flags:
@@ -236,10 +239,12 @@ def _learn(
             gflops = compression_flops(model)
             whole = loss + flops_weight * (gflops / target - 1).square()
             grads = torch.autograd.grad(whole, logits, allow_unused=True)
-            flat = torch.cat([
-                (torch.zeros_like(own) if grad is None else grad).flatten().float()
-                for own, grad in zip(logits, grads, strict=True)
-            ])
+            flat = torch.cat(
+                [
+                    (torch.zeros_like(own) if grad is None else grad).flatten().float()
+                    for own, grad in zip(logits, grads, strict=True)
+                ]
+            )
             # One process's NaN is in the mean, so that all stop.
             flat = torch.cat([flat, loss.detach().float().reshape(1)])
             if group is not None:

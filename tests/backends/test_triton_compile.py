@@ -188,14 +188,14 @@ def _attention_cases():
         (configs.KEYS_CONFIGS, (of_keys,)),
     )
     for table, kernels in shipped:
-        for dtype, by_width in table.items():
+        for (dtype, with_policy), by_width in table.items():
             for config, (kernel, others) in itertools.product(by_width.values(), kernels):
                 width = config.block_channels
-                modes = [(width, True, mode) for mode in ATTENTION_MODES]
+                modes = [(width, True, mode) for mode in ATTENTION_MODES if mode[1] == with_policy]
                 if dtype == torch.float16:  # differs from bfloat16 in the products' type alone
                     modes = modes[:1]
-                elif width == 64:
-                    modes.append((40, False, ATTENTION_MODES[1]))
+                elif width == 64 and with_policy:
+                    modes.append((40, False, modes[0][2]))
                 for channels, aligned, (bias, policy, packed, importance) in modes:
                     if kernel is importance_kernel and not importance:
                         continue

@@ -23,7 +23,7 @@ def assert_equals_reference(scores, k, prefix, fuse):
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 17, 128, 129, 133, 140])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 17, 128])
 def test_every_number_kept(device, tokens, fuse):
     scores = torch.randint(0, 9, (3, tokens), device=device) / 4  # most of them tie
     scores[1] = scores[1, 0]
@@ -48,10 +48,10 @@ def test_nan_comes_last(device, fuse):
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("tokens", [513, 1025, 1030])  # the largest block; the prefix is not counted; past the limit
+@pytest.mark.parametrize("tokens", [129, 130, 1025, 1030])  # a block and one more without the prefix, and so past the limit
 def test_many_tokens(device, tokens, fuse):
     scores = torch.randint(0, 100, (2, tokens), device=device).float()
-    assert_equals_reference(scores, 300, 1, fuse)
+    assert_equals_reference(scores, tokens // 3, 1, fuse)
 
 
 def test_scores_of_the_prefix_are_not_looked_at(device):

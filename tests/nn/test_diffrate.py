@@ -5,7 +5,12 @@ import pytest
 import torch
 from support import golden
 
-from tokred_kernels.nn.diffrate import CompressionRate
+from tokred_kernels import flops
+from tokred_kernels.nn.diffrate import CompressionRate, compression_flops, kept_counts
+from tokred_kernels.patch import patch
+from tokred_kernels.patch.timm_import import import_timm
+
+VisionTransformer = import_timm().models.vision_transformer.VisionTransformer
 
 
 def drawn(*args, scale=1.0, **settings):
@@ -92,8 +97,36 @@ def test_counts_are_not_rounded_under_autocast_and_in_half_precision():
         assert torch.equal(rate.kept(), kept)
         assert torch.equal(rate.mask(), mask)
     half = drawn(197).half()
-    assert half.kept().item() == half.kept().item() // 1
-    assert half.mask().dtype == torch.float32
+    kept, mask = half.kept(), half.mask()
+    assert kept.dtype == mask.dtype == torch.float32
+    assert torch.equal(half.float().kept(), kept)
+    assert torch.equal(half.float().mask(), mask)
+
+
+def test_flops_reach_both_counts_of_every_block():
+    settings = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    model = patch(VisionTransformer(**settings).eval(), "diffrate")
+    for block, slope in zip(model.blocks, (0.0, 4.0, 2.0, -3.0), strict=True):
+        for rate in (block.prune_ddp, block.merge_ddp):
+            torch.nn.init.normal_(rate.selected_probability, std=0.3).data += slope * rate.kept_token_candidate / 36
+    entering = [37]
+    for prune, merge in zip(*kept_counts(model), strict=True):
+        entering.append(min(entering[-1], prune, merge))
+    assert entering[1] > entering[2] > entering[3] > entering[4]
+    gflops = compression_flops(model)
+    gflops.backward()
+    torch.testing.assert_close(gflops.item(), flops.count(model, tokens=entering[1:]).gflops, rtol=1e-6, atol=0)
+    plain = VisionTransformer(**settings)
+    assert flops.count(plain, tokens=entering[1:]).gflops < gflops < flops.count(plain).gflops
+    for index, block in enumerate(model.blocks[1:], 1):
+        # For one token more of what leaves: the MLP of this block, and the attention of the next.
+        slope = 2 * 2 * 48 * 4 * 48
+        if index < 3:
+            slope += 2 * 4 * 48 * 48 + 2 * 4 * 48 * entering[index + 1]
+        for rate in (block.prune_ddp, block.merge_ddp):
+            probability, candidates = rate.selected_probability.detach().softmax(-1), rate.kept_token_candidate
+            of_mean = probability * (candidates - probability @ candidates)
+            torch.testing.assert_close(rate.selected_probability.grad, slope / 1e9 * of_mean, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(

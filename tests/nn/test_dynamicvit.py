@@ -2,6 +2,7 @@
 """DynamicViT's parts against the authors' numbers, and against what their code says, written out."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -104,8 +105,8 @@ def test_starts_as_published():
 
 @pytest.mark.parametrize("shape", [(2, 9), (2, 10, 2), (10, 2), (20,), (2, 1), (1, 10), (2, 10, 1, 1)], ids=str)
 def test_policies_of_another_shape_are_refused(shape):
-    message = r"TokenPredictor: policy must be \(2, 10, 1\) as x is \(2, 10, 16\), got " + str(shape).replace("(", r"\(")
-    with pytest.raises(ValueError, match=message.replace(")", r"\)").replace(r"\\)", r"\)")):
+    message = re.escape(f"TokenPredictor: policy must be (2, 10, 1) as x is (2, 10, 16), got {shape}")
+    with pytest.raises(ValueError, match=message):
         TokenPredictor(16)(torch.randn(2, 10, 16), torch.ones(shape))
 
 
@@ -189,9 +190,7 @@ def test_ratio_loss_is_the_published_one():
     policies, keep = [torch.rand(4, 50).round().requires_grad_() for _ in range(3)], (0.7, 0.49, 0.343)
     found, expected = ratio_loss(policies, keep), published_ratio_loss(policies, keep)
     torch.testing.assert_close(found, expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, policies), torch.autograd.grad(expected, policies), strict=True
-    ):
+    for ours, theirs in zip(torch.autograd.grad(found, policies), torch.autograd.grad(expected, policies), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -260,13 +259,15 @@ def test_distillation_loss_is_the_published_one(mse, kept):
 def test_a_pupil_that_is_its_teacher_loses_nothing():
     logits, tokens = torch.randn(3, 10), torch.randn(3, 20, 6)
     for mse in (True, False):
-        assert all(abs(part) < 1e-7 for part in distillation_loss(logits, logits, tokens, tokens, torch.ones(3, 20), mse=mse))
+        assert all(
+            abs(part) < 1e-7 for part in distillation_loss(logits, logits, tokens, tokens, torch.ones(3, 20), mse=mse)
+        )
 
 
 @pytest.mark.parametrize("shape", [(1, 20, 1), (20,), (1, 19)], ids=str)
 def test_policies_that_fit_no_tokens_are_refused(shape):
     logits, tokens = torch.randn(1, 10), torch.randn(1, 20, 6)
-    with pytest.raises(ValueError, match=r"distillation_loss: policy must be \(1, 20\) as tokens are \(1, 20, 6\), got"):
+    with pytest.raises(ValueError, match=r"distillation_loss: policy must be \(1, 20\) as tokens are \(1, 20, 6\)"):
         distillation_loss(logits, logits, tokens, tokens, torch.ones(shape))
-    with pytest.raises(ValueError, match=r"decide: policy must be \(1, 20\) as log_probabilities are \(1, 20, 2\), got"):
+    with pytest.raises(ValueError, match=r"decide: policy must be \(1, 20\) as log_probabilities are \(1, 20, 2\)"):
         decide(torch.randn(1, 20, 2), torch.ones(shape))

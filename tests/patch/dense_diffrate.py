@@ -60,7 +60,11 @@ def attention(layer, x, size=None, policy=None):
 def ranked(worth, prefix, last=None):
     """The prefix, then the others by what they are worth; those from `last` on are out, and stay behind."""
     last = len(worth) if last is None else last
-    return [*range(prefix), *sorted(range(prefix, last), key=lambda i: -float(worth[i])), *range(last, len(worth))]
+    return [
+        *range(prefix),
+        *sorted(range(prefix, last), key=lambda i: -float(worth.detach()[i])),
+        *range(last, len(worth)),
+    ]
 
 
 def joined(x, left, prefix):
@@ -101,7 +105,7 @@ def image_masked(model, x, rates, candidates):
             if merge < last:
                 mask = mask * merged(last)
                 groups, cosine = joined(x[:last], merge, prefix)
-                scaled = [max(1.0, float(size[i]) * cosine.get(i, 1.0)) for i in range(last)]
+                scaled = [max(1.0, float(size.detach()[i]) * cosine.get(i, 1.0)) for i in range(last)]
                 together = [sum(scaled[i] for i in g) for g in groups]
                 size = torch.tensor([*together, *scaled[merge:], *size[last:].tolist()], dtype=x.dtype)
                 x = torch.cat([torch.stack([x[g].mean(0) for g in groups]), x[merge:]])

@@ -30,9 +30,8 @@ def evit_image(model, x, rates, fuse, importance):
         x = x + block.ls1(attended)
         if rates.get(index, 1) < 1:
             worth = weights[0] if importance == "class" else weights.mean(0)
-            order = descending(worth, prefix)
             k = math.ceil(rates[index] * (len(x) - prefix))
-            stay, rest = [*range(prefix), *order[:k]], order[k:]
+            stay, rest = choose(worth, k, prefix)
             tokens, sources = [x[n] for n in stay], [source[n] for n in stay]
             if fuse and rest:
                 tokens.append(sum(worth[n] * x[n] for n in rest))
@@ -55,7 +54,8 @@ def removing_image(model, x, shares):
     for index, block in enumerate(model.blocks):
         if index in shares:
             keeping = log_probabilities(next(predictors), x[prefix:], torch.ones(len(x) - prefix).to(x))[:, 0]
-            stay = [*range(prefix), *(n + prefix for n in descending(keeping, 0)[: int(patches * shares[index])])]
+            worth = torch.cat([torch.zeros(prefix).to(x), keeping])
+            stay, _ = choose(worth, max(int(patches * shares[index]), 1), prefix)
             x, source = x[stay], source[stay]
         x = x + block.ls1(attention(block.attn, block.norm1(x))[0])
         x = x + block.ls2(block.mlp(block.norm2(x)))
@@ -113,6 +113,12 @@ def attention(layer, x, policy=None):
     return layer.proj(layer.norm(y.transpose(0, 1).reshape(tokens, -1))), weights.mean(0)
 
 
-def descending(worth, first):
-    """The tokens from `first` on, the worthiest first, of equals the first."""
-    return sorted(range(first, len(worth)), key=lambda n: (-float(worth[n]), n))
+def choose(worth, k, first):
+    """The tokens that stay: those before `first`, and the `k` worthiest, in that order; and those that do not.
+
+    Of equals it is the first. Where all stay, they stay as they are.
+    """
+    if k >= len(worth) - first:
+        return list(range(len(worth))), []
+    order = sorted(range(first, len(worth)), key=lambda n: (-worth[n].item(), n))
+    return [*range(first), *order[:k]], order[k:]

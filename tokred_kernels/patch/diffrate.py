@@ -26,6 +26,7 @@ from tokred_kernels.token_map import TokenMap
 
 PRUNE, MERGE = "prune_kept_num", "merge_kept_num"  # the keys of the published compression_rate.json
 MODULES = ("prune_ddp", "merge_ddp")  # the published names of what is learned
+UNMASKED_POOLS = ("max", "avgmax", "map")
 # A token that joins one of opposite direction takes away from its size, and attention has no logarithm for 0 or less:
 # then the key all but vanishes.
 LEAST_SIZE = 1e-6
@@ -98,9 +99,7 @@ class CompressLearned(Step):
             return self.at(block).reduce(block, x, keys, importance, state)
         return self._mask(block, x, importance, state)
 
-    def _mask(
-        self, block: Any, x: Tensor, importance: Any, state: State
-    ) -> tuple[Tensor, State, TokenMap | None]:
+    def _mask(self, block: Any, x: Tensor, importance: Any, state: State) -> tuple[Tensor, State, TokenMap | None]:
         """Sort; pass over what is pruned or joins another, and keep it behind (published code, training)."""
         batch, tokens, _ = x.shape
         known = block.prune_ddp.patch_number + self.num_prefix
@@ -154,8 +153,8 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
 
     Between attention and MLP, by the attention that the class token pays: the tokens are sorted; only the first
     prune_kept_num stay; of these, those after the first merge_kept_num join the most similar one before. A merged token
-    is the plain mean of its members, and a size that joins counts by its similarity, so `model.token_sizes` are no whole
-    numbers.
+    is the plain mean of its members, and a size that joins counts by its similarity, so that `model.token_sizes` are no
+    whole numbers.
 
     Args:
         model: the VisionTransformer, with a class token.
@@ -202,6 +201,11 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
 
 
 def _install_learned(model: Any, granularity: int, prop_attn: bool, settings: dict[str, Any]) -> None:
+    if model.attn_pool is not None or model.global_pool in UNMASKED_POOLS:
+        raise NotImplementedError(
+            "tokred_kernels.patch: counts are learned by masking tokens, which pooling by "
+            f'global_pool={model.global_pool!r} does not heed; make the model with "token" or "avg", or give kept='
+        )
     prefix, patches = model.num_prefix_tokens, model.patch_embed.num_patches
     for index, block in enumerate(model.blocks):
         for name in MODULES:
@@ -238,7 +242,7 @@ def read_kept(kept: Any, depth: int, prefix: int) -> tuple[list[int], list[int]]
     if PRUNE not in kept or MERGE not in kept:
         raise ValueError(
             f'tokred_kernels.patch: {where} must have "{PRUNE}" and "{MERGE}", got the keys '
-            f'{", ".join(map(repr, kept)) or "of nothing"}; of the published compression_rate.json, give one entry: '
+            f"{', '.join(map(repr, kept)) or 'of nothing'}; of the published compression_rate.json, give one entry: "
             'json.load(file)["ViT-S-DeiT"]["2.9"]'
         )
     prune, merged = (_counts(name, kept[name], depth, prefix) for name in (PRUNE, MERGE))

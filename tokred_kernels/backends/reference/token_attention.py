@@ -30,6 +30,8 @@ def token_attention(
     pieces = []
     columns: list[Any] = [[None] * len(lengths) if t is None else t.split(lengths) for t in (q, k, v, bias, policy)]
     for *operands, image_bias, image_policy in zip(*columns, strict=True):
+        if operands[0].shape[0] == 0:  # no score is the highest of none
+            continue
         query, key, value = (t.transpose(0, 1)[None] for t in operands)
         terms = [None if t is None else t[None] for t in (image_bias, image_policy)]
         out, worth = _attend(query, key, value, terms[0], terms[1], scale, importance)

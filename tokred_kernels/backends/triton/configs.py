@@ -99,35 +99,47 @@ ROWS_CONFIGS = {
     for dtype in DTYPES
 }
 
-MAX_HEAD_WIDTH = 128  # channels of a head, which a program holds whole
-_ATTENTION_16 = {
-    16: AttentionConfig(128, 64, 16, 4, 3),
-    32: AttentionConfig(128, 64, 32, 4, 3),
-    64: AttentionConfig(128, 64, 64, 4, 3),
-    128: AttentionConfig(128, 64, 128, 8, 2),
-}
+# Blocks by the widest head that they take. A program holds its heads whole; with a policy, which takes registers for
+# what is added to a score's gradient and to its weight, it has fewer of them. float32 products run on the vector units:
+# a thread holds rows of both operands. With more than these, kernels spill on one of the targets of the tests.
+MAX_HEAD_WIDTH = 128
 _ATTENTION_32 = {
-    16: AttentionConfig(64, 32, 16, 8, 1),
-    32: AttentionConfig(64, 32, 32, 8, 1),
+    **{width: AttentionConfig(64, 32, width, 8, 1) for width in (16, 32)},
     64: AttentionConfig(64, 16, 64, 8, 1),
     128: AttentionConfig(32, 16, 128, 8, 1),
 }
-ATTENTION_CONFIGS = {dtype: _ATTENTION_32 if dtype == torch.float32 else _ATTENTION_16 for dtype in DTYPES}
-IMPORTANCE_CONFIGS = ATTENTION_CONFIGS
+_ATTENTION_16 = {
+    **{width: AttentionConfig(128, 64, width, 4, 3) for width in (16, 32)},
+    64: AttentionConfig(128, 64, 64, 8, 3),
+    128: AttentionConfig(128, 64, 128, 8, 2),
+}
+_POLICY_16 = {width: AttentionConfig(64, 64, width, 4, 2) for width in (16, 32, 64, 128)}
+_QUERIES_32 = {**_ATTENTION_32, 128: AttentionConfig(16, 16, 128, 8, 1)}
+_QUERIES_16 = {
+    **{width: AttentionConfig(64, 64, width, 4, 2) for width in (16, 32, 64)},
+    128: AttentionConfig(64, 32, 128, 4, 2),
+}
+_QUERIES_POLICY_16 = {width: AttentionConfig(64, 32, width, 4, 2) for width in (16, 32, 64, 128)}
 _KEYS_32 = {
-    16: AttentionConfig(16, 64, 16, 8, 1),
-    32: AttentionConfig(16, 64, 32, 8, 1),
-    64: AttentionConfig(16, 64, 64, 8, 1),
-    128: AttentionConfig(16, 32, 128, 8, 1),
+    **{width: AttentionConfig(16, 64, width, 8, 1) for width in (16, 32, 64)},
+    128: AttentionConfig(16, 16, 128, 8, 1),
 }
-_KEYS_16 = {
-    16: AttentionConfig(64, 64, 16, 4, 2),
-    32: AttentionConfig(64, 64, 32, 4, 2),
-    64: AttentionConfig(64, 64, 64, 4, 2),
-    128: AttentionConfig(32, 64, 128, 8, 1),
-}
-KEYS_CONFIGS = {dtype: _KEYS_32 if dtype == torch.float32 else _KEYS_16 for dtype in DTYPES}
-QUERIES_CONFIGS = ATTENTION_CONFIGS
+_KEYS_16 = {width: AttentionConfig(32, 64, width, 4, 2) for width in (16, 32, 64, 128)}
+_KEYS_POLICY_16 = {width: AttentionConfig(32, 64, width, 4, 1) for width in (16, 32, 64, 128)}
+
+
+def _by_dtype(
+    single: dict[int, AttentionConfig], half: dict[int, AttentionConfig], half_policy: dict[int, AttentionConfig]
+) -> dict[tuple[torch.dtype, bool], dict[int, AttentionConfig]]:
+    """Keyed by dtype and whether there is a policy."""
+    table = {(dtype, policy): half_policy if policy else half for dtype in DTYPES for policy in (False, True)}
+    return table | {(torch.float32, policy): single for policy in (False, True)}
+
+
+ATTENTION_CONFIGS = _by_dtype(_ATTENTION_32, _ATTENTION_16, _POLICY_16)
+IMPORTANCE_CONFIGS = _by_dtype(_ATTENTION_32, _POLICY_16, _POLICY_16)
+QUERIES_CONFIGS = _by_dtype(_QUERIES_32, _QUERIES_16, _QUERIES_POLICY_16)
+KEYS_CONFIGS = _by_dtype(_KEYS_32, _KEYS_16, _KEYS_POLICY_16)
 
 
 def match_config(channels: int, dtype: torch.dtype) -> MatchConfig:
@@ -155,24 +167,24 @@ def window_config(channels: int) -> WindowConfig:
     return WINDOW_CONFIGS[min((block for block in WINDOW_CONFIGS if block >= channels), default=max(WINDOW_CONFIGS))]
 
 
-def attention_config(channels: int, dtype: torch.dtype) -> AttentionConfig:
+def attention_config(channels: int, dtype: torch.dtype, policy: bool) -> AttentionConfig:
     """For attention by heads of `channels`, at most MAX_HEAD_WIDTH."""
-    return _narrowest(ATTENTION_CONFIGS[dtype], channels)
+    return _narrowest(ATTENTION_CONFIGS[dtype, policy], channels)
 
 
-def importance_config(channels: int, dtype: torch.dtype) -> AttentionConfig:
-    """For the importance of keys, summed block by block of queries."""
-    return _narrowest(IMPORTANCE_CONFIGS[dtype], channels)
+def importance_config(channels: int, dtype: torch.dtype, policy: bool) -> AttentionConfig:
+    """For the importance of keys."""
+    return _narrowest(IMPORTANCE_CONFIGS[dtype, policy], channels)
 
 
-def keys_config(channels: int, dtype: torch.dtype) -> AttentionConfig:
+def queries_config(channels: int, dtype: torch.dtype, policy: bool) -> AttentionConfig:
+    """For the gradients of queries, and for what all gradients need of each row."""
+    return _narrowest(QUERIES_CONFIGS[dtype, policy], channels)
+
+
+def keys_config(channels: int, dtype: torch.dtype, policy: bool) -> AttentionConfig:
     """For the gradients of keys and values."""
-    return _narrowest(KEYS_CONFIGS[dtype], channels)
-
-
-def queries_config(channels: int, dtype: torch.dtype) -> AttentionConfig:
-    """For the gradients of queries, and for what they need of each row."""
-    return _narrowest(QUERIES_CONFIGS[dtype], channels)
+    return _narrowest(KEYS_CONFIGS[dtype, policy], channels)
 
 
 def _narrowest(configs: dict[int, AttentionConfig], channels: int) -> AttentionConfig:

@@ -56,7 +56,7 @@ def token_attention(
     worth = q.new_empty(layout[:-2] if importance else (0,), dtype=torch.float32)
     modes = {"BIAS": bias is not None, "POLICY": policy is not None, "PACKED": starts is not None}
     with on_device(q):
-        config = attention_config(channels, q.dtype)
+        config = attention_config(channels, q.dtype, policy is not None)
         grid, blocks = shares(images, heads, tokens, config.block_queries)
         if grid[0]:
             attention_kernel[grid](
@@ -71,7 +71,7 @@ def token_attention(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-        config = importance_config(channels, q.dtype)
+        config = importance_config(channels, q.dtype, policy is not None)
         grid, blocks = shares(images, 1, tokens, config.block_keys)
         if importance and grid[0]:
             importance_kernel[grid](

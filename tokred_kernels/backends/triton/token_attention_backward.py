@@ -94,10 +94,10 @@ def token_attention_backward(
             )
 
     with on_device(q):
-        config = queries_config(channels, q.dtype)
+        config = queries_config(channels, q.dtype, policy is not None)
         launch(rows_kernel, config, config.block_queries, out, delta, top, shift)
         launch(queries_kernel, config, config.block_queries, delta, top, shift, grad_q)
-        config = keys_config(channels, q.dtype)
+        config = keys_config(channels, q.dtype, policy is not None)
         outputs = (grad_k, grad_v, *of_heads)
         needs = {"NEED_BIAS": need_bias, "NEED_POLICY": need_policy}
         launch(keys_kernel, config, config.block_keys, delta, top, shift, *outputs, **needs)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: MIT
+"""A small ViT on handwritten digits, and the same with fewer tokens by each method: how good, how fast.
+
+    python examples/train_digits.py
+    python examples/train_digits.py --method evit
+
+Trains a vision transformer with a token for each of 64 pixels on scikit-learn's scans, with all its tokens. Every
+method then starts from there, as its paper does: ToMe is put in, and nothing trained; EViT and DynamicViT are
+fine-tuned; DiffRate searches how many tokens each block keeps, its weights as they are, and is fine-tuned then. The
+model with all tokens is trained as much longer as the others are fine-tuned. Prints a table, and writes it into --out,
+with a plot of accuracy against operations and the figures as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate_vit import _positive as positive
+from accelerate_vit import choose_device, describe
+from digits import CLASSES, SIDE, Digits, load, varied
+from drawing import plot_accuracy
+from measuring import in_turns
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import tokred_kernels as tk
+from tokred_kernels.patch.timm_import import import_timm
+
+METHODS = ("none", "tome", "dynamicvit", "evit", "diffrate")
+ALL = "all"
+HEAD_WIDTH = 32
+LEARNING_RATE, FINE_TUNING_RATE = 2e-3, 5e-4
+WEIGHT_DECAY = 0.05
+SMOOTHING = 0.1  # of labels
+WARM_UP = 0.1  # of all steps
+ROUNDS = 9  # of timing
+FEWER = 0.3  # of the operations: what every method is set to save, or a little more
+QUICK: dict[str, Any] = {"epochs": 1, "tuning": 1, "width": 32, "depth": 3, "seconds": 1}
+
+# What each method removes, by the depth of the model; together with the model's width these make the operations.
+# A block's index is counted from 0.
+TOME_SHARE = 0.105  # of all tokens, in each of 6 blocks
+STAGES = (1 / 6, 1 / 2)  # of the depth: where EViT and DynamicViT reduce
+EVIT_KEEP = 0.7
+DYNAMICVIT_KEEP = (0.7, 0.5)
+RATIO_WEIGHT, DISTILLATION_WEIGHT = 2.0, 0.5  # of the losses, as DynamicViT has them
+SEARCH_EPOCHS = 3
+
+
+class Budget(NamedTuple):
+    """How long to train, and how fast to learn at most."""
+
+    epochs: int
+    rate: float
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {options.out}: cannot write there ({error.strerror})") from None
+    device = choose_device(options.device)
+    data = load(options.seed, device)
+    print(f"{len(data.train)} digits to train on, {len(data.test)} to test, {SIDE * SIDE} tokens, {describe(device)}")
+
+    begun = make(options, device)
+    train(begun, data, options, Budget(options.epochs, LEARNING_RATE), "training")
+    methods = METHODS if options.method == ALL else ("none", *({options.method} - {"none"}))
+    models = {}
+    for method in methods:
+        models[method] = PREPARE[method](copy.deepcopy(begun), begun, data, options)
+    rows = [evaluate(name, model, data) for name, model in models.items()]
+    for row, speed in zip(rows, timings(list(models.values()), data, options), strict=True):
+        row.update(speed)
+    text = markdown(rows)
+    print(f"\n{text}\n\n{LEGEND}")
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    report = {"device": describe(device), "torch": torch.__version__, **settings, "rows": rows}
+    (options.out / "digits.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "digits.md").write_text(text + "\n")
+    plot_accuracy(options.out / "digits.png", rows)
+    print(f"\nIn {options.out}/: digits.png, digits.md, digits.json")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--method", choices=(*METHODS, ALL), default=ALL, help="beside the plain model (%(default)s)")
+    parser.add_argument("--width", type=positive, default=64, help="channels of the transformer (%(default)s)")
+    parser.add_argument("--depth", type=positive, default=6, help="its blocks (%(default)s)")
+    parser.add_argument("--epochs", type=positive, default=40, help="of training with all tokens (%(default)s)")
+    parser.add_argument("--tuning", type=positive, default=8, help="epochs of fine-tuning (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=64, help="digits at once (%(default)s)")
+    parser.add_argument("--seconds", type=positive, default=20, help="of timing, at most (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU when there is one)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where to write (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and an epoch: to see whether it runs")
+    if parser.parse_known_args(arguments)[0].quick:
+        parser.set_defaults(**QUICK)
+    options = parser.parse_args(arguments)
+    if options.width % HEAD_WIDTH:
+        parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
+    if len(set(stages(options.depth))) < len(STAGES):
+        parser.error(f"--depth must be at least 3, for two blocks that reduce tokens, got {options.depth}")
+    return options
+
+
+def make(options: argparse.Namespace, device: torch.device) -> nn.Module:
+    """A ViT from its seed, each pixel a patch."""
+    torch.manual_seed(options.seed)
+    return (
+        import_timm()
+        .models.vision_transformer.VisionTransformer(
+            img_size=SIDE,
+            patch_size=1,
+            in_chans=1,
+            num_classes=CLASSES,
+            embed_dim=options.width,
+            depth=options.depth,
+            num_heads=options.width // HEAD_WIDTH,
+        )
+        .to(device)
+    )
+
+
+def stages(depth: int) -> tuple[int, ...]:
+    """The blocks before, or in, which EViT and DynamicViT reduce."""
+    return tuple(max(1, round(share * depth)) for share in STAGES)
+
+
+def plain(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+    return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "all tokens")
+
+
+def tome(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+    removed = round(TOME_SHARE * SIDE * SIDE * 6 / options.depth)
+    return tk.patch(plain(model, begun, data, options), "tome", r=removed)
+
+
+def evit(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+    tk.patch(model, "evit", layers=stages(options.depth), keep_rate=EVIT_KEEP)
+
+    def schedule(step: int, steps: int) -> None:
+        rate = tk.nn.cosine_keep_rate(step, warmup=0, total=max(steps // 2, 1), base=EVIT_KEEP)
+        tk.set_keep_rate(model, rate)
+
+    return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "EViT", before=schedule)
+
+
+def dynamicvit(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+    teacher = begun.eval().requires_grad_(False)
+    tk.patch(model, "dynamicvit", layers=stages(options.depth), keep=DYNAMICVIT_KEEP)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        tokens = model.forward_features(images)
+        logits = model.forward_head(tokens)
+        expected = teacher.forward_features(images)
+        decisions = model.token_decisions
+        predictions, distance = tk.nn.distillation_loss(
+            logits, teacher.forward_head(expected), tokens[:, 1:], expected[:, 1:], decisions[-1]
+        )
+        return (
+            F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+            + RATIO_WEIGHT * tk.nn.ratio_loss(decisions, DYNAMICVIT_KEEP)
+            + DISTILLATION_WEIGHT * (predictions + distance)
+        )
+
+    return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DynamicViT", loss=loss)
+
+
+def diffrate(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+    batches = [
+        batch for epoch in range(SEARCH_EPOCHS) for batch in tqdm(list(shuffled(data, options, epoch)), disable=True)
+    ]
+    target = (1 - FEWER) * tk.flops.count(model).gflops
+    found = tk.diffrate_search(model, batches, target_gflops=target)
+    tk.unpatch(model)
+    kept = {"prune_kept_num": found.prune_kept_num, "merge_kept_num": found.merge_kept_num}
+    tk.patch(model, "diffrate", kept=kept)
+    return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DiffRate")
+
+
+Prepare = Callable[[nn.Module, nn.Module, Digits, argparse.Namespace], nn.Module]
+PREPARE: dict[str, Prepare] = {
+    "none": plain,
+    "tome": tome,
+    "dynamicvit": dynamicvit,
+    "evit": evit,
+    "diffrate": diffrate,
+}
+
+
+def shuffled(data: Digits, options: argparse.Namespace, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training digits in batches, varied and in an order that hang on the epoch's number alone."""
+    generator = torch.Generator().manual_seed(options.seed + epoch)
+    order = torch.randperm(len(data.train), generator=generator).to(data.train.device)
+    for index in order.split(options.batch):
+        yield varied(data.train[index], generator), data.train_labels[index]
+
+
+def train(
+    model: nn.Module,
+    data: Digits,
+    options: argparse.Namespace,
+    budget: Budget,
+    title: str,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    before: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Train for some epochs; then the model is in eval mode. `before` is called before each step."""
+    torch.manual_seed(options.seed)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), budget.rate, weight_decay=WEIGHT_DECAY)
+    steps = budget.epochs * math.ceil(len(data.train) / options.batch)
+    progress = tqdm(total=steps, desc=title, unit="step", leave=False)
+    step = 0
+    for epoch in range(budget.epochs):
+        for images, labels in shuffled(data, options, epoch):
+            warmed, done = (step + 1) / (WARM_UP * steps), step / steps
+            for group in optimizer.param_groups:
+                group["lr"] = budget.rate * min(warmed, (1 + math.cos(math.pi * done)) / 2)
+            if before is not None:
+                before(step, steps)
+            if loss is None:
+                value = F.cross_entropy(model(images), labels, label_smoothing=SMOOTHING)
+            else:
+                value = loss(images, labels)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            step += 1
+            progress.update()
+            progress.set_postfix(loss=f"{value.item():.3f}")
+    progress.close()
+    return model.eval()
+
+
+@torch.inference_mode()
+def evaluate(name: str, model: nn.Module, data: Digits) -> dict[str, Any]:
+    """How many test digits it names, with how many tokens and operations."""
+    right = (model(data.test).argmax(1) == data.test_labels).sum().item()
+    counted = tk.flops.count(model)
+    return {
+        "method": name,
+        "accuracy": 100 * right / len(data.test),
+        "tokens": counted.tokens,
+        "gflops": counted.gflops,
+    }
+
+
+@torch.inference_mode()
+def timings(models: list[nn.Module], data: Digits, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Images a second of each on a batch of test digits."""
+    images = data.test[: options.batch]
+    stage: Any = nn.Module()
+
+    @contextmanager
+    def on_stage(model: nn.Module) -> Iterator[None]:
+        stage.forward = model.forward
+        yield
+
+    variants = [partial(on_stage, model) for model in models]
+    with tqdm(total=ROUNDS * len(variants), desc="timing", unit="sample", leave=False) as progress, variants[0]():
+        times = in_turns(stage, images, variants, ROUNDS, options.seconds, progress)
+    return [
+        {
+            "images_per_s": len(images) / statistics.median(own),
+            "speedup": statistics.median(base / mine for base, mine in zip(times[0], own, strict=True)),
+        }
+        for own in times
+    ]
+
+
+LEGEND = (
+    "Accuracy: percent of the test digits. Tokens: that the last block leaves. GFLOPs: an image, a multiply-add being\n"
+    "two. Faster: median over rounds, each against the plain model in the same round."
+)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table that is printed, and stands in the README."""
+    first = rows[0]
+    lines = [
+        "| method | accuracy | change | tokens left | GFLOPs | fewer | images/s | faster |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        fewer = 1 - row["gflops"] / first["gflops"]
+        lines.append(
+            f"| {row['method']} | {row['accuracy']:.1f} % | {row['accuracy'] - first['accuracy']:+.1f} | "
+            f"{row['tokens'][-1]:g} of {row['tokens'][0]:g} | {row['gflops']:.4f} | {fewer:.0%} | "
+            f"{row['images_per_s']:.0f} | {row['speedup']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
