@@ -69,7 +69,7 @@ def draw(case: Case, seed: int) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=case.device)
 
-    if case.op == "keep_merge":
+    if case.op == "keep_topk":
         return Inputs(x=normal(batch, tokens, channels).to(dtype), scores=normal(batch, tokens).softmax(1))
     projected = normal(batch, tokens, 3, case.heads, case.metric_dim).to(dtype)
     inputs = Inputs(*(t.requires_grad_(case.training) for t in projected.permute(2, 0, 3, 1, 4).unbind(0)))
@@ -88,7 +88,7 @@ def draw(case: Case, seed: int) -> Inputs:
 
 def chain(case: Case) -> tuple[Callable[..., Any], Callable[[Inputs], tuple[Any, ...]]]:
     """The published chain as a function of tensors, and the arguments it takes."""
-    if case.op == "keep_merge":
+    if case.op == "keep_topk":
         k = kept(case)
         return lambda x, scores: (published.keep_attentive(x, scores, k),), lambda i: (i.x, i.scores)
     importance = "class" if "class" in terms(case) else ""
@@ -101,7 +101,7 @@ def chain(case: Case) -> tuple[Callable[..., Any], Callable[[Inputs], tuple[Any,
 
 def ours(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]]:
     """The package's own call."""
-    if case.op == "keep_merge":
+    if case.op == "keep_topk":
         return lambda i: tk.nn.keep_attentive(i.x, i.scores, kept(case))[:1]
     importance = "class" if "class" in terms(case) else None
 
@@ -164,7 +164,7 @@ def least_bytes(case: Case) -> int:
     batch, tokens, channels = case.shape
     item = torch.finfo(getattr(torch, case.dtype)).bits // 8
     row = batch * tokens * channels * item
-    if case.op == "keep_merge":
+    if case.op == "keep_topk":
         slots = batch * (kept(case) + 2)
         views = INDEX * (2 * batch * tokens + 2 * slots)
         return row + FLOAT * batch * tokens + views + slots * channels * item
@@ -176,7 +176,7 @@ def least_bytes(case: Case) -> int:
 
 def operations(case: Case) -> int:
     """Floating-point operations of the products."""
-    if case.op == "keep_merge":
+    if case.op == "keep_topk":
         return 0
     batch, tokens, channels = case.shape
     products = PRODUCTS + (BACKWARD_PRODUCTS if case.training else 0)

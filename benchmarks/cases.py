@@ -21,8 +21,8 @@ MEASURES = {
     "peak_per_token": ("most", "{:g} bytes of memory a token"),
 }
 WINDOW_OPS = ("window_match", "window_merge")
-# What attention.py has: "keep_merge" is keep_topk, then merge, with the tokens that are not kept fused.
-ATTENTION_OPS = ("token_attention", "keep_merge")
+# What attention.py has. keep_topk is timed with the merge that follows, the tokens that are not kept being fused.
+ATTENTION_OPS = ("token_attention", "keep_topk")
 # These decide how many tokens merge by the tokens themselves; inputs are drawn so that it is `r`.
 ADAPTIVE_OPS = (*WINDOW_OPS, "adaptive_bipartite_match")
 
@@ -115,7 +115,7 @@ class Case:
         if self.op == "token_attention":
             passes = ", forward and backward" if self.training else ""
             return f"({batch}, {self.heads}, {tokens}, {self.metric_dim}), {self.variant}{passes}"
-        if self.op == "keep_merge":
+        if self.op == "keep_topk":
             return f"({batch}, {tokens}, {channels}), {self.r} fused"
         if self.op.endswith("_match"):
             heads = f"{self.heads}, " if self.heads else ""
@@ -215,8 +215,8 @@ CPU_CASES = (
     Case("grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cpu", metric_dim=320),
     Case("importance_match", "deit_small", DEIT_S, 67, "cpu", quick=True),
     Case("importance_match", "deit_small", DEIT_S, 67, "cpu", heads=6),
-    Case("keep_merge", "deit_small", DEIT_S, 58, "cpu", quick=True, targets=(Target("speedup_published", 3),)),
-    Case("keep_merge", "vit_base", VIT_B, 58, "cpu", dtype="bfloat16"),
+    Case("keep_topk", "deit_small", DEIT_S, 58, "cpu", quick=True, targets=(Target("speedup_published", 3),)),
+    Case("keep_topk", "vit_base", VIT_B, 58, "cpu", dtype="bfloat16"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="policy"),
     Case(
         "token_attention",
@@ -289,7 +289,7 @@ CUDA_CASES = (
     ),
     Case("grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cuda", "float16", metric_dim=320),
     Case("importance_match", "deit_small", DEIT_S_64, 67, "cuda", BF16, quick=True),
-    Case("keep_merge", "deit_small", DEIT_S_64, 58, "cuda", BF16, quick=True),
+    Case("keep_topk", "deit_small", DEIT_S_64, 58, "cuda", BF16, quick=True),
     Case(
         "token_attention",
         "vit_base_384",

@@ -39,7 +39,7 @@ KERNEL_OPS = {
     "adaptive_bipartite_match": ("best_match", "similar_count", "match_map"),
     "grid_bipartite_match": ("bipartite_match",),
     "importance_match": ("best_match", "match_map"),
-    "keep_merge": ("keep_topk", "merge"),
+    "keep_topk": ("keep_topk", "merge"),
     "token_attention": ("token_attention",),
     "then": ("compose",),
     "invert": ("invert",),

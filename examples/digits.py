@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Scans of handwritten digits, as scikit-learn ships them: 1797 pictures of 8 x 8 pixels."""
+"""Scans of handwritten digits, as scikit-learn ships them: 1797 pictures of 8 x 8 pixels, here enlarged to 32 x 32."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 8  # pixels
+SCANNED, SIDE = 8, 32  # pixels a side
 CLASSES = 10
 BRIGHTEST = 16.0
 TESTED = 500  # pictures held out, of each class alike
-SHIFT, TURN, SCALE = 1.0, 12.0, 0.1  # of training pictures, at most: pixels, degrees, and a share of the size
+SHIFT, TURN, SCALE = 0.1, 12.0, 0.1  # of training pictures, at most: of the side, degrees, and of the size
 
 
 class Digits(NamedTuple):
-    """Pictures (n, 1, 8, 8) of mean 0 and deviation 1, and their classes (n,)."""
+    """Pictures (n, 1, 32, 32) of mean 0 and deviation 1, and their classes (n,)."""
 
     train: Tensor
     train_labels: Tensor
@@ -33,7 +33,10 @@ def load(seed: int, device: torch.device) -> Digits:
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels, labels, test_size=TESTED, stratify=labels, random_state=seed)
-    train, test = (torch.tensor(part / BRIGHTEST, dtype=torch.float32).view(-1, 1, SIDE, SIDE) for part in parts[:2])
+    train, test = (
+        torch.tensor(part / BRIGHTEST, dtype=torch.float32).view(-1, 1, SCANNED, SCANNED) for part in parts[:2]
+    )
+    train, test = (F.interpolate(part, (SIDE, SIDE), mode="bicubic") for part in (train, test))
     mean, deviation = train.mean(), train.std()
     train, test = ((part - mean) / deviation for part in (train, test))
     own, others = (torch.tensor(part) for part in parts[2:])
@@ -43,7 +46,7 @@ def load(seed: int, device: torch.device) -> Digits:
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
     """The images, each shifted, turned and scaled a little at random."""
     drawn = torch.rand(4, len(images), generator=generator).to(images.device) * 2 - 1
-    shift = drawn[:2] * SHIFT * 2 / SIDE
+    shift = drawn[:2] * SHIFT * 2  # the picture reaches from -1 to 1
     angle, scale = drawn[2] * math.radians(TURN), 1 + drawn[3] * SCALE
     cosine, sine = angle.cos() * scale, angle.sin() * scale
     turned = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], 1).view(-1, 2, 3)

@@ -4,7 +4,7 @@
     python examples/train_digits.py
     python examples/train_digits.py --method evit
 
-Trains a vision transformer with a token for each of 64 pixels on scikit-learn's scans, with all its tokens. Every
+Trains a vision transformer on scikit-learn's scans, a patch for each of their 64 pixels, with all its tokens. Every
 method then starts from there, as its paper does: ToMe is put in, and nothing trained; EViT and DynamicViT are
 fine-tuned; DiffRate searches how many tokens each block keeps, its weights as they are, and is fine-tuned then. The
 model with all tokens is trained as much longer as the others are fine-tuned. Prints a table, and writes it into --out,
@@ -40,7 +40,10 @@ from tokred_kernels.patch.timm_import import import_timm
 
 METHODS = ("none", "tome", "dynamicvit", "evit", "diffrate")
 ALL = "all"
+PATCH = 4
+TOKENS = (SIDE // PATCH) ** 2
 HEAD_WIDTH = 32
+POSITION_STD = 0.2
 LEARNING_RATE, FINE_TUNING_RATE = 2e-3, 5e-4
 WEIGHT_DECAY = 0.05
 SMOOTHING = 0.1  # of labels
@@ -74,11 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--out {options.out}: cannot write there ({error.strerror})") from None
     device = choose_device(options.device)
     data = load(options.seed, device)
-    print(f"{len(data.train)} digits to train on, {len(data.test)} to test, {SIDE * SIDE} tokens, {describe(device)}")
+    print(f"{len(data.train)} digits to train on, {len(data.test)} to test, {TOKENS} tokens, {describe(device)}")
 
     begun = make(options, device)
     train(begun, data, options, Budget(options.epochs, LEARNING_RATE), "training")
-    methods = METHODS if options.method == ALL else ("none", *({options.method} - {"none"}))
+    methods = METHODS if options.method == ALL else tuple(dict.fromkeys(("none", options.method)))
     models = {}
     for method in methods:
         models[method] = PREPARE[method](copy.deepcopy(begun), begun, data, options)
@@ -119,21 +122,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make(options: argparse.Namespace, device: torch.device) -> nn.Module:
-    """A ViT from its seed, each pixel a patch."""
+    """A ViT from its seed. Its weights begin larger than timm's, which are made for longer training."""
     torch.manual_seed(options.seed)
-    return (
-        import_timm()
-        .models.vision_transformer.VisionTransformer(
-            img_size=SIDE,
-            patch_size=1,
-            in_chans=1,
-            num_classes=CLASSES,
-            embed_dim=options.width,
-            depth=options.depth,
-            num_heads=options.width // HEAD_WIDTH,
-        )
-        .to(device)
+    model = import_timm().models.vision_transformer.VisionTransformer(
+        img_size=SIDE,
+        patch_size=PATCH,
+        in_chans=1,
+        num_classes=CLASSES,
+        embed_dim=options.width,
+        depth=options.depth,
+        num_heads=options.width // HEAD_WIDTH,
     )
+    for layer in model.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+    for learned in (model.pos_embed, model.cls_token):
+        nn.init.normal_(learned, std=POSITION_STD)
+    return model.to(device)
 
 
 def stages(depth: int) -> tuple[int, ...]:
@@ -146,7 +151,7 @@ def plain(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Na
 
 
 def tome(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
-    removed = round(TOME_SHARE * SIDE * SIDE * 6 / options.depth)
+    removed = round(TOME_SHARE * TOKENS * 6 / options.depth)
     return tk.patch(plain(model, begun, data, options), "tome", r=removed)
 
 
@@ -182,9 +187,7 @@ def dynamicvit(model: nn.Module, begun: nn.Module, data: Digits, options: argpar
 
 
 def diffrate(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
-    batches = [
-        batch for epoch in range(SEARCH_EPOCHS) for batch in tqdm(list(shuffled(data, options, epoch)), disable=True)
-    ]
+    batches = [batch for epoch in range(SEARCH_EPOCHS) for batch in shuffled(data, options, epoch)]
     target = (1 - FEWER) * tk.flops.count(model).gflops
     found = tk.diffrate_search(model, batches, target_gflops=target)
     tk.unpatch(model)

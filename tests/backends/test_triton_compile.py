@@ -164,8 +164,12 @@ def _cases():
             yield merge_backward_kernel, kept, modes | blocks, options, True
 
 
-# What attention may be asked for: bias, policy, packed, the importance that is differentiated.
-ATTENTION_MODES = [(True, False, False, "class"), (True, True, True, "mean"), (False, False, True, "")]
+# What attention may be asked for: bias, policy, packed, the importance that is differentiated. Of those with a policy
+# and of those without, the first asks for most, and is compiled for heads of any width; all are for heads of 64.
+ATTENTION_MODES = [
+    *((True, False, True, "mean"), (True, False, False, "class"), (False, False, True, "")),
+    *((True, True, True, "mean"), (False, True, False, "")),
+]
 
 
 def _attention_cases():
@@ -178,42 +182,49 @@ def _attention_cases():
     from tokred_kernels.backends.triton.token_attention_backward import keys_kernel, queries_kernel
 
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-    forward = (attention_kernel, "out"), (importance_kernel, "worth")
-    backward = (rows_kernel, "out delta top shift"), (queries_kernel, "delta top shift grad_q")
-    of_keys = (keys_kernel, "delta top shift grad_k grad_v grad_bias grad_policy")
     shipped = (
-        (configs.ATTENTION_CONFIGS, forward[:1]),
-        (configs.IMPORTANCE_CONFIGS, forward[1:]),
-        (configs.QUERIES_CONFIGS, backward),
-        (configs.KEYS_CONFIGS, (of_keys,)),
+        (configs.ATTENTION_CONFIGS, (attention_kernel,)),
+        (configs.IMPORTANCE_CONFIGS, (importance_kernel,)),
+        (configs.QUERIES_CONFIGS, (rows_kernel, queries_kernel)),
+        (configs.KEYS_CONFIGS, (keys_kernel,)),
     )
     for table, kernels in shipped:
         for (dtype, with_policy), by_width in table.items():
-            for config, (kernel, others) in itertools.product(by_width.values(), kernels):
+            for config, kernel in itertools.product(by_width.values(), kernels):
                 width = config.block_channels
                 modes = [(width, True, mode) for mode in ATTENTION_MODES if mode[1] == with_policy]
-                if dtype == torch.float16:  # differs from bfloat16 in the products' type alone
+                # float16 differs from bfloat16 in the products' type alone.
+                if dtype == torch.float16 or width != 64:
                     modes = modes[:1]
-                elif width == 64 and with_policy:
+                else:
                     modes.append((40, False, modes[0][2]))
-                for channels, aligned, (bias, policy, packed, importance) in modes:
-                    if kernel is importance_kernel and not importance:
-                        continue
-                    types = dict.fromkeys(("q", "k", "v", "grad_out", "out", "grad_q", "grad_k", "grad_v"), pointer[dtype])
-                    types |= dict.fromkeys(("row_max", "row_sum", "worth", "delta"), "*fp32")
-                    types |= dict.fromkeys(("bias", "grad_bias"), "*fp32") if bias else {}
-                    types |= dict.fromkeys(("policy", "shift", "grad_policy"), "*fp32") if policy else {}
-                    types |= {"top": "*i32"} if policy else {}
-                    types |= {"starts": "*i32"} if packed else {}
-                    types |= {"grad_worth": "*fp32"} if importance else {}
-                    types = {name: of for name, of in types.items() if name in kernel.arg_names} | {"scale": "fp32"}
-                    constants = {"BIAS": bias, "POLICY": policy, "PACKED": packed, "IMPORTANCE": importance}
-                    constants |= {"NEED_BIAS": bias, "NEED_POLICY": policy, "CHANNELS": channels}
-                    constants |= {"BLOCK_QUERIES": config.block_queries, "BLOCK_KEYS": config.block_keys}
-                    constants |= {"BLOCK_CHANNELS": width}
-                    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-                    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-                    yield kernel, types, constants, options, aligned
+                for channels, aligned, mode in modes:
+                    if kernel is not importance_kernel or mode[3]:
+                        types, constants = _attention_arguments(pointer[dtype], *mode)
+                        constants |= {"BLOCK_QUERIES": config.block_queries, "BLOCK_KEYS": config.block_keys}
+                        constants |= {"BLOCK_CHANNELS": width, "CHANNELS": channels}
+                        types, constants = (
+                            {name: value for name, value in given.items() if name in kernel.arg_names}
+                            for given in (types, constants)
+                        )
+                        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                        yield kernel, types, constants, options, aligned
+
+
+def _attention_arguments(vectors, bias, policy, packed, importance):
+    """The types of the tensors, and the constants, of any of its kernels."""
+    types = dict.fromkeys(("q", "k", "v", "grad_out", "out", "grad_q", "grad_k", "grad_v"), vectors)
+    types |= dict.fromkeys(("row_max", "row_sum", "worth", "delta"), "*fp32") | {"scale": "fp32"}
+    if bias:
+        types |= dict.fromkeys(("bias", "grad_bias"), "*fp32")
+    if policy:
+        types |= dict.fromkeys(("policy", "shift", "grad_policy"), "*fp32") | {"top": "*i32"}
+    if packed:
+        types |= {"starts": "*i32"}
+    if importance:
+        types |= {"grad_worth": "*fp32"}
+    constants = {"BIAS": bias, "POLICY": policy, "PACKED": packed, "IMPORTANCE": importance}
+    return types, constants | {"NEED_BIAS": bias, "NEED_POLICY": policy}
 
 
 def _compile(target, kernel, types, constants, options, aligned):

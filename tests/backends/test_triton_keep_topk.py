@@ -48,7 +48,9 @@ def test_nan_comes_last(device, fuse):
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("tokens", [129, 130, 1025, 1030])  # a block and one more without the prefix, and so past the limit
+@pytest.mark.parametrize(
+    "tokens", [129, 130, 1025, 1030]
+)  # a block and one more without the prefix, and so past the limit
 def test_many_tokens(device, tokens, fuse):
     scores = torch.randint(0, 100, (2, tokens), device=device).float()
     assert_equals_reference(scores, tokens // 3, 1, fuse)

@@ -11,7 +11,7 @@ from benchmarks.cases import ATTENTION_OPS, CASES, Case
 from benchmarks.providers import Provider, providers
 
 TINY = Case("token_attention", "tiny", (2, 7, 12), 0, "cpu", heads=3, metric_dim=4, variant="size+class", training=True)
-PRUNED = Case("keep_merge", "tiny", (2, 9, 6), 3, "cpu")
+PRUNED = Case("keep_topk", "tiny", (2, 9, 6), 3, "cpu")
 
 
 @pytest.mark.parametrize("variant", ["size", "policy", "class", "size+class", "size+policy+class"])

@@ -32,7 +32,8 @@ def test_patching_twice_and_unpatching_nothing():
 
 
 def test_wrong_methods_and_settings():
-    with pytest.raises(ValueError, match="method must be one of 'tome', 'algm', 'tomesd', got 'tome2'"):
+    known = "'tome', 'algm', 'dynamicvit', 'evit', 'diffrate', 'tomesd'"
+    with pytest.raises(ValueError, match=f"method must be one of {known}, got 'tome2'"):
         patch(make(), "tome2", r=1)
     with pytest.raises(TypeError, match="prop_attn must be True or False, got 'no'"):
         patch(make(), "tome", r=1, prop_attn="no")
@@ -98,7 +99,7 @@ def test_unknown_settings_are_named_with_those_there_are(shout):
         patch(make(), "tome", r=4, ratio=0.5)
 
 
-@pytest.mark.parametrize("method", ["tome", "algm"])
+@pytest.mark.parametrize("method", ["tome", "algm", "dynamicvit", "evit", "diffrate"])
 def test_every_setting_is_documented_in_both_places(method):
     from importlib import import_module
     from inspect import signature

@@ -26,7 +26,12 @@ def settings():
     torch.set_num_threads(threads)
 
 
-METHODS = {"tome": {"r": (3, -1)}, "algm": {"layers": (1, 2, 3), "count": [2, 1, 3], "prop_attn": True}}
+METHODS = {
+    "tome": {"r": (3, -1)},
+    "algm": {"layers": (1, 2, 3), "count": [2, 1, 3], "prop_attn": True},
+    "evit": {"layers": (0, 2), "importance": "mean"},
+    "dynamicvit": {"layers": (0, 1, 2)},
+}
 
 
 def make(method="tome", r=None, **more):

@@ -82,15 +82,16 @@ def _check_policy(function: str, policy: Tensor, name: str, tokens: Tensor) -> N
         )
 
 
-def ratio_loss(policies: Sequence[Tensor], keep: Sequence[float]) -> Tensor:
+def ratio_loss(policies: Sequence[Tensor], keep: Sequence[float] | float) -> Tensor:
     """The mean squared distance between the share of tokens that each image keeps and the one asked for.
 
     Args:
         policies: of each pruning layer, (B, N) without prefix tokens.
-        keep: the shares asked for, of all N tokens.
+        keep: the shares asked for, of all N tokens; one number for all layers, or one for each.
 
     (DynamicViT, section 3.4, equation 14.)
     """
+    keep = [keep] * len(policies) if isinstance(keep, (int, float)) else keep
     if len(policies) != len(keep):
         raise ValueError(
             f"tokred_kernels.nn.ratio_loss: keep must have a share for each of the {len(policies)} policies, "

@@ -22,7 +22,8 @@ def pool_sized(x: Tensor, size: Tensor, *, kind: str, begin: int) -> Tensor:
     Returns:
         (B, C).
     """
-    weight = size[:, begin:] / size[:, begin:].sum(1, keepdim=True)
+    total = size[:, begin:].sum(1, keepdim=True)
+    weight = size[:, begin:] / torch.where(total == 0, 1.0, total)  # an image may have dropped all its tokens
     mean = (x[:, begin:] * weight).sum(1).to(x.dtype)
     return mean if kind == "avg" else 0.5 * (x[:, begin:].amax(1) + mean)
 

@@ -253,6 +253,7 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
         """(B, N', 1) float32: how many of the tokens that entered each final token stands for, in the last forward.
 
         (T', 1) where every image has a count of its own. A method that weighs its tokens otherwise gives its weights.
+        One that does not track sizes leaves them to the maps, which `trace=False` does not keep.
         """
         record = self.tokred_record
         if record.entered is None:

@@ -31,7 +31,7 @@ def check_width(q: Tensor) -> None:
 
 def head_strides(tensor: Tensor, starts: Tensor | None) -> tuple[int, int, int]:
     """Of image, head and token, of (B, H, N, d), or, packed, of (T, H, d)."""
-    return packed_strides(tensor) if starts is not None else tensor.stride()[:3]
+    return packed_strides(tensor) if starts is not None else (tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
 def sizes(q: Tensor, starts: Tensor | None, longest: int) -> tuple[int, int, int, int]:

@@ -124,8 +124,14 @@ _KEYS_32 = {
     **{width: AttentionConfig(16, 64, width, 8, 1) for width in (16, 32, 64)},
     128: AttentionConfig(16, 16, 128, 8, 1),
 }
-_KEYS_16 = {width: AttentionConfig(32, 64, width, 4, 2) for width in (16, 32, 64, 128)}
-_KEYS_POLICY_16 = {width: AttentionConfig(32, 64, width, 4, 1) for width in (16, 32, 64, 128)}
+_KEYS_16 = {
+    **{width: AttentionConfig(32, 64, width, 4, 2) for width in (16, 32, 64)},
+    128: AttentionConfig(32, 64, 128, 8, 1),
+}
+_KEYS_POLICY_16 = {
+    **{width: AttentionConfig(32, 64, width, 4, 1) for width in (16, 32, 64)},
+    128: AttentionConfig(32, 32, 128, 4, 1),
+}
 
 
 def _by_dtype(
@@ -137,7 +143,7 @@ def _by_dtype(
 
 
 ATTENTION_CONFIGS = _by_dtype(_ATTENTION_32, _ATTENTION_16, _POLICY_16)
-IMPORTANCE_CONFIGS = _by_dtype(_ATTENTION_32, _POLICY_16, _POLICY_16)
+IMPORTANCE_CONFIGS = _by_dtype(_ATTENTION_32, _QUERIES_POLICY_16, _QUERIES_POLICY_16)
 QUERIES_CONFIGS = _by_dtype(_QUERIES_32, _QUERIES_16, _QUERIES_POLICY_16)
 KEYS_CONFIGS = _by_dtype(_KEYS_32, _KEYS_16, _KEYS_POLICY_16)
 

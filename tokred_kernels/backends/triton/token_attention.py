@@ -33,6 +33,7 @@ from tokred_kernels.backends.triton.configs import attention_config, importance_
 # Weights are multiplied by this before they are rounded to float16, so that those of kept keys that lie far below a
 # dropped one keep all their digits: they are divided by a sum that is as small.
 _HALF_RANGE = tl.constexpr(2.0**14)
+_HEADS_AT_ONCE = tl.constexpr(4)
 
 
 def token_attention(
@@ -216,7 +217,8 @@ def importance_kernel(
         kept = tl.load(policy + first + j, mask=j < count, other=0.0)
         least = EPS / count.to(tl.float32)
     sums = tl.zeros((BLOCK_KEYS,), tl.float32)
-    for number in range(heads):
+    # One query of each head is little work, and a long wait for its keys: several heads wait at once.
+    for number in tl.range(heads, loop_unroll_factor=1 if IMPORTANCE == "mean" else _HEADS_AT_ONCE):
         head = number + tl.zeros((), tl.int32)
         q_head = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
         k_head = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
