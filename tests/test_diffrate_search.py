@@ -4,6 +4,7 @@
 import builtins
 import copy
 import json
+from datetime import timedelta
 
 import pytest
 import torch
@@ -256,23 +257,22 @@ def test_wrong_models_are_refused():
 def search_together(rank, folder):
     """Run in each process: a search on images of its own, from counts of its own, in DistributedDataParallel."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
+    meet = {"init_method": f"file://{folder}/meet", "timeout": timedelta(minutes=2)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=PROCESSES, **meet)
     model = patch(make_same(), "diffrate")
-    with torch.no_grad():
-        model.blocks[1].prune_ddp.selected_probability[rank] += 1
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    with torch.no_grad():  # after DistributedDataParallel has made them equal
+        model.blocks[1].prune_ddp.selected_probability[rank] += 1
     # In the first process half as many batches.
     batches = data(1 + rank, seed=rank)
     file = f"{folder}/found.json"
     found = diffrate_search(wrapped, batches, 0.7 * full(make()), steps=10, lr=0.03, save=file, **LOOSE)
-    logits = [block.merge_ddp.selected_probability.detach() for block in model.blocks]
-    torch.distributed.barrier()
-    alone = torch.distributed.new_group([0]), torch.distributed.new_group([1])
-    apart = diffrate_search(make_same(), batches, 0.7 * full(make()), steps=10, lr=0.03, group=alone[rank], **LOOSE)
-    torch.save((tuple(found), logits, tuple(apart)), f"{folder}/{rank}.pt")
+    rates = [rate for block in model.blocks for rate in (block.prune_ddp, block.merge_ddp)]
+    logits = [rate.selected_probability.detach() for rate in rates]
+    torch.save((tuple(found), logits), f"{folder}/{rank}.pt")
     try:
         nan = [(images * (torch.nan if rank else 1), labels) for images, labels in batches]
-        diffrate_search(wrapped, nan, 0.7 * full(make()), steps=2, **LOOSE)
+        diffrate_search(model, nan, 0.7 * full(make()), group=torch.distributed.group.WORLD, **QUICK)
     except FloatingPointError:
         torch.save(True, f"{folder}/stopped{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -286,17 +286,10 @@ def together(tmp_path_factory):
 
 
 def test_processes_end_with_equal_counts(together):
-    (first, logits, _), (second, others, _) = [torch.load(together / f"{rank}.pt") for rank in range(PROCESSES)]
+    (first, logits), (second, others) = [torch.load(together / f"{rank}.pt") for rank in range(PROCESSES)]
     assert first == second
     assert json.loads((together / "found.json").read_text())["prune_kept_num"] == first[0]
     assert all(torch.equal(own, other) for own, other in zip(logits, others, strict=True))
-
-
-def test_a_group_of_one_searches_alone(together):
-    for rank in range(PROCESSES):
-        _, _, apart = torch.load(together / f"{rank}.pt")
-        alone = diffrate_search(make_same(), data(1 + rank, seed=rank), 0.7 * full(make()), steps=10, lr=0.03, **LOOSE)
-        assert apart == tuple(alone)
 
 
 def test_all_stop_where_one_has_nan(together):
