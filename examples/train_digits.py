@@ -50,7 +50,7 @@ SMOOTHING = 0.1  # of labels
 WARM_UP = 0.1  # of all steps
 ROUNDS = 9  # of timing
 FEWER = 0.3  # of the operations: what every method is set to save, or a little more
-QUICK: dict[str, Any] = {"epochs": 1, "tuning": 1, "width": 32, "depth": 3, "seconds": 1}
+QUICK: dict[str, Any] = {"epochs": 1, "tuning": 1, "width": 32, "depth": 3, "search": 4, "seconds": 1}
 
 # What each method removes, by the depth of the model; together with the model's width these make the operations.
 # A block's index is counted from 0.
@@ -59,7 +59,7 @@ STAGES = (1 / 6, 1 / 2)  # of the depth: where EViT and DynamicViT reduce
 EVIT_KEEP = 0.7
 DYNAMICVIT_KEEP = (0.7, 0.5)
 RATIO_WEIGHT, DISTILLATION_WEIGHT = 2.0, 0.5  # of the losses, as DynamicViT has them
-SEARCH_EPOCHS = 3
+SEARCH_RATE = 0.05  # more than published, for fewer steps
 
 
 class Budget(NamedTuple):
@@ -105,6 +105,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--depth", type=positive, default=6, help="its blocks (%(default)s)")
     parser.add_argument("--epochs", type=positive, default=40, help="of training with all tokens (%(default)s)")
     parser.add_argument("--tuning", type=positive, default=8, help="epochs of fine-tuning (%(default)s)")
+    parser.add_argument("--search", type=positive, default=100, help="steps of DiffRate's search (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, help="digits at once (%(default)s)")
     parser.add_argument("--seconds", type=positive, default=20, help="of timing, at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -187,12 +188,12 @@ def dynamicvit(model: nn.Module, begun: nn.Module, data: Digits, options: argpar
 
 
 def diffrate(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
-    batches = [batch for epoch in range(SEARCH_EPOCHS) for batch in shuffled(data, options, epoch)]
     target = (1 - FEWER) * tk.flops.count(model).gflops
-    found = tk.diffrate_search(model, batches, target_gflops=target)
+    batches = list(shuffled(data, options, 0))
+    found = tk.diffrate_search(model.eval(), batches, target, steps=options.search, lr=SEARCH_RATE)
+    found.save(options.out / "diffrate.json")
     tk.unpatch(model)
-    kept = {"prune_kept_num": found.prune_kept_num, "merge_kept_num": found.merge_kept_num}
-    tk.patch(model, "diffrate", kept=kept)
+    tk.patch(model, "diffrate", kept=found._asdict())
     return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DiffRate")
 
 

@@ -4,6 +4,7 @@
 from tokred_kernels import flops, nn, viz
 from tokred_kernels.backends import show_config, use_backend
 from tokred_kernels.calibrate import Thresholds, calibrate_thresholds
+from tokred_kernels.diffrate_search import FoundRates, diffrate_search
 from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.bipartite_merge import MergeOutput, bipartite_merge
@@ -23,6 +24,7 @@ from tokred_kernels.token_map import Packing, TokenMap
 __version__ = "0.1.0"
 
 __all__ = [
+    "FoundRates",
     "MergeOutput",
     "Packing",
     "Thresholds",
@@ -31,6 +33,7 @@ __all__ = [
     "bipartite_match",
     "bipartite_merge",
     "calibrate_thresholds",
+    "diffrate_search",
     "flops",
     "grid_bipartite_match",
     "importance_match",

@@ -186,7 +186,7 @@ def _tokens(
         return [list(zip((entering, *given), given))]  # noqa: B905  (the last one enters nothing)
     own, tokens = [], entering
     for block in model.blocks:
-        step = getattr(block, "tokred_step", Step())
+        step = getattr(block, "tokred_step", Step()).at(block)
         attended = step.tokens_attended(tokens, grid)
         after = None if attended is None else step.tokens_after(attended, grid)
         if attended is None or after is None:

@@ -224,10 +224,10 @@ def test_evaluating_uses_the_counts_as_they_stand(name):
     assert prune[0] == merge[0] == 36 + model.num_prefix_tokens
     removing = [n for pair in zip(prune, merge, strict=True) for n in pair][1:]
     assert all(after < before for before, after in itertools.pairwise(removing)), "not every count removes tokens"
+    counted = flops.count(model)
     y = model(x)
     left = model.token_map.num_out
     assert left == min(prune + merge)
-    counted = flops.count(model)
     plain = patch(unpatch(copy.deepcopy(model)), "diffrate", kept={"prune_kept_num": prune, "merge_kept_num": merge})
     torch.testing.assert_close(plain(x), y, rtol=1e-4, atol=1e-5)
     assert flops.count(plain) == counted

@@ -56,6 +56,12 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
             "evit", EViT (tokred_kernels.patch.evit): the class token's attention chooses; the others become one.
                 keep_rate, layers: 0.7, (3, 6, 9), the share of the tokens at hand, and the blocks, counted from 0.
                 fuse, importance, trace: True, "class", True.
+            "diffrate", DiffRate (tokred_kernels.patch.diffrate): the class token's attention sorts; the last are
+            pruned, and those before them merge into the others.
+                kept: None, the counts of each block: a JSON file or a dict with "prune_kept_num" and "merge_kept_num";
+                    None learns them (`diffrate_search`), by new modules of the model.
+                granularity: 1, the gap between the counts that may be learned.
+                prop_attn, trace: True, True, as for "tome".
             "tomesd", ToMe for diffusion (tokred_kernels.patch.tomesd): tokens merge before the chosen parts of each
                 transformer block, and come back after.
                 ratio, stride, max_downsample: 0.5, (2, 2), 1: how many tokens merge, into those of which cells, and how
