@@ -12,6 +12,8 @@ from tokred_kernels.ops.grid_bipartite_match import grid_bipartite_match
 from tokred_kernels.ops.importance_match import importance_match
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.kth_bipartite_match import kth_bipartite_match
+from tokred_kernels.ops.lookup_gather import lookup_gather
+from tokred_kernels.ops.lookup_scatter import lookup_scatter
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.ops.random_bipartite_match import random_bipartite_match
@@ -39,6 +41,8 @@ __all__ = [
     "importance_match",
     "keep_topk",
     "kth_bipartite_match",
+    "lookup_gather",
+    "lookup_scatter",
     "merge",
     "merge_wavg",
     "nn",

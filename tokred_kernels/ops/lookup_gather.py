@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""A few compressed tokens look up many: cross attention whose weights `lookup_scatter` uses again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.backends.reference import lookup_gather as reference
+from tokred_kernels.checks import check_floating, check_same_device, shape
+from tokred_kernels.ops.library import once, register
+
+OP = "lookup_gather"
+
+
+def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """`A v` with A = softmax over N of q k^T scale: what M compressed tokens gather from N lookup tokens.
+
+    (LookupViT, section 3.2, algorithm 1.) A, (B, H, M, N), is never stored; `lookup_scatter` makes it anew.
+
+    Args:
+        q: (B, H, M, d), of the compressed tokens; M from 1 to N.
+        k, v: (B, H, N, d), of the lookup tokens; any strides whose last is 1.
+        scale: of the scores; default 1 / sqrt(d).
+
+    Returns:
+        (B, H, M, d) in q's dtype, and the logarithm of the sums of exponentials, (B, H, M) float32 (float64 for
+        float64). Scores and sums are kept in that.
+
+    Differentiable once in q, k and v, by way of both. O((M + N) d) memory for an image and head, forward and backward.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: wrong shapes, M above N, or tensors on several devices.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    check_lookup(OP, q, k, v, k)
+    scale = default_scale(q) if scale is None else float(scale)
+    backend = backends.choose(OP, q)
+    if backend == "reference":
+        return reference.lookup_gather(q, k, v, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _LookupGather.apply(q, k, v, scale, backend)
+    else:
+        out, lse = _lookup_gather(q, k, v, scale, backend)
+    return out.transpose(1, 2), lse
+
+
+def check_lookup(op: str, q: Any, k: Any, v: Any, of_v: Any) -> None:
+    """Raise unless q is (B, H, M, d), k (B, H, N, d) and v as `of_v`, of one dtype and device, M from 1 to N."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_floating(op, name, value)
+    if q.dim() != 4:
+        raise ValueError(f"tokred_kernels.{op}: q must be (B, H, M, d), got shape {shape(q)}")
+    if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
+        raise ValueError(f"tokred_kernels.{op}: k must be (B, H, N, d) as q is {shape(q)}, got {shape(k)}")
+    if v.shape != of_v.shape:
+        raise ValueError(f"tokred_kernels.{op}: v must be {shape(of_v)}, got {shape(v)}")
+    if not 1 <= q.shape[2] <= k.shape[2]:
+        raise ValueError(
+            f"tokred_kernels.{op}: q must have from 1 to N = {k.shape[2]} tokens, as many as k has, got {q.shape[2]}"
+        )
+    for name, value in (("k", k), ("v", v)):
+        if value.dtype != q.dtype:
+            raise TypeError(f"tokred_kernels.{op}: {name} must have q's dtype {q.dtype}, got {value.dtype}")
+        check_same_device(op, name, value, "q", q)
+
+
+def default_scale(q: Tensor) -> float:
+    """1 / sqrt(d)."""
+    return 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+
+
+def heads_last(tensor: Tensor) -> tuple[int, ...]:
+    """(B, N, H, d) for (B, H, N, d): how results lie in memory, so that heads join without a copy."""
+    batch, heads, tokens, channels = tensor.shape
+    return batch, tokens, heads, channels
+
+
+class _LookupGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+        out, lse = _lookup_gather(q, k, v, scale, backend)
+        ctx.set_materialize_grads(False)  # where nothing is scattered, none comes through lse
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.backend = scale, backend
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        anchor: Any = grad_lse if grad_out is None else grad_out
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        with torch.no_grad():
+            grads = _lookup_gather_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.backend)
+        needs = zip(grads, ctx.needs_input_grad[:3], strict=True)
+        return (*(once(OP, g.transpose(1, 2), anchor) if need else None for g, need in needs), None, None)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(heads_last(q)), q.new_empty(q.shape[:3], dtype=accumulator)
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(heads_last(q)), k.new_empty(heads_last(k)), v.new_empty(heads_last(v))
+
+
+_lookup_gather = register(
+    "lookup_gather(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor out, Tensor lse)", _fake
+)
+_lookup_gather_backward = register(
+    "lookup_gather_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "float scale, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    _backward_fake,
+)

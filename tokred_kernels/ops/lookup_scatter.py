@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""What a few compressed tokens give back to many, by the weights with which they looked them up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.backends.reference import lookup_scatter as reference
+from tokred_kernels.checks import check_same_device, shape
+from tokred_kernels.ops.library import once, register
+from tokred_kernels.ops.lookup_gather import check_lookup, default_scale, heads_last
+
+OP = "lookup_scatter"
+
+
+def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float | None = None) -> Tensor:
+    """`A^T v` with the A of `lookup_gather`, made anew from q, k and its `lse`: what N lookup tokens get back.
+
+    (LookupViT, section 3.2, algorithm 3.) A is never stored, and every row of the result has one writer.
+
+    Args:
+        q: (B, H, M, d), and k: (B, H, N, d), those of `lookup_gather`.
+        v: (B, H, M, d), of the compressed tokens.
+        lse: (B, H, M), as `lookup_gather` gave it: float32, float64 for float64.
+        scale: that of `lookup_gather`.
+
+    Returns:
+        (B, H, N, d) in q's dtype.
+
+    Differentiable once in q, k, v and lse; by way of lse the gradient of `lookup_gather` completes those of q and k.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: wrong shapes, M above N, or tensors on several devices.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    check_lookup(OP, q, k, v, q)
+    _check_lse(q, lse)
+    scale = default_scale(q) if scale is None else float(scale)
+    backend = backends.choose(OP, q)
+    if backend == "reference":
+        return reference.lookup_scatter(q, k, v, lse, scale)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lse)):
+        out = _LookupScatter.apply(q, k, v, lse, scale, backend)
+    else:
+        out = _lookup_scatter(q, k, v, lse, scale, backend)
+    return out.transpose(1, 2)
+
+
+def _check_lse(q: Tensor, lse: Any) -> None:
+    if not isinstance(lse, Tensor):
+        raise TypeError(f"tokred_kernels.{OP}: lse must be a torch.Tensor, got {type(lse).__name__}")
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"tokred_kernels.{OP}: lse must be {tuple(q.shape[:3])} as q is {shape(q)}, got {shape(lse)}")
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if lse.dtype != accumulator:
+        raise TypeError(f"tokred_kernels.{OP}: lse must be {accumulator} as q is {q.dtype}, got {lse.dtype}")
+    check_same_device(OP, "lse", lse, "q", q)
+
+
+class _LookupScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str) -> Tensor:
+        ctx.save_for_backward(q, k, v, lse)
+        ctx.scale, ctx.backend = scale, backend
+        return _lookup_scatter(q, k, v, lse, scale, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lse = ctx.saved_tensors
+        with torch.no_grad():
+            *grads, grad_lse = _lookup_scatter_backward(grad_out, q, k, v, lse, ctx.scale, ctx.backend)
+        needs = zip((*(g.transpose(1, 2) for g in grads), grad_lse), ctx.needs_input_grad[:4], strict=True)
+        return (*(once(OP, g, grad_out) if need else None for g, need in needs), None, None)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str) -> Tensor:
+    return k.new_empty(heads_last(k))
+
+
+def _backward_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(heads_last(q)), k.new_empty(heads_last(k)), v.new_empty(heads_last(v)), torch.empty_like(lse)
+
+
+_lookup_scatter = register(
+    "lookup_scatter(Tensor q, Tensor k, Tensor v, Tensor lse, float scale, str backend) -> Tensor", _fake
+)
+_lookup_scatter_backward = register(
+    "lookup_scatter_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, float scale, str backend) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_lse)",
+    _backward_fake,
+)
