@@ -298,6 +298,69 @@ void bind_attention(py::module_ m) {
         });
 }
 
+// Where a tensor starts, and its strides of image, head and token.
+void read_strided(Reader& r, const void*& data, int64_t (&strides)[3]) {
+  data = r.address();
+  for (auto& stride : strides) stride = r.number();
+}
+
+void read_strided(const py::tuple& values, const void*& data, int64_t (&strides)[3]) {
+  Reader r(values);
+  read_strided(r, data, strides);
+}
+
+template <class Args>
+Args lookup_args(const py::tuple& values, double scale) {
+  Reader r(values);
+  Args a{};
+  read_strided(r, a.q, a.q_strides), read_strided(r, a.k, a.k_strides);
+  a.images = r.number(), a.heads = r.number(), a.compressed = r.number(), a.tokens = r.number();
+  a.channels = r.number(), a.dtype = static_cast<DType>(r.small());
+  a.scale = scale;
+  return a;
+}
+
+// On a GPU these are Triton's.
+void bind_lookup(py::module_ m) {
+  m.def("lookup_gather",
+        [](const py::tuple& problem, double scale, const py::tuple& v, Address out, Address lse, Address) {
+          auto a = lookup_args<tokred::LookupGatherArgs>(problem, scale);
+          read_strided(v, a.v, a.v_strides);
+          a.out = pointer(out), a.lse = pointer(lse);
+          py::gil_scoped_release without_gil;
+          tokred::cpu::lookup_gather(a);
+        });
+  m.def("lookup_gather_backward",
+        [](const py::tuple& problem, double scale, const py::tuple& v, const py::tuple& grad_out, Address grad_lse,
+           Address out, Address lse, Address grad_q, Address grad_k, Address grad_v, Address) {
+          auto a = lookup_args<tokred::LookupGatherBackwardArgs>(problem, scale);
+          read_strided(v, a.v, a.v_strides), read_strided(grad_out, a.grad_out, a.grad_out_strides);
+          a.grad_lse = pointer(grad_lse), a.out = pointer(out), a.lse = pointer(lse);
+          a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v);
+          py::gil_scoped_release without_gil;
+          tokred::cpu::lookup_gather_backward(a);
+        });
+  m.def("lookup_scatter",
+        [](const py::tuple& problem, double scale, const py::tuple& v, Address lse, Address out, Address) {
+          auto a = lookup_args<tokred::LookupScatterArgs>(problem, scale);
+          read_strided(v, a.v, a.v_strides);
+          a.lse = pointer(lse), a.out = pointer(out);
+          py::gil_scoped_release without_gil;
+          tokred::cpu::lookup_scatter(a);
+        });
+  m.def("lookup_scatter_backward",
+        [](const py::tuple& problem, double scale, const py::tuple& v, const py::tuple& grad_out, Address lse,
+           Address grad_q, Address grad_k, Address grad_v, Address grad_lse, Address) {
+          auto a = lookup_args<tokred::LookupScatterBackwardArgs>(problem, scale);
+          read_strided(v, a.v, a.v_strides), read_strided(grad_out, a.grad_out, a.grad_out_strides);
+          a.lse = pointer(lse);
+          a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v);
+          a.grad_lse = pointer(grad_lse);
+          py::gil_scoped_release without_gil;
+          tokred::cpu::lookup_scatter_backward(a);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -305,6 +368,7 @@ PYBIND11_MODULE(_native, m) {
   auto cpu = m.def_submodule("cpu");
   bind_ops<Cpu>(cpu);
   bind_attention(cpu);
+  bind_lookup(cpu);
   cpu.def("instruction_set", &tokred::cpu::instruction_set);
 #ifdef TOKRED_WITH_CUDA
   bind_ops<Cuda>(m.def_submodule("cuda"));

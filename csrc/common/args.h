@@ -254,4 +254,56 @@ struct TokenAttentionBackwardArgs : TokenAttentionProblem {
   void* grad_policy;               // (rows, H), acc, or null: likewise
 };
 
+// Lookup attention: M compressed tokens with queries, N lookup tokens with keys; A_mn = exp(q_m k_n scale - lse_m),
+// lse_m the logarithm of the sum over n of exp(q_m k_n scale), so that rows of A sum to 1.
+struct LookupProblem {
+  const void* q;                       // (B, H, M, d)
+  const void* k;                       // (B, H, N, d)
+  int64_t q_strides[3], k_strides[3];  // of image, head and token
+  int64_t images, heads, compressed, tokens, channels;
+  DType dtype;
+  double scale;
+};
+
+// out = A v, and lse.
+struct LookupGatherArgs : LookupProblem {
+  const void* v;  // (B, H, N, d)
+  int64_t v_strides[3];
+  void* out;  // (B, M, H, d), dtype, contiguous
+  void* lse;  // (B, H, M), acc
+};
+
+// With g the gradient of out, ds = A (g v^T - (g . out) + grad_lse): grad_q = ds k scale, grad_k = ds^T q scale,
+// grad_v = A^T g.
+struct LookupGatherBackwardArgs : LookupProblem {
+  const void* v;
+  int64_t v_strides[3];
+  const void* grad_out;  // (B, H, M, d)
+  int64_t grad_out_strides[3];
+  const void* grad_lse;            // (B, H, M), acc, or null
+  const void* out;                 // (B, M, H, d), dtype, contiguous
+  const void* lse;                 // (B, H, M), acc
+  void *grad_q, *grad_k, *grad_v;  // (B, M, H, d), (B, N, H, d) and again, dtype, contiguous
+};
+
+// out = A^T v.
+struct LookupScatterArgs : LookupProblem {
+  const void* v;  // (B, H, M, d)
+  int64_t v_strides[3];
+  const void* lse;  // (B, H, M), acc
+  void* out;        // (B, N, H, d), dtype, contiguous
+};
+
+// With g the gradient of out, ds = A (v g^T): grad_q = ds k scale, grad_k = ds^T q scale, grad_v = A g,
+// grad_lse = - sum over n of ds.
+struct LookupScatterBackwardArgs : LookupProblem {
+  const void* v;
+  int64_t v_strides[3];
+  const void* grad_out;  // (B, H, N, d)
+  int64_t grad_out_strides[3];
+  const void* lse;
+  void *grad_q, *grad_k, *grad_v;  // (B, M, H, d), (B, N, H, d), (B, M, H, d), dtype, contiguous
+  void* grad_lse;                  // (B, H, M), acc
+};
+
 }  // namespace tokred

@@ -108,18 +108,20 @@ void multiply_panel_tile(const Sum* rows, int64_t padded, const Sum* panel, int6
   }
 }
 
-// out (kQueryBlock, n) = rows (kQueryBlock, d) panels^T, n a multiple of kWidth.
+// out (count, n) = rows (count, d) panels^T, n a multiple of kWidth. Up to kQueryBlock rows are read and written: as
+// many as whole tiles have.
 template <class Sum>
-void multiply_panels(const Sum* rows, int64_t padded, const Sum* panels, int64_t d, int64_t n, Sum* out) {
+void multiply_panels(const Sum* rows, int64_t padded, const Sum* panels, int64_t d, int64_t n, Sum* out,
+                     int64_t count) {
   constexpr int kWidth = Simd<Sum>::kWidth;
   int64_t j = 0;
   for (; j + kPanels * kWidth <= n; j += kPanels * kWidth) {
-    for (int m = 0; m < kQueryBlock; m += kPanelRows) {
+    for (int64_t m = 0; m < count; m += kPanelRows) {
       multiply_panel_tile<Sum, kPanels>(rows + m * padded, padded, panels + j * d, d, out + m * n + j, n);
     }
   }
   for (; j < n; j += kWidth) {
-    for (int m = 0; m < kQueryBlock; m += kPanelRows) {
+    for (int64_t m = 0; m < count; m += kPanelRows) {
       multiply_panel_tile<Sum, 1>(rows + m * padded, padded, panels + j * d, d, out + m * n + j, n);
     }
   }
@@ -148,25 +150,27 @@ void multiply_row_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t k
   }
 }
 
-// out (kQueryBlock, padded) = weights (kQueryBlock, n), of which `keys` count, times rows (keys, padded).
+// out (count, padded) = weights (count, n), of which `keys` columns count, times rows (keys, padded). Up to kQueryBlock
+// rows of weights are read.
 template <class Sum>
-void multiply_rows(const Sum* weights, int64_t n, const Sum* rows, int64_t keys, int64_t padded, Sum* out) {
+void multiply_rows(const Sum* weights, int64_t n, const Sum* rows, int64_t keys, int64_t padded, Sum* out,
+                   int64_t count) {
   constexpr int kWidth = Simd<Sum>::kWidth;
   int64_t c = 0;
   for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) {
-    for (int m = 0; m < kQueryBlock; m += kRowRows) {
+    for (int64_t m = 0; m < count; m += kRowRows) {
       multiply_row_tile<Sum, kRowVectors>(weights + m * n, n, rows + c, keys, padded, out + m * padded + c);
     }
   }
   for (; c < padded; c += kWidth) {
-    for (int m = 0; m < kQueryBlock; m += kRowRows) {
+    for (int64_t m = 0; m < count; m += kRowRows) {
       multiply_row_tile<Sum, 1>(weights + m * n, n, rows + c, keys, padded, out + m * padded + c);
     }
   }
 }
 
 template <class Sum, int kVectors>
-void add_outer_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t padded, Sum* out) {
+void add_outer_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t padded, Sum* out, int64_t count) {
   using Vector = typename Simd<Sum>::Vector;
   constexpr int kWidth = Simd<Sum>::kWidth;
   Vector sum[kRowRows][kVectors];
@@ -175,7 +179,7 @@ void add_outer_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t padd
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[j][v] = *reinterpret_cast<Vector*>(out + j * padded + v * kWidth);
   }
-  for (int m = 0; m < kQueryBlock; ++m) {
+  for (int64_t m = 0; m < count; ++m) {
     Vector b[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) b[v] = *reinterpret_cast<const Vector*>(rows + m * padded + v * kWidth);
@@ -193,25 +197,28 @@ void add_outer_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t padd
   }
 }
 
-// out (n rounded up to kRowRows, padded) += weights^T (n, kQueryBlock) rows (kQueryBlock, padded). Behind the n columns
+// out (keys rounded up to kRowRows, padded) += weights^T (keys, count) rows (count, padded). Behind the `keys` columns
 // weights must be readable up to the next multiple of kRowRows.
 template <class Sum>
-void add_outer(const Sum* weights, int64_t n, int64_t keys, const Sum* rows, int64_t padded, Sum* out) {
+void add_outer(const Sum* weights, int64_t n, int64_t keys, const Sum* rows, int64_t padded, Sum* out, int64_t count) {
   constexpr int kWidth = Simd<Sum>::kWidth;
   for (int64_t j = 0; j < keys; j += kRowRows) {
     int64_t c = 0;
     for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) {
-      add_outer_tile<Sum, kRowVectors>(weights + j, n, rows + c, padded, out + j * padded + c);
+      add_outer_tile<Sum, kRowVectors>(weights + j, n, rows + c, padded, out + j * padded + c, count);
     }
-    for (; c < padded; c += kWidth) add_outer_tile<Sum, 1>(weights + j, n, rows + c, padded, out + j * padded + c);
+    for (; c < padded; c += kWidth) {
+      add_outer_tile<Sum, 1>(weights + j, n, rows + c, padded, out + j * padded + c, count);
+    }
   }
 }
 
-// e^x for x <= 0, within two units in the last place; 0 below the smallest normal float. NaN stays NaN.
+// e^x within two units in the last place; 0 below the smallest normal float, infinity near the largest. NaN stays NaN.
 inline float exponential(float x) {
-  constexpr float kLowest = -87.3365f, kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  const bool tiny = x < kLowest;
-  const float clamped = tiny ? kLowest : x;
+  constexpr float kLowest = -87.3365f, kHighest = 88.0f;
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  const bool tiny = x<kLowest, huge = x> kHighest;
+  const float clamped = tiny ? kLowest : huge ? kHighest : x;
   // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number.
   constexpr float kRound = 12582912.0f;
   const float shifted = clamped * kLog2E + kRound;
@@ -230,7 +237,7 @@ inline float exponential(float x) {
   float power;
   std::memcpy(&power, &bits, sizeof power);
   const float result = p * power;
-  return tiny ? 0.0f : result;
+  return tiny ? 0.0f : huge ? HUGE_VALF : result;
 }
 
 inline double exponential(double x) { return std::exp(x); }

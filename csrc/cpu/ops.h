@@ -20,6 +20,10 @@ void unmerge(const UnmergeArgs& args);
 void keep_topk(const KeepTopkArgs& args);
 void token_attention(const TokenAttentionArgs& args);
 void token_attention_backward(const TokenAttentionBackwardArgs& args);
+void lookup_gather(const LookupGatherArgs& args);
+void lookup_gather_backward(const LookupGatherBackwardArgs& args);
+void lookup_scatter(const LookupScatterArgs& args);
+void lookup_scatter_backward(const LookupScatterBackwardArgs& args);
 const char* instruction_set();
 
 }  // namespace tokred::cpu

@@ -34,14 +34,10 @@ void attend_head(const TokenAttentionArgs& a, int64_t image, int64_t head) {
   for (int64_t first = 0; first < s.tokens; first += kQueryBlock) {
     const int64_t count = std::min<int64_t>(kQueryBlock, s.tokens - first);
     pack_rows(q + first * a.q_strides[2], a.q_strides[2], count, s.channels, kQueryBlock, s.padded, queries);
-    multiply_panels(queries, s.padded, key_panels, s.channels, s.keys, scores);
+    multiply_panels(queries, s.padded, key_panels, s.channels, s.keys, scores, count);
     if (a.partial) std::memset(static_cast<void*>(block_importance), 0, s.keys * sizeof(Sum));
-    for (int64_t m = 0; m < kQueryBlock; ++m) {
+    for (int64_t m = 0; m < count; ++m) {
       Sum* row = scores + m * s.keys;
-      if (m >= count) {
-        std::memset(static_cast<void*>(row), 0, s.keys * sizeof(Sum));
-        continue;
-      }
       const RowStatistics<Sum> statistics = exponentiate<Sum>(a, s, row, bias, policy, first + m);
       weigh<Sum>(a, s, row, policy, first + m, statistics.sum);
       const int64_t at = (rows.first + first + m) * a.heads + head;
@@ -56,7 +52,7 @@ void attend_head(const TokenAttentionArgs& a, int64_t image, int64_t head) {
 #pragma omp simd
       for (int64_t j = 0; j < s.keys; ++j) importance[j] += block_importance[j];
     }
-    multiply_rows(scores, s.keys, values, s.tokens, s.padded, out);
+    multiply_rows(scores, s.keys, values, s.tokens, s.padded, out, count);
     for (int64_t m = 0; m < count; ++m) {
       T* to = static_cast<T*>(a.out) + ((rows.first + first + m) * a.heads + head) * s.channels;
 #pragma omp simd

@@ -2,8 +2,10 @@
 // The gradients of token attention. With weights a_ij and g_ij, the gradient that reaches them from the output and the
 // importance, D_i = sum_j a_ij g_ij, and Z_i what the weights of row i are divided by:
 //   plain         ds_ij = a_ij (g_ij - D_i)
-//   with policy   h_ij = (g_ij - D_i) / Z_i is the gradient of e_ij m_ij; ds_ij = h_ij m_ij e_ij, save that the highest score of a
-//                 row, which all others are taken from, gets - sum_j ds_ij more; dpolicy_j = sum over i != j of h_ij e_ij
+//   with policy   h_ij = (g_ij - D_i) / Z_i is the gradient of e_ij m_ij; ds_ij = h_ij m_ij e_ij, save that the highest
+//   score of a
+//                 row, which all others are taken from, gets - sum_j ds_ij more; dpolicy_j = sum over i != j of h_ij
+//                 e_ij
 //   dbias_j = sum_i ds_ij, dq = ds k scale, dk = ds^T q scale, dv = a^T dout
 // A thread has one head of one image: nothing is added by two.
 #include <utility>
@@ -134,24 +136,19 @@ void differentiate_head(const TokenAttentionBackwardArgs& a, int64_t image, int6
     pack_rows(q + first * a.q_strides[2], a.q_strides[2], count, s.channels, kQueryBlock, s.padded, w.queries);
     pack_rows(grad_out + first * a.grad_out_strides[2], a.grad_out_strides[2], count, s.channels, kQueryBlock, s.padded,
               w.grad_out);
-    multiply_panels(w.queries, s.padded, w.key_panels, s.channels, s.keys, w.scores);
-    multiply_panels(w.grad_out, s.padded, w.value_panels, s.channels, s.keys, w.grads);
-    for (int64_t m = 0; m < kQueryBlock; ++m) {
+    multiply_panels(w.queries, s.padded, w.key_panels, s.channels, s.keys, w.scores, count);
+    multiply_panels(w.grad_out, s.padded, w.value_panels, s.channels, s.keys, w.grads, count);
+    for (int64_t m = 0; m < count; ++m) {
       Sum *row = w.scores + m * s.keys, *grad = w.grads + m * s.keys;
-      if (m >= count) {
-        std::memset(static_cast<void*>(row), 0, s.keys * sizeof(Sum));
-        std::memset(static_cast<void*>(grad), 0, s.keys * sizeof(Sum));
-        continue;
-      }
       const int64_t at = (rows.first + first + m) * a.heads + head;
       differentiate_row<Sum>(a, s, w, first + m, static_cast<const Sum*>(a.row_max)[at],
                              static_cast<const Sum*>(a.row_sum)[at], row, grad);
     }
-    multiply_rows(w.grads, s.keys, w.keys, s.tokens, s.padded, w.grad_queries);
+    multiply_rows(w.grads, s.keys, w.keys, s.tokens, s.padded, w.grad_queries, count);
     store_rows(w.grad_queries, s.padded, count, s.channels, scale,
                static_cast<T*>(a.grad_q) + start + first * row_stride, row_stride);
-    add_outer(w.grads, s.keys, s.tokens, w.queries, s.padded, w.grad_keys);
-    add_outer(w.scores, s.keys, s.tokens, w.grad_out, s.padded, w.grad_values);
+    add_outer(w.grads, s.keys, s.tokens, w.queries, s.padded, w.grad_keys, count);
+    add_outer(w.scores, s.keys, s.tokens, w.grad_out, s.padded, w.grad_values, count);
   }
   store_rows(w.grad_keys, s.padded, s.tokens, s.channels, scale, static_cast<T*>(a.grad_k) + start, row_stride);
   store_rows(w.grad_values, s.padded, s.tokens, s.channels, Sum(1), static_cast<T*>(a.grad_v) + start, row_stride);

@@ -104,8 +104,8 @@ ROWS_CONFIGS = {
 # a thread holds rows of both operands. With more than these, kernels spill on one of the targets of the tests.
 MAX_HEAD_WIDTH = 128
 _ATTENTION_32 = {
-    **{width: AttentionConfig(64, 32, width, 8, 1) for width in (16, 32)},
-    64: AttentionConfig(64, 16, 64, 8, 1),
+    16: AttentionConfig(64, 32, 16, 8, 1),
+    **{width: AttentionConfig(64, 16, width, 8, 1) for width in (32, 64)},
     128: AttentionConfig(32, 16, 128, 8, 1),
 }
 _ATTENTION_16 = {
@@ -116,8 +116,8 @@ _ATTENTION_16 = {
 _POLICY_16 = {width: AttentionConfig(64, 64, width, 4, 2) for width in (16, 32, 64, 128)}
 _QUERIES_32 = {**_ATTENTION_32, 128: AttentionConfig(16, 16, 128, 8, 1)}
 _QUERIES_16 = {
-    **{width: AttentionConfig(64, 64, width, 4, 2) for width in (16, 32, 64)},
-    128: AttentionConfig(64, 32, 128, 4, 2),
+    **{width: AttentionConfig(64, 64, width, 4, 2) for width in (16, 32)},
+    **{width: AttentionConfig(64, 32, width, 4, 2) for width in (64, 128)},
 }
 _QUERIES_POLICY_16 = {width: AttentionConfig(64, 32, width, 4, 2) for width in (16, 32, 64, 128)}
 _KEYS_32 = {

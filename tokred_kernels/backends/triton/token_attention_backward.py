@@ -62,11 +62,9 @@ def token_attention_backward(
         grad_importance = grad_importance.contiguous()
     grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
     delta = torch.empty_like(row_max)
-    shift, top = (
-        (None, None)
-        if policy is None
-        else (torch.empty_like(row_max), row_max.new_empty(row_max.shape, dtype=torch.int32))
-    )
+    shift = top = None
+    if policy is not None:
+        shift, top = torch.empty_like(row_max), row_max.new_empty(row_max.shape, dtype=torch.int32)
     of_heads = [torch.empty_like(row_max) if need else None for need in (need_bias, need_policy)]
     images, heads, tokens, channels = sizes(q, starts, longest)
     inputs = (q, k, v, grad_out, bias, policy, starts, grad_importance, row_max, row_sum)

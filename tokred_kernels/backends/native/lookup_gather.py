@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: MIT
+"""Lookup attention's gather, on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.backends.native import DTYPE_CODE, kernels, stream
+from tokred_kernels.backends.native.bipartite_match import inner_dense
+
+
+def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """See `ops.lookup_gather`: out (B, M, H, d) and lse (B, H, M)."""
+    q, k, v = (inner_dense(t) for t in (q, k, v))
+    out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    problem = lookup_problem(q, k)
+    kernels(q).lookup_gather(problem, scale, strided(v), out.data_ptr(), lse.data_ptr(), stream(q))
+    return out, lse
+
+
+def lookup_problem(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    """The numbers of a LookupProblem; see csrc/common/args.h and csrc/bindings.cpp."""
+    sizes = (*q.shape[:3], k.shape[2], q.shape[3])
+    return (*strided(q), *strided(k), *sizes, DTYPE_CODE[q.dtype])
+
+
+def strided(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Where it starts, and the strides of image, head and token."""
+    return (tensor.data_ptr(), *tensor.stride()[:3])

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""The gradients of lookup attention's gather, on the CPU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokred_kernels.backends.native import address, kernels, stream
+from tokred_kernels.backends.native.bipartite_match import inner_dense
+from tokred_kernels.backends.native.lookup_gather import lookup_problem, strided
+
+
+def lookup_gather_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.lookup_gather`: gradients as results lie, heads last; `grad_out` and `out` come as (B, M, H, d)."""
+    q, k, v = (inner_dense(t) for t in (q, k, v))
+    grad_out = inner_dense(grad_out.transpose(1, 2))
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grads = [t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])) for t in (q, k, v)]
+    kernels(q).lookup_gather_backward(
+        *(lookup_problem(q, k), scale, strided(v), strided(grad_out)),
+        *(address(grad_lse), out.data_ptr(), lse.data_ptr()),
+        *(g.data_ptr() for g in grads),
+        stream(q),
+    )
+    return grads[0], grads[1], grads[2]
