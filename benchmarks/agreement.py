@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import tokred_kernels as tk
-from benchmarks import attention, published, traffic
+from benchmarks import published, traffic
 from benchmarks.cases import WINDOW_OPS, Case
+from benchmarks.families import family
 from benchmarks.inputs import Inputs, every_other_source, windows
 from benchmarks.proofs import Disagreement, best_cosines, prove_adaptive_count, prove_choice, prove_windows
 from benchmarks.providers import BASELINES, YARDSTICKS, Provider
@@ -43,7 +44,7 @@ def check(case: Case, provider: Provider, inputs: Inputs) -> Tensor | None:
     torch.manual_seed(SEED)
     with provider.scope(case.training):
         output = provider.run(inputs)
-    token_map = None if case.op in attention.HERE else inputs.token_map
+    token_map = getattr(inputs, "token_map", None)
     chooses = case.op.endswith("_match") or case.op in COMPOSITES
     try:
         if chooses:
@@ -148,13 +149,11 @@ def _check_values(case: Case, provider: Provider, inputs: Inputs, output: Any, t
         if not all(torch.equal(a.to(b.dtype), b) for a, b in pairs):
             raise Disagreement("another map than the reference's")
         return
-    if case.op in attention.HERE:
-        expected = attention.expected(case, inputs)[: len(got)]
-    else:
-        expected = _expected_values(case, inputs, token_map)
+    own = family(case)
+    expected = own.expected(case, inputs) if own is not None else _expected_values(case, inputs, token_map)
     eps = OURS_VALUES_EPS if provider.name not in BASELINES else BASELINE_VALUES_EPS
     bound = FLOAT32_VALUES if case.dtype == "float32" else eps * torch.finfo(getattr(torch, case.dtype)).eps
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip(got, expected[: len(got)], strict=True):
         error = float((a.double().flatten() - b.flatten()).abs().max() / b.abs().max())
         if not error <= bound:  # a NaN is not, either
             raise Disagreement(f"off by {error:.2g} of the largest, over {bound:.2g}")

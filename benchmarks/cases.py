@@ -18,11 +18,13 @@ MEASURES = {
     "times_fused": ("most", "{:g}x the time of torch's fused attention without either"),
     "median_us": ("most", "{:g} us"),
     "peak_share_published": ("most", "{:.0%} of the published chain's peak memory"),
+    "working_share_published": ("most", "{:.0%} of the published chain's memory beyond the results"),
     "peak_per_token": ("most", "{:g} bytes of memory a token"),
 }
 WINDOW_OPS = ("window_match", "window_merge")
 # What attention.py has. keep_topk is timed with the merge that follows, the tokens that are not kept being fused.
 ATTENTION_OPS = ("token_attention", "keep_topk")
+LOOKUP_OPS = ("lookup_gather", "lookup_scatter")  # what lookup.py has
 # These decide how many tokens merge by the tokens themselves; inputs are drawn so that it is `r`.
 ADAPTIVE_OPS = (*WINDOW_OPS, "adaptive_bipartite_match")
 
@@ -52,7 +54,8 @@ class Case:
             window_match followed by merge_wavg.
         model: what the shape comes from.
         shape: (B, N, C).
-        r: tokens to merge, or windows, or those that are not kept; the k of kth_bipartite_match.
+        r: tokens to merge, or windows, or those that are not kept; the k of kth_bipartite_match; the number of
+            compressed tokens.
         metric_dim: D of the metric (B, N, D), or the d of keys (B, H, N, d).
         heads: H of the keys; 0 for a metric (B, N, D).
         reduce: how `merge` reduces.
@@ -87,7 +90,7 @@ class Case:
         variant = self.reduce if self.op == "merge" else self.variant
         variant += "-" if self.variant and self.training else ""
         variant += "overhead" if self.host else "training" if self.training else ""
-        variant += f"keys{self.heads}" if self.heads and self.op != "token_attention" else ""
+        variant += f"keys{self.heads}" if self.heads and self.op.endswith("_match") else ""
         variant += "{}x{}".format(*self.window) if self.window != (2, 2) else ""
         batch = f"b{self.shape[0]}"
         return "/".join(filter(None, (self.op, variant, self.model, batch, f"r{self.r}", self.dtype, self.device)))
@@ -115,6 +118,10 @@ class Case:
         if self.op == "token_attention":
             passes = ", forward and backward" if self.training else ""
             return f"({batch}, {self.heads}, {tokens}, {self.metric_dim}), {self.variant}{passes}"
+        if self.op in LOOKUP_OPS:
+            both = "gather and scatter" if self.op == "lookup_scatter" else "gather"
+            passes = ", forward and backward" if self.training else ""
+            return f"({batch}, {self.heads}, {self.r} of {tokens}, {self.metric_dim}), {both}{passes}"
         if self.op == "keep_topk":
             return f"({batch}, {tokens}, {channels}), {self.r} fused"
         if self.op.endswith("_match"):
@@ -160,6 +167,8 @@ SEGMENTER_S = (8, 1025, 384)  # ViT-S/16 at 512 x 512
 SEGMENTER_S_LATER = (8, 593, 384)  # after 144 windows of it have merged: what ALGM's later layers match
 TINY = (1, 8, 8)
 
+LOOKUP = (2, 4096, 768)  # LookupViT-B at 1024 x 1024
+WORKING_TENTH = Target("working_share_published", 0.1)
 NO_SLOWER = (Target("speedup_published", 1),)
 ADAPTIVE = "adaptive_bipartite_match"
 
@@ -233,6 +242,28 @@ CPU_CASES = (
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="size"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="class", quick=True),
     Case("token_attention", "vit_base_384", (2, 577, 768), 0, "cpu", heads=12, variant="size+class"),
+    Case("lookup_gather", "lookupvit_base", LOOKUP, 100, "cpu", heads=12),
+    Case(
+        "lookup_scatter",
+        "lookupvit_base",
+        LOOKUP,
+        100,
+        "cpu",
+        heads=12,
+        quick=True,
+        targets=(Target("speedup_published", 1.3), WORKING_TENTH),
+    ),
+    Case(
+        "lookup_scatter",
+        "lookupvit_base",
+        LOOKUP,
+        100,
+        "cpu",
+        heads=12,
+        training=True,
+        quick=True,
+        targets=(Target("speedup_published", 2), WORKING_TENTH),
+    ),
     Case("then", "deit_small", DEIT_S, 16, "cpu", quick=True, targets=AT_LEAST_50),
     Case("then", "vit_large_384", VIT_L_384, 23, "cpu", quick=True, targets=AT_LEAST_50),
     Case("invert", "deit_small", DEIT_S, 16, "cpu", quick=True),
@@ -244,6 +275,7 @@ VIT_L_384_256 = (256, 577, 1024)
 GPU_MERGE = (Target("speedup_published", 10), Target("speedup_compiled", 3), Target("median_us", 25))
 MOSTLY_COPY = (Target("copy_share", 0.7),)
 VIT_B_1024 = (64, 1 + 64 * 64, 768)  # ViT-B/16 at 1024 x 1024
+LOOKUP_16 = (16, 4096, 768)
 VIT_B_384_64 = (64, 577, 768)
 UNET_128 = (2, 128 * 128, 320)  # Stable Diffusion's first blocks at 1024 x 1024, with guidance
 WINDOWS_AS_COPY = (Target("copy_share", 0.6), Target("speedup_reference", 20))
@@ -316,6 +348,31 @@ CUDA_CASES = (
         targets=(Target("times_fused", 1.4),),
     ),
     Case("token_attention", "vit_base_384", VIT_B_384_64, 0, "cuda", BF16, heads=12, variant="policy", training=True),
+    Case(
+        "lookup_scatter",
+        "lookupvit_base",
+        LOOKUP_16,
+        100,
+        "cuda",
+        BF16,
+        heads=12,
+        quick=True,
+        quick_compile=True,
+        targets=(Target("speedup_published", 2), Target("speedup_compiled", 1.3)),
+    ),
+    Case(
+        "lookup_scatter",
+        "lookupvit_base",
+        LOOKUP_16,
+        100,
+        "cuda",
+        BF16,
+        heads=12,
+        training=True,
+        quick=True,
+        targets=(Target("speedup_published", 1.8),),
+    ),
+    Case("lookup_gather", "lookupvit_base", LOOKUP_16, 100, "cuda", BF16, heads=12),
     Case("then", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
     Case("invert", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
 )

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokred_kernels as tk
-from benchmarks import attention, proofs, published, traffic
+from benchmarks import attention, lookup, proofs, published, traffic
 from benchmarks.cases import WINDOW_OPS, Case
+from benchmarks.families import family
 from tokred_kernels.partition import Partition, every_other
 from tokred_kernels.windows import Windows
 
@@ -46,10 +47,11 @@ class Inputs:
     layer_index: float | None = None
 
 
-def draw(case: Case, seed: int) -> Inputs | attention.Inputs:
+def draw(case: Case, seed: int) -> Inputs | attention.Inputs | lookup.Inputs:
     """Fresh random inputs; no zeros, which hide unwritten outputs and can run faster than real data."""
-    if case.op in attention.HERE:
-        return attention.draw(case, seed)
+    own = family(case)
+    if own is not None:
+        return own.draw(case, seed)
     generator = torch.Generator(case.device).manual_seed(seed)
     if case.op in OF_PICTURES:
         return _draw_picture(case, generator)

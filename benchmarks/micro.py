@@ -10,6 +10,7 @@ from benchmarks import footprint, resident, traffic
 from benchmarks.agreement import check
 from benchmarks.cases import ADAPTIVE_OPS, Case, Target
 from benchmarks.ceilings import Ceilings
+from benchmarks.families import family
 from benchmarks.inputs import Inputs, draw
 from benchmarks.providers import CLONE, COMPILED, FUSED, PUBLISHED, REFERENCE, Provider, providers
 from benchmarks.timing import (
@@ -175,7 +176,8 @@ def _add_rates(row: dict[str, Any], case: Case, ceilings: Ceilings) -> None:
 
 def _whole_peaks(case: Case, competing: list[Provider]) -> dict[str, int | None]:
     """Peak memory by provider, C++ code's included: on a CPU, where a target asks, for it takes seconds to find."""
-    if case.device != "cpu" or all(target.measure != "peak_share_published" for target in case.targets):
+    shares = ("peak_share_published", "working_share_published")
+    if case.device != "cpu" or all(target.measure not in shares for target in case.targets):
         return {}
     return {p.name: resident.peak_bytes(case, p) for p in competing if p.name not in (COMPILED, REFERENCE)}
 
@@ -183,6 +185,10 @@ def _whole_peaks(case: Case, competing: list[Provider]) -> dict[str, int | None]
 def _add_peaks(row: dict[str, Any], case: Case, peaks: dict[str, int | None]) -> None:
     row["resident_bytes"] = peaks.get(row["provider"])
     row["peak_per_token"] = row["peak_bytes"] / (case.shape[0] * case.shape[1])
-    row["peak_share_published"] = None
+    row["peak_share_published"] = row["working_share_published"] = None
     if row["resident_bytes"] and peaks.get(PUBLISHED):
         row["peak_share_published"] = row["resident_bytes"] / peaks[PUBLISHED]
+        own = family(case)
+        if hasattr(own, "result_bytes"):
+            results = own.result_bytes(case)
+            row["working_share_published"] = (row["resident_bytes"] - results) / (peaks[PUBLISHED] - results)

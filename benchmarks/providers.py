@@ -16,6 +16,7 @@ from torch import Tensor
 import tokred_kernels as tk
 from benchmarks import attention, published, published_algm, published_others
 from benchmarks.cases import ADAPTIVE_OPS, Case
+from benchmarks.families import family
 from benchmarks.inputs import Inputs
 from tokred_kernels import backends
 
@@ -41,6 +42,8 @@ KERNEL_OPS = {
     "importance_match": ("best_match", "match_map"),
     "keep_topk": ("keep_topk", "merge"),
     "token_attention": ("token_attention",),
+    "lookup_gather": ("lookup_gather",),
+    "lookup_scatter": ("lookup_gather", "lookup_scatter"),
     "then": ("compose",),
     "invert": ("invert",),
 }
@@ -49,13 +52,16 @@ BACKWARD_OPS = {
     "merge_wavg": ("merge_backward",),
     "unmerge": ("merge",),
     "token_attention": ("token_attention_backward",),
+    "lookup_gather": ("lookup_gather_backward",),
+    "lookup_scatter": ("lookup_gather_backward", "lookup_scatter_backward"),
 }
 
 
 def chain(case: Case) -> tuple[Callable[..., Any], Callable[[Inputs], tuple[Any, ...]]] | None:
     """The published chain as a function of tensors, and the arguments it takes; None where nothing is published."""
-    if case.op in attention.HERE:
-        return attention.chain(case)
+    own = family(case)
+    if own is not None:
+        return own.chain(case)
     r, mode, window, grid = case.r, case.reduce, case.window, case.grid
     kept = case.shape[1] - r
 
@@ -100,8 +106,9 @@ def ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
     """The package's own call; which backend serves it is set around it, by `scope`."""
     r, reduce, window, grid = case.r, case.reduce, case.window, case.grid
     kept = case.shape[1] - r
-    if case.op in attention.HERE:
-        return attention.ours(case)
+    own = family(case)
+    if own is not None:
+        return own.ours(case)
     if case.op in ("then", "invert"):
         return _whole_numbers(case, backend)
 
@@ -184,7 +191,8 @@ def providers(case: Case, chosen: list[str], compile_chain: bool) -> list[Provid
         chosen = list(dict.fromkeys([REFERENCE, *chosen]))
     found += [Provider(name, ours(case, name), name) for name in chosen if reason_against(case, name) is None]
     if case.training:
-        backward = attention.with_backward if case.op in attention.HERE else partial(_with_backward, case)
+        own = family(case)
+        backward = own.with_backward if own is not None else partial(_with_backward, case)
         found = [Provider(p.name, backward(p.run), p.backend) for p in found]
     return found
 

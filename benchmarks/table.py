@@ -34,6 +34,7 @@ REACHED = {
     "times_fused": "{:.2f}x",
     "median_us": "{:.1f} us",
     "peak_share_published": "{:.0%}",
+    "working_share_published": "{:.0%}",
     "peak_per_token": "{:.0f} B",
 }
 

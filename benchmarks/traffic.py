@@ -7,8 +7,8 @@ merge of windows reads its input twice: which windows merge is known only when a
 
 from __future__ import annotations
 
-from benchmarks import attention
 from benchmarks.cases import WINDOW_OPS, Case
+from benchmarks.families import family
 
 INDEX = 4  # bytes of an int32
 SIZE = 4  # bytes of a float32 size, or similarity
@@ -39,8 +39,9 @@ def cells(case: Case) -> int:
 
 def least_bytes(case: Case) -> int:
     """Bytes that must pass between memory and chip."""
-    if case.op in attention.HERE:
-        return attention.least_bytes(case)
+    own = family(case)
+    if own is not None:
+        return own.least_bytes(case)
     batch, tokens, channels = case.shape
     item, out = ITEM[case.dtype], slots(case)
     metric = batch * max(case.heads, 1) * tokens * case.metric_dim * item
@@ -75,8 +76,9 @@ def least_bytes(case: Case) -> int:
 
 def operations(case: Case) -> int:
     """Floating-point operations of the similarity product; 0 for what only moves data, or only sums it."""
-    if case.op in attention.HERE:
-        return attention.operations(case)
+    own = family(case)
+    if own is not None:
+        return own.operations(case)
     if not (case.op.endswith("_match") or case.op == "bipartite_merge") or case.op in WINDOW_OPS:
         return 0
     batch, tokens, _ = case.shape

@@ -37,6 +37,8 @@ OPS = {
 TESTED_IN = {
     "merge_backward": ("test_merge", "gradient"),
     "token_attention_backward": ("test_token_attention", "gradient"),
+    "lookup_gather_backward": ("test_lookup_gather", "gradient"),
+    "lookup_scatter_backward": ("test_lookup_scatter", "gradient"),
     "invert": ("test_token_map", "maps"),
     "compose": ("test_token_map", "maps"),
 }

@@ -167,7 +167,7 @@ def evit(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Nam
 
 
 def dynamicvit(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
-    teacher = begun.eval().requires_grad_(False)
+    teacher = copy.deepcopy(begun).eval().requires_grad_(False)
     tk.patch(model, "dynamicvit", layers=stages(options.depth), keep=DYNAMICVIT_KEEP)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:

@@ -22,7 +22,12 @@ BUILT_ON = {
 }
 NOT_OPS = {"__init__", "library", "counts"}
 # Registered beside the op whose gradient it is; the reference's gradients are autograd's.
-GRADIENTS = {"merge_backward", "token_attention_backward"}
+GRADIENTS = {
+    "merge_backward",
+    "token_attention_backward",
+    "lookup_gather_backward",
+    "lookup_scatter_backward",
+}
 # Two whole-number kernels that share a file, and are tested with the token map.
 MAP_OPS = {"invert", "compose"}
 

@@ -14,7 +14,7 @@ import tokred_kernels as tk
 from tokred_kernels.ops import library
 
 OPS = torch.ops.tokred
-SAMPLES = 112
+SAMPLES = 132
 
 
 def samples():
@@ -44,6 +44,7 @@ def samples():
         yield OPS.compose.default, (dest, random_map(batch, 3, 2).dest, "cpu")
         yield from selector_samples(x, arithmetic[2:-1])
         yield from attention_samples(batch, tokens, channels)
+        yield from lookup_samples(batch, tokens, channels)
 
 
 def selector_samples(x, numbers):
@@ -94,6 +95,21 @@ def attention_samples(batch, tokens, channels):
             OPS.token_attention_backward.default,
             (*grads, *tensors, out, row_max, row_sum, *how, *wanted, "cpu"),
         )
+
+
+def lookup_samples(batch, tokens, channels):
+    """Lookup attention of fewer tokens, both ways."""
+    few = (tokens + 1) // 2
+    q, values = (torch.randn(batch, few, 2, channels).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(batch, tokens, 2, channels).transpose(1, 2) for _ in range(2))
+    yield OPS.lookup_gather.default, (q, k, v, 0.5, "cpu")
+    out, lse = OPS.lookup_gather.default(q, k, v, 0.5, "cpu")
+    for grad_lse in (None, torch.randn_like(lse)):
+        arguments = (torch.randn_like(out), grad_lse, q, k, v, out, lse, 0.5, "cpu")
+        yield OPS.lookup_gather_backward.default, arguments
+    yield OPS.lookup_scatter.default, (q, k, values, lse, 0.5, "cpu")
+    grad_out = torch.randn(batch, tokens, 2, channels)
+    yield OPS.lookup_scatter_backward.default, (grad_out, q, k, values, lse, 0.5, "cpu")
 
 
 @pytest.mark.parametrize("number", range(SAMPLES))

@@ -17,8 +17,9 @@ IMPORTANCES = (None, "class", "mean", "last")
 TERMS = list(itertools.product((False, True), repeat=2))  # size, policy
 # An image without a token, one of one, a pair, and one of more than a block.
 LENGTHS = (5, 0, 66, 2, 1)
-# Roundings that may add up, in units of the dtype's: of weights, of the output, of the gradients of scores.
-ROUNDINGS = 8
+# Roundings that may add up, in units of the dtype's: of weights, of the output, of the gradients of scores; in float32
+# of sums of products as well, which tensor cores cut where others round.
+ROUNDINGS = {torch.float32: 32, torch.float16: 8, torch.bfloat16: 8}
 
 
 def some_of_all(number):
@@ -59,7 +60,7 @@ def assert_near(got, exact, dtype, floor=0.0):
         assert one.shape == other.shape
         assert one.isfinite().all()
         if one.numel():
-            band = ROUNDINGS * torch.finfo(dtype).eps * (other.detach().abs().max() + floor)
+            band = ROUNDINGS[dtype] * torch.finfo(dtype).eps * (other.detach().abs().max() + floor)
             off = (one.detach().double().cpu() - other.detach()).abs().max()
             assert off <= band, f"result {number} is off by {off:.3g}, of {band:.3g}"
 

@@ -131,6 +131,8 @@ def test_slots_that_no_number_of_windows_leaves_are_not_proved(x, between):
 def tiny(op):
     if op == "token_attention":
         return Case(op, "tiny", (2, 26, 24), 0, "cpu", metric_dim=8, heads=3, variant="class")
+    if op.startswith("lookup"):
+        return Case(op, "tiny", (2, 26, 24), 5, "cpu", metric_dim=8, heads=3)
     tokens = {"window_match": 17, "window_merge": 17, "grid_bipartite_match": 16}.get(op, 26)
     return Case(op, "tiny", (2, tokens, 6), 2 if op.startswith("window") else 4, "cpu", metric_dim=8)
 

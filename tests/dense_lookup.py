@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""Lookup attention by its definition, in float64 with all weights in memory, and what its tests share."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import tokred_kernels as tk
+
+ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# It has no kernel in CUDA: on a GPU it is Triton's.
+TRITON = pytest.param("triton", marks=pytest.mark.gpu)
+KERNELS = pytest.mark.parametrize("backend", ["cpu", TRITON], indirect=True)
+ANYWHERE = pytest.mark.parametrize("everywhere", ["reference", "cpu", TRITON], indirect=True)
+# (B, H, M, N, d): one of each, odd ones, as many compressed as lookup tokens, past a block of keys and past a chunk.
+SHAPES = [(1, 1, 1, 1, 1), (2, 3, 2, 3, 8), (2, 1, 17, 17, 32), (1, 2, 25, 577, 64), (1, 1, 100, 241, 40)]
+LARGE = (1, 2, 9, 4100, 16)
+# Relative to the largest value, of one rounding and of sums in float32. 16-bit weights are rounded once on a GPU.
+BOUND = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+class Call(NamedTuple):
+    """q (B, H, M, d), k and v (B, H, N, d), values (B, H, M, d) that are scattered."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    values: torch.Tensor
+
+    def exact(self):
+        """The same in float64, with gradients asked for."""
+        return Call(*(t.detach().double().requires_grad_() for t in self))
+
+    def leaves(self):
+        """The same, detached, in their own layout and with gradients asked for."""
+        return Call(*(t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in self))
+
+
+def drawn(shape, dtype=torch.float32, device="cpu", spread=1.0):
+    batch, heads, compressed, tokens, channels = shape
+    rows = (compressed, tokens, tokens, compressed)
+    made = (torch.randn(batch, heads, number, channels, device=device).to(dtype) for number in rows)
+    q, k, v, values = made
+    return Call((q * spread).to(dtype), k, v, values)
+
+
+def dense(call, scale=None):
+    """Gathered, lse and scattered."""
+    scale = call.q.shape[-1] ** -0.5 if scale is None else scale
+    scores = call.q @ call.k.transpose(-2, -1) * scale
+    weights = scores.softmax(-1)
+    return weights @ call.v, scores.logsumexp(-1), weights.transpose(-2, -1) @ call.values
+
+
+def fused(call, scale=None):
+    out, lse = tk.lookup_gather(call.q, call.k, call.v, scale=scale)
+    return out, lse, tk.lookup_scatter(call.q, call.k, call.values, lse, scale=scale)
+
+
+def loss(results, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device) for r in results)
+    return sum((r.double() * w).sum() for r, w in zip(results, weights, strict=True))
+
+
+def assert_close(got, exact):
+    worst = (got.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-3)
+    assert worst <= BOUND[got.dtype], f"off by {worst:.3g} of the largest"
+
+
+def check(call, scale=None):
+    """Results and all gradients, of gather and scatter chained, equal float64."""
+    own, exact = call.leaves(), call.exact()
+    got, want = fused(own, scale), dense(exact, scale)
+    for g, w in zip(got, want, strict=True):
+        if g.dtype == torch.float32 and call.q.dtype in (torch.float16, torch.bfloat16):
+            torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4)  # lse
+        else:
+            assert_close(g, w)
+    gradients = torch.autograd.grad(loss(got, 1), own)
+    for g, w in zip(gradients, torch.autograd.grad(loss(want, 1), exact), strict=True):
+        assert g.shape == w.shape
+        assert_close(g, w)

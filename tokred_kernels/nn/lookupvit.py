@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: MIT
+"""LookupViT: a vision transformer that processes a small grid of compressed tokens, and looks up a large one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred_kernels.checks import check_count, check_floating, shape
+from tokred_kernels.nn.lookupvit_block import (
+    NORM_EPS,
+    LookupViTBlock,
+    check_above_zero,
+    check_heads,
+    check_probabilities,
+)
+from tokred_kernels.nn.lookupvit_resize import resize_tokens
+
+OP = "nn.LookupViT"
+HEAD_STD = 0.02
+CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class LookupLogits(NamedTuple):
+    """What the two heads say, (B, classes) each.
+
+    Attributes:
+        compressed: of the compressed tokens.
+        lookup: of the lookup tokens.
+    """
+
+    compressed: Tensor
+    lookup: Tensor
+
+
+def lookup_loss(logits: LookupLogits, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """The sum of both heads' cross entropies, with equal weight.
+
+    Args:
+        logits: of a LookupViT that is training.
+        labels: (B,) classes, or (B, classes) probabilities.
+        label_smoothing: as in torch's `cross_entropy`.
+
+    Raises:
+        TypeError: logits that are not of both heads: a model that evaluates gives their average.
+    """
+    if not isinstance(logits, LookupLogits):
+        raise TypeError(
+            f"tokred_kernels.nn.lookup_loss: logits must be a LookupLogits, got {type(logits).__name__}; a LookupViT "
+            "gives it when training: call model.train()"
+        )
+    compressed, lookup = (F.cross_entropy(own, labels, label_smoothing=label_smoothing) for own in logits)
+    return compressed + lookup
+
+
+class LookupViT(nn.Module):
+    """LookupViT (Koner et al., ECCV 2024), for images and for video.
+
+    Patches become lookup tokens with learned positions; compressed tokens are these, resized linearly to a smaller
+    grid, with nothing of their own to learn; `LookupViTBlock` on both; a norm and a head on the mean of each. There is
+    no class token.
+
+    Args:
+        img_size: pixels, (height, width), or (time, height, width) for video; one number for a square image.
+        patch_size: of a patch, in as many dimensions; one number for all.
+        in_chans: channels of an image.
+        num_classes: of each head; 0 for none, so that both give the mean of their tokens, (B, D).
+        embed_dim, depth, num_heads: D, the number of blocks, H.
+        grid: the compressed grid, in as many dimensions, where `forward` is given none.
+        grids: when training, `forward` draws one of these for each step, instead of `grid`.
+        mlp_ratio, lookup_ratio, qkv_bias, scatter_proj, init_values, proj_drop, attn_drop, norm_eps: see
+            `LookupViTBlock`.
+        drop_path_rate: of the last block; it grows linearly from 0 in the first.
+        dynamic_img_size: True takes images of every size that the patch divides: positions are resized to their grid.
+
+    Parameters that a ViT has too have the names and shapes of timm's VisionTransformer: `patch_embed`, `pos_embed`
+    (without class token), `norm1`, `attn`, `norm2` and `mlp` of `blocks`, `norm`, `head`.
+
+    Raises:
+        TypeError, ValueError: a wrong setting; sides that the patch does not divide; a compressed grid of more tokens
+            than the lookup grid in any dimension, or of another rank; `num_heads` that do not divide `embed_dim`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        *,
+        grid: Sequence[int] = (7, 7),
+        grids: Sequence[Sequence[int]] | None = None,
+        mlp_ratio: float = 4.0,
+        lookup_ratio: float = 2.0,
+        qkv_bias: bool = True,
+        scatter_proj: bool = False,
+        drop_path_rate: float = 0.0,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        norm_eps: float = NORM_EPS,
+        dynamic_img_size: bool = False,
+    ) -> None:
+        super().__init__()
+        check_count(OP, "in_chans", in_chans, least=1)
+        check_count(OP, "num_classes", num_classes)
+        check_count(OP, "depth", depth, least=1)
+        check_heads(OP, "embed_dim", embed_dim, num_heads)
+        check_above_zero(OP, mlp_ratio=mlp_ratio, lookup_ratio=lookup_ratio)
+        check_probabilities(OP, drop_path_rate=drop_path_rate, proj_drop=proj_drop, attn_drop=attn_drop)
+        rank = next((len(size) for size in (img_size, patch_size) if isinstance(size, (tuple, list))), 2)
+        if rank not in CONVOLUTIONS:
+            raise ValueError(f"tokred_kernels.{OP}: img_size must have 2 or 3 dimensions, got {img_size}")
+        self.img_size = _sizes("img_size", img_size, rank)
+        self.patch_size = _sizes("patch_size", patch_size, rank)
+        self.in_chans, self.num_classes, self.embed_dim = in_chans, num_classes, embed_dim
+        self.dynamic_img_size = dynamic_img_size
+        self.lookup_grid = self.lookup_grid_of(self.img_size)
+        self.grid = self.compressed_grid(grid, self.lookup_grid)
+        self.grids = None if grids is None else self._choices(grids)
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, self.patch_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, _count(self.lookup_grid), embed_dim))
+        self.blocks = nn.ModuleList(
+            LookupViTBlock(
+                embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                lookup_ratio=lookup_ratio,
+                qkv_bias=qkv_bias,
+                scatter_proj=scatter_proj,
+                drop_path=drop_path_rate * index / max(1, depth - 1),
+                init_values=init_values,
+                proj_drop=proj_drop,
+                attn_drop=attn_drop,
+                norm_eps=norm_eps,
+            )
+            for index in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.norm_lookup = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.head = _head(embed_dim, num_classes)
+        self.head_lookup = _head(embed_dim, num_classes)
+        # As in the original ViT. Resizing averages positions: small ones would leave compressed tokens too alike.
+        nn.init.normal_(self.pos_embed, std=embed_dim**-0.5)
+
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> LookupLogits | Tensor:
+        """The logits of images (B, channels, height, width), or of video (B, channels, time, height, width).
+
+        Args:
+            x: the images.
+            grid: the compressed grid, any at most the lookup grid. None is the model's `grid`, or, when training with
+                `grids`, one drawn by `sample_grid()`.
+
+        Returns:
+            When training the logits of both heads, for `lookup_loss`; when evaluating their average, (B, classes).
+
+        Raises:
+            TypeError, ValueError: images, or a grid, that the model does not take.
+        """
+        z_p, z_l = self.forward_features(x, grid)
+        logits = LookupLogits(self.head(z_p.mean(1)), self.head_lookup(z_l.mean(1)))
+        return logits if self.training else (logits.compressed + logits.lookup) / 2
+
+    def forward_features(self, x: Tensor, grid: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The compressed tokens (B, M, D) and the lookup tokens (B, N, D), by rows, after the last norms.
+
+        Arguments and errors are those of `forward`.
+        """
+        lookup_grid = self._grid_of_images(x)
+        if grid is None:
+            grid = self.sample_grid() if self.training else self.grid
+        compressed_grid = self.compressed_grid(grid, lookup_grid)
+        z_l = self.patch_embed(x) + resize_tokens(self.pos_embed, self.lookup_grid, lookup_grid)
+        z_p = resize_tokens(z_l, lookup_grid, compressed_grid)
+        for block in self.blocks:
+            z_p, z_l = block(z_p, z_l)
+        return self.norm(z_p), self.norm_lookup(z_l)
+
+    def sample_grid(self, generator: torch.Generator | None = None) -> tuple[int, ...]:
+        """One of `grids`, each as likely as another; `grid` where there are none.
+
+        Drawn by torch's own generator, or the one given. Processes that train together (DDP) draw each for themselves
+        in `forward`, and the slowest grid of each step holds the others up: to have them agree, give every one
+        `forward(x, grid=model.sample_grid(generator))` with generators of one seed. Under torch.compile do the same,
+        outside of what is compiled: a draw would break the graph.
+        """
+        if self.grids is None:
+            return self.grid
+        device = torch.device("cpu") if generator is None else generator.device
+        return self.grids[int(torch.randint(len(self.grids), (), generator=generator, device=device))]
+
+    def lookup_grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """How many lookup tokens images of `size` pixels have along each dimension.
+
+        Raises:
+            ValueError: a side that the patch does not divide, or another number of dimensions.
+        """
+        if len(size) != len(self.patch_size) or any(
+            pixels < 1 or pixels % patch for pixels, patch in zip(size, self.patch_size, strict=True)
+        ):
+            raise ValueError(
+                f"tokred_kernels.{OP}: img_size must be of sides that patches of {self.patch_size} pixels divide, got "
+                f"{tuple(size)}"
+            )
+        return tuple(pixels // patch for pixels, patch in zip(size, self.patch_size, strict=True))
+
+    def compressed_grid(self, grid: Any, lookup_grid: tuple[int, ...], name: str = "grid") -> tuple[int, ...]:
+        """`grid` as a tuple; messages call it `name`.
+
+        Raises:
+            TypeError, ValueError: it has another rank than `lookup_grid`, or a number that is not from 1 to its.
+        """
+        if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != len(lookup_grid):
+            raise ValueError(
+                f"tokred_kernels.{OP}: {name} must have {len(lookup_grid)} numbers, as the lookup grid {lookup_grid} "
+                f"has, got {grid}"
+            )
+        for tokens, most in zip(grid, lookup_grid, strict=True):
+            check_count(OP, name, tokens, least=1)
+            if tokens > most:
+                raise ValueError(
+                    f"tokred_kernels.{OP}: {name} must be at most the lookup grid {lookup_grid} in each dimension, got "
+                    f"{tuple(grid)}"
+                )
+        return tuple(grid)
+
+    def _grid_of_images(self, x: Any) -> tuple[int, ...]:
+        check_floating(OP, "x", x)
+        rank = len(self.patch_size)
+        if x.dim() != rank + 2 or x.shape[1] != self.in_chans:
+            wanted = ", ".join(("B", str(self.in_chans), *("time", "height", "width")[-rank:]))
+            raise ValueError(f"tokred_kernels.{OP}: x must be ({wanted}), got shape {shape(x)}")
+        size = tuple(x.shape[2:])
+        if not self.dynamic_img_size and size != self.img_size:
+            raise ValueError(
+                f"tokred_kernels.{OP}: x must have images of {self.img_size} pixels, got {size}; for others make the "
+                "model with dynamic_img_size=True"
+            )
+        return self.lookup_grid_of(size)
+
+    def _choices(self, grids: Any) -> tuple[tuple[int, ...], ...]:
+        if not isinstance(grids, (tuple, list)) or not grids:
+            raise ValueError(f"tokred_kernels.{OP}: grids must be a list of at least one grid, or None, got {grids}")
+        return tuple(self.compressed_grid(one, self.lookup_grid, "each of grids") for one in grids)
+
+
+class PatchEmbed(nn.Module):
+    """Images to the tokens of their patches, with the parameters of timm's PatchEmbed."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, ...]) -> None:
+        super().__init__()
+        convolution: Any = CONVOLUTIONS[len(patch_size)]
+        self.proj = convolution(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, ...) to (B, N, D), by rows."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def lookupvit_tiny(num_classes: int = 1000, grid: Sequence[int] = (7, 7), **more: Any) -> LookupViT:
+    """`LookupViT` with the width, depth and heads of ViT-Ti; `more` are its other settings."""
+    return LookupViT(num_classes=num_classes, grid=grid, **{**_named(192, 12, 3), **more})
+
+
+def lookupvit_small(num_classes: int = 1000, grid: Sequence[int] = (7, 7), **more: Any) -> LookupViT:
+    """`LookupViT` with the width, depth and heads of ViT-S; `more` are its other settings."""
+    return LookupViT(num_classes=num_classes, grid=grid, **{**_named(384, 12, 6), **more})
+
+
+def lookupvit_base(num_classes: int = 1000, grid: Sequence[int] = (7, 7), **more: Any) -> LookupViT:
+    """`LookupViT` with the width, depth and heads of ViT-B; `more` are its other settings."""
+    return LookupViT(num_classes=num_classes, grid=grid, **{**_named(768, 12, 12), **more})
+
+
+def lookupvit_large(num_classes: int = 1000, grid: Sequence[int] = (7, 7), **more: Any) -> LookupViT:
+    """`LookupViT` with the width, depth and heads of ViT-L; `more` are its other settings."""
+    return LookupViT(num_classes=num_classes, grid=grid, **{**_named(1024, 24, 16), **more})
+
+
+def _named(embed_dim: int, depth: int, num_heads: int) -> dict[str, Any]:
+    return {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+
+
+def _head(embed_dim: int, num_classes: int) -> nn.Module:
+    if num_classes == 0:
+        return nn.Identity()
+    head = nn.Linear(embed_dim, num_classes)
+    nn.init.trunc_normal_(head.weight, std=HEAD_STD)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _sizes(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    """One number for each dimension."""
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    if len(sizes) != rank:
+        raise ValueError(f"tokred_kernels.{OP}: {name} must have {rank} numbers, or be one, got {value}")
+    for size in sizes:
+        check_count(OP, name, size, least=1)
+    return sizes
+
+
+def _count(grid: Sequence[int]) -> int:
+    count = 1
+    for length in grid:
+        count *= length
+    return count
