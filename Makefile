@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # make demo     install into .venv and run the example on real photographs
 # make segment  the same: train a segmenter on real photographs, with and without ALGM
+# make digits   the same: train a ViT on handwritten digits, and the same with fewer tokens by each method
 # make test     install into .venv and run the tests
 # make lint     formatters, linters, types
 # make gpu      on a machine with a GPU: build, test, sanitize, benchmark, write the results (see below)
@@ -10,14 +11,18 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 DEMO_ARGS ?=
 SEGMENT_ARGS ?=
+DIGITS_ARGS ?=
 
-.PHONY: demo segment test lint format gpu clean
+.PHONY: demo segment digits test lint format gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/accelerate_vit.py $(DEMO_ARGS)
 
 segment: $(VENV)/installed
 	$(BIN)/python examples/segment.py $(SEGMENT_ARGS)
+
+digits: $(VENV)/installed
+	$(BIN)/python examples/train_digits.py $(DIGITS_ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from accelerate_vit import _positive as positive
 from accelerate_vit import choose_device, describe
-from digits import CLASSES, SIDE, Digits, load, varied
 from drawing import plot_accuracy
 from measuring import in_turns
+from pictures import SIDE, SOURCES, Pictures, load, varied
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ QUICK: dict[str, Any] = {"epochs": 1, "tuning": 1, "width": 32, "depth": 3, "sea
 TOME_SHARE = 0.105  # of all tokens, in each of 6 blocks
 STAGES = (1 / 6, 1 / 2)  # of the depth: where EViT and DynamicViT reduce
 EVIT_KEEP = 0.7
-DYNAMICVIT_KEEP = (0.7, 0.5)
+DYNAMICVIT_KEEP = (0.75, 0.53)
 RATIO_WEIGHT, DISTILLATION_WEIGHT = 2.0, 0.5  # of the losses, as DynamicViT has them
 SEARCH_RATE = 0.05  # more than published, for fewer steps
 
@@ -76,10 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"--out {options.out}: cannot write there ({error.strerror})") from None
     device = choose_device(options.device)
-    data = load(options.seed, device)
-    print(f"{len(data.train)} digits to train on, {len(data.test)} to test, {TOKENS} tokens, {describe(device)}")
+    data = load(options.data, options.seed, device)
+    print(
+        f"{len(data.train)} {options.data} to train on, {len(data.test)} to test, {TOKENS} tokens, {describe(device)}"
+    )
 
-    begun = make(options, device)
+    begun = make(options, data.classes, device)
     train(begun, data, options, Budget(options.epochs, LEARNING_RATE), "training")
     methods = METHODS if options.method == ALL else tuple(dict.fromkeys(("none", options.method)))
     models = {}
@@ -92,19 +94,20 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{text}\n\n{LEGEND}")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     report = {"device": describe(device), "torch": torch.__version__, **settings, "rows": rows}
-    (options.out / "digits.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "digits.md").write_text(text + "\n")
-    plot_accuracy(options.out / "digits.png", rows)
-    print(f"\nIn {options.out}/: digits.png, digits.md, digits.json")
+    (options.out / f"{options.data}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / f"{options.data}.md").write_text(text + "\n")
+    plot_accuracy(options.out / f"{options.data}.png", rows)
+    print(f"\nIn {options.out}/: {options.data}.png, .md, .json")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--method", choices=(*METHODS, ALL), default=ALL, help="beside the plain model (%(default)s)")
+    parser.add_argument("--data", choices=SOURCES, default="digits", help="what is classified (%(default)s)")
     parser.add_argument("--width", type=positive, default=64, help="channels of the transformer (%(default)s)")
     parser.add_argument("--depth", type=positive, default=6, help="its blocks (%(default)s)")
-    parser.add_argument("--epochs", type=positive, default=40, help="of training with all tokens (%(default)s)")
-    parser.add_argument("--tuning", type=positive, default=8, help="epochs of fine-tuning (%(default)s)")
+    parser.add_argument("--epochs", type=positive, default=30, help="of training with all tokens (%(default)s)")
+    parser.add_argument("--tuning", type=positive, default=10, help="epochs of fine-tuning (%(default)s)")
     parser.add_argument("--search", type=positive, default=100, help="steps of DiffRate's search (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, help="digits at once (%(default)s)")
     parser.add_argument("--seconds", type=positive, default=20, help="of timing, at most (%(default)s)")
@@ -122,14 +125,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def make(options: argparse.Namespace, device: torch.device) -> nn.Module:
+def make(options: argparse.Namespace, classes: int, device: torch.device) -> nn.Module:
     """A ViT from its seed. Its weights begin larger than timm's, which are made for longer training."""
     torch.manual_seed(options.seed)
     model = import_timm().models.vision_transformer.VisionTransformer(
         img_size=SIDE,
         patch_size=PATCH,
         in_chans=1,
-        num_classes=CLASSES,
+        num_classes=classes,
         embed_dim=options.width,
         depth=options.depth,
         num_heads=options.width // HEAD_WIDTH,
@@ -147,16 +150,16 @@ def stages(depth: int) -> tuple[int, ...]:
     return tuple(max(1, round(share * depth)) for share in STAGES)
 
 
-def plain(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+def plain(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
     return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "all tokens")
 
 
-def tome(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+def tome(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
     removed = round(TOME_SHARE * TOKENS * 6 / options.depth)
     return tk.patch(plain(model, begun, data, options), "tome", r=removed)
 
 
-def evit(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+def evit(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
     tk.patch(model, "evit", layers=stages(options.depth), keep_rate=EVIT_KEEP)
 
     def schedule(step: int, steps: int) -> None:
@@ -166,7 +169,7 @@ def evit(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Nam
     return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "EViT", before=schedule)
 
 
-def dynamicvit(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+def dynamicvit(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
     teacher = copy.deepcopy(begun).eval().requires_grad_(False)
     tk.patch(model, "dynamicvit", layers=stages(options.depth), keep=DYNAMICVIT_KEEP)
 
@@ -187,7 +190,7 @@ def dynamicvit(model: nn.Module, begun: nn.Module, data: Digits, options: argpar
     return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DynamicViT", loss=loss)
 
 
-def diffrate(model: nn.Module, begun: nn.Module, data: Digits, options: argparse.Namespace) -> nn.Module:
+def diffrate(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
     target = (1 - FEWER) * tk.flops.count(model).gflops
     batches = list(shuffled(data, options, 0))
     found = tk.diffrate_search(model.eval(), batches, target, steps=options.search, lr=SEARCH_RATE)
@@ -197,7 +200,7 @@ def diffrate(model: nn.Module, begun: nn.Module, data: Digits, options: argparse
     return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DiffRate")
 
 
-Prepare = Callable[[nn.Module, nn.Module, Digits, argparse.Namespace], nn.Module]
+Prepare = Callable[[nn.Module, nn.Module, Pictures, argparse.Namespace], nn.Module]
 PREPARE: dict[str, Prepare] = {
     "none": plain,
     "tome": tome,
@@ -207,7 +210,7 @@ PREPARE: dict[str, Prepare] = {
 }
 
 
-def shuffled(data: Digits, options: argparse.Namespace, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def shuffled(data: Pictures, options: argparse.Namespace, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The training digits in batches, varied and in an order that hang on the epoch's number alone."""
     generator = torch.Generator().manual_seed(options.seed + epoch)
     order = torch.randperm(len(data.train), generator=generator).to(data.train.device)
@@ -217,7 +220,7 @@ def shuffled(data: Digits, options: argparse.Namespace, epoch: int) -> Iterator[
 
 def train(
     model: nn.Module,
-    data: Digits,
+    data: Pictures,
     options: argparse.Namespace,
     budget: Budget,
     title: str,
@@ -254,7 +257,7 @@ def train(
 
 
 @torch.inference_mode()
-def evaluate(name: str, model: nn.Module, data: Digits) -> dict[str, Any]:
+def evaluate(name: str, model: nn.Module, data: Pictures) -> dict[str, Any]:
     """How many test digits it names, with how many tokens and operations."""
     right = (model(data.test).argmax(1) == data.test_labels).sum().item()
     counted = tk.flops.count(model)
@@ -267,7 +270,7 @@ def evaluate(name: str, model: nn.Module, data: Digits) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def timings(models: list[nn.Module], data: Digits, options: argparse.Namespace) -> list[dict[str, float]]:
+def timings(models: list[nn.Module], data: Pictures, options: argparse.Namespace) -> list[dict[str, float]]:
     """Images a second of each on a batch of test digits."""
     images = data.test[: options.batch]
     stage: Any = nn.Module()

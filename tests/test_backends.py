@@ -9,6 +9,7 @@ import torch
 
 import tokred_kernels as tk
 from tokred_kernels import backends
+from tokred_kernels.ops.token_attention import too_wide
 
 X = torch.randn(1, 6, 4)
 A_MAP = tk.TokenMap.identity(1, 6)
@@ -238,3 +239,15 @@ assert len(paths) == 1, paths
         pytest.skip("needs Linux's /proc")
     result = run(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_best_passes_over_what_does_not_take_the_shape(monkeypatch):
+    monkeypatch.setattr(backends, "VERIFIED", {"triton": ["token_attention"]})
+    monkeypatch.setattr(backends, "reason_against", lambda op, backend, device, dtype: None)
+    how = "token_attention", "auto", "cuda", torch.float16
+    assert backends._decide(*how) == "triton"
+    assert backends._decide(*how, unfit="triton") == "reference"
+    assert backends._decide(how[0], "triton", *how[2:], unfit="triton") == "triton"  # by name, it tells so itself
+    monkeypatch.undo()
+    assert too_wide(torch.empty(1, 1, 1, 128)) is None
+    assert too_wide(torch.empty(1, 1, 1, 129)) == "triton"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The LookupViT model: its grids, its heads, what it costs, and that it trains."""
+"""The LookupViT model: its grids, its heads, and that it trains."""
 
 import copy
 from collections import Counter
@@ -7,10 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-import tokred_kernels as tk
-from tokred_kernels import flops
 from tokred_kernels.nn.lookupvit import (
     LookupLogits,
     LookupViT,
@@ -21,7 +18,7 @@ from tokred_kernels.nn.lookupvit import (
     lookupvit_tiny,
 )
 from tokred_kernels.nn.lookupvit_flops import lookupvit_flops
-from tokred_kernels.nn.lookupvit_resize import resize_flops, resize_tokens
+from tokred_kernels.nn.lookupvit_resize import resize_tokens
 from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
@@ -57,36 +54,6 @@ def tokens_seen(model, *args):
     for hook in hooks:
         hook.remove()
     return seen
-
-
-# --- resizing
-
-
-@pytest.mark.parametrize("after", [(5, 7), (1, 1), (24, 3), (24, 20), (31, 40)])
-def test_two_dimensions_are_resized_as_torch_does(after):
-    x = torch.randn(2, 24 * 20, 3).double()
-    expected = F.interpolate(x.transpose(1, 2).unflatten(2, (24, 20)), size=after, mode="bilinear", antialias=True)
-    found = resize_tokens(x, (24, 20), after)
-    torch.testing.assert_close(found, expected.flatten(2).transpose(1, 2), rtol=1e-9, atol=1e-12)
-
-
-def test_three_dimensions_are_resized_along_each():
-    x = torch.randn(2, 6 * 4 * 5, 3).double()
-    by_frame = resize_tokens(x.unflatten(1, (6, 20)).flatten(0, 1), (4, 5), (2, 3)).reshape(2, 6, 6 * 3)
-    by_time = resize_tokens(by_frame, (6,), (2,)).reshape(2, 12, 3)
-    torch.testing.assert_close(resize_tokens(x, (6, 4, 5), (2, 2, 3)), by_time, rtol=1e-9, atol=1e-12)
-
-
-def test_every_token_counts_in_a_smaller_grid():
-    x = torch.zeros(1, 24 * 24, 1, requires_grad=True)
-    resize_tokens(x, (24, 24), (5, 5)).sum().backward()
-    assert x.grad.min() > 0
-    assert x.grad.sum().item() == pytest.approx(25)
-
-
-def test_equal_grids_give_the_tokens_themselves():
-    x = torch.randn(2, 12, 3)
-    assert resize_tokens(x, (3, 4), (3, 4)) is x
 
 
 # --- grids
@@ -206,49 +173,6 @@ def test_no_classes_give_the_means_of_the_tokens():
     assert lookupvit_flops(model).head == 0
 
 
-# --- cost
-
-COSTED = {
-    "square": TINY,
-    "all tokens": {**TINY, "grid": (4, 4)},
-    "output projection": {**TINY, "scatter_proj": True, "grid": (3, 1), "lookup_ratio": 4, "mlp_ratio": 2},
-    "video": VIDEO,
-}
-
-
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("name", COSTED)
-def test_operations_are_those_of_torchs_counter(name, backend):
-    model = LookupViT(**COSTED[name]).eval()
-    x = torch.zeros(2, 3, *model.img_size)
-    with tk.use_backend("reference"), torch.no_grad(), flops.counter(display=False) as counter:
-        model(x)
-    assert lookupvit_flops(model).total == counter.get_total_flops() / 2
-
-
-def test_operations_of_other_sizes_and_grids():
-    model = make(dynamic_img_size=True).eval()
-    with tk.use_backend("reference"), torch.no_grad(), flops.counter(display=False) as counter:
-        model(torch.zeros(1, 3, 48, 64), (3, 5))
-    counted = lookupvit_flops(model, (48, 64), (3, 5))
-    # The counter sees the positions resized too, which is done once for all images.
-    assert counted.total == counter.get_total_flops() - resize_flops(32, (4, 4), (6, 8))
-    assert counted.tokens == (48 + 15,) * 3
-    assert counted.macs == counted.total // 2
-
-
-def test_operations_are_the_papers():
-    with torch.device("meta"):
-        ours = lookupvit_base(img_size=384, grid=(5, 5))
-        vit = timm.models.vision_transformer.VisionTransformer(img_size=384)  # ViT-B/16
-    found, full = lookupvit_flops(ours), flops.count(vit)
-    assert ours.lookup_grid == (24, 24)
-    assert full.gflops / 2 == pytest.approx(55.5, rel=0.01)  # as published
-    assert full.total > 3 * found.total
-    costs = [lookupvit_flops(ours, grid=(side, side)).total for side in (3, 5, 7, 10, 24)]
-    assert costs == sorted(costs)
-
-
 @pytest.mark.parametrize(
     ("build", "name"),
     [
@@ -284,9 +208,8 @@ def test_state_dicts_come_back():
     assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (3, 4)])
-def test_compiles_whole_for_a_grid(grid):
-    model, x, labels = make(), images(), torch.tensor([0, 1, 2])
+def test_compiles_whole_for_a_grid():
+    model, x, labels, grid = make(depth=1), images(), torch.tensor([0, 1, 2]), (3, 4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(lookup_loss(model(x, grid), labels), model.parameters())
     found = torch.autograd.grad(lookup_loss(compiled(x, grid), labels), model.parameters())
@@ -336,9 +259,17 @@ def test_learns_random_labels_of_random_images():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"grid": (5, 2)}, ValueError, r"grid must be at most the lookup grid \(4, 4\) in each dimension, got \(5, 2\)"),
+        (
+            {"grid": (5, 2)},
+            ValueError,
+            r"grid must be at most the lookup grid \(4, 4\) in each dim.*, got \(5, 2\)",
+        ),
         ({"grid": (2, 5)}, ValueError, r"grid must be at most the lookup grid \(4, 4\)"),
-        ({"grid": (2, 2, 2)}, ValueError, r"grid must have 2 numbers, as the lookup grid \(4, 4\) has, got \(2, 2, 2\)"),
+        (
+            {"grid": (2, 2, 2)},
+            ValueError,
+            r"grid must have 2 numbers, as the lookup grid .* has, got \(2, 2, 2\)",
+        ),
         ({"grid": 2}, ValueError, "grid must have 2 numbers"),
         ({"grid": (0, 2)}, ValueError, "grid must be at least 1, got 0"),
         ({"grid": (-1, 2)}, ValueError, "grid must be at least 1, got -1"),
@@ -347,7 +278,11 @@ def test_learns_random_labels_of_random_images():
         ({"grids": [(2, 2), (5, 5)]}, ValueError, "each of grids must be at most the lookup grid"),
         ({"grids": (2, 2)}, ValueError, "each of grids must have 2 numbers"),
         ({"num_heads": 3}, ValueError, "num_heads must divide embed_dim = 32, got 3"),
-        ({"img_size": 30}, ValueError, r"img_size must be of sides that patches of \(8, 8\) pixels divide, got \(30, 30\)"),
+        (
+            {"img_size": 30},
+            ValueError,
+            r"img_size must be of sides that patches of \(8, 8\) .*, got \(30, 30\)",
+        ),
         ({"img_size": (32, 28)}, ValueError, "img_size must be of sides that patches"),
         ({"img_size": (2, 2, 32, 32)}, ValueError, "img_size must have 2 or 3 dimensions"),
         ({"patch_size": (8, 8, 8), "img_size": (32, 32)}, ValueError, "patch_size must have 2 numbers"),
@@ -366,10 +301,22 @@ def test_settings_that_are_refused(change, error, message):
 @pytest.mark.parametrize(
     ("dynamic", "x", "grid", "error", "message"),
     [
-        (False, torch.zeros(1, 3, 40, 32), None, ValueError, r"images of \(32, 32\) pixels, got \(40, 32\).*dynamic_img"),
+        (
+            False,
+            torch.zeros(1, 3, 40, 32),
+            None,
+            ValueError,
+            r"images of \(32, 32\) pixels, got \(40, 32\).*dynamic",
+        ),
         (True, torch.zeros(1, 3, 36, 32), None, ValueError, r"patches of \(8, 8\) pixels divide, got \(36, 32\)"),
         (True, torch.zeros(1, 3, 8, 32), None, ValueError, r"grid must be at most the lookup grid \(1, 4\)"),
-        (False, torch.zeros(1, 1, 32, 32), None, ValueError, r"x must be \(B, 3, height, width\), got shape \(1, 1, 32"),
+        (
+            False,
+            torch.zeros(1, 1, 32, 32),
+            None,
+            ValueError,
+            r"x must be \(B, 3, height, width\), got shape \(1, 1",
+        ),
         (False, torch.zeros(3, 32, 32), None, ValueError, r"x must be \(B, 3, height, width\)"),
         (False, torch.zeros(1, 3, 32, 32).int(), None, TypeError, "x must be float32"),
         (False, torch.zeros(1, 3, 32, 32), (5, 5), ValueError, r"grid must be at most the lookup grid \(4, 4\)"),
@@ -380,12 +327,3 @@ def test_settings_that_are_refused(change, error, message):
 def test_inputs_that_are_refused(dynamic, x, grid, error, message):
     with pytest.raises(error, match=f"tokred_kernels.nn.LookupViT: .*{message}"):
         make(dynamic_img_size=dynamic)(x, grid)
-
-
-def test_operations_that_are_refused():
-    with pytest.raises(TypeError, match="model must be a LookupViT, got Linear"):
-        lookupvit_flops(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"images of \(32, 32\) pixels only, got \(64, 64\); make it with dynamic_img"):
-        lookupvit_flops(make(), 64)
-    with pytest.raises(ValueError, match="grid must be at most the lookup grid"):
-        lookupvit_flops(make(), grid=(5, 5))

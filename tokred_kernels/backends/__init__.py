@@ -82,7 +82,7 @@ def _valid(name: str) -> str:
 
 
 _wanted = _valid(os.environ.get("TOKRED_BACKEND", AUTO))
-_chosen: dict[tuple[str, str, torch.device, torch.dtype], str] = {}
+_chosen: dict[tuple[str, str, torch.device, torch.dtype, str | None], str] = {}
 _implementations: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -154,39 +154,43 @@ def beside(op: str, backend: str, tensor: Tensor) -> str:
     return backend if able else best(op, tensor)
 
 
-def choose(op: str, tensor: Tensor) -> str:
+def choose(op: str, tensor: Tensor, *, unfit: str | None = None) -> str:
     """The backend that serves `op` on this tensor: the one asked for, or the best.
+
+    `unfit` is one whose kernels do not take this shape: the best is another then, and by name it tells so itself.
 
     Raises:
         RuntimeError: the one asked for cannot, with the reason and those that can.
     """
-    return _choose(op, _wanted, tensor)
+    return _choose(op, _wanted, tensor, unfit)
 
 
-def torch_attends(op: str, tensor: Tensor, *, plain: bool) -> bool:
+def torch_attends(op: str, tensor: Tensor, *, plain: bool, unfit: str | None = None) -> bool:
     """Whether torch's own fused attention serves the call: `plain`, or with a bias on keys.
 
     It is as good as attention without a bias can be. With one, so it is on the CPU, and it beats weights that are all
     stored where nothing else can be chosen.
     """
     if _wanted == AUTO:
-        return plain or choose(op, tensor) in ("cpu", "reference")
+        return plain or choose(op, tensor, unfit=unfit) in ("cpu", "reference")
     return _wanted in ("cpu", "cuda")
 
 
-def _choose(op: str, wanted: str, tensor: Tensor) -> str:
+def _choose(op: str, wanted: str, tensor: Tensor, unfit: str | None = None) -> str:
     if torch.compiler.is_compiling():  # the cache would become a guard of the graph, and its growth a recompilation
-        return _decide(op, wanted, tensor.device.type, tensor.dtype)
-    key = (op, wanted, tensor.device, tensor.dtype)
+        return _decide(op, wanted, tensor.device.type, tensor.dtype, unfit)
+    key = (op, wanted, tensor.device, tensor.dtype, unfit)
     chosen = _chosen.get(key)
     if chosen is None:
-        chosen = _chosen[key] = _decide(op, wanted, tensor.device.type, tensor.dtype)
+        chosen = _chosen[key] = _decide(op, wanted, tensor.device.type, tensor.dtype, unfit)
     return chosen
 
 
-def _decide(op: str, wanted: str, device: str, dtype: torch.dtype) -> str:
+def _decide(op: str, wanted: str, device: str, dtype: torch.dtype, unfit: str | None = None) -> str:
     if wanted == AUTO:
         for backend in PREFERENCE.get(device, ("reference",)):
+            if backend == unfit:
+                continue
             parts = COMPOUNDS.get(op, (op,))
             shown_right = all(part in VERIFIED.get(backend, []) for part in parts)
             if (shown_right or device == "cpu" or backend == "reference") and reason_against(

@@ -13,6 +13,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_same_device, shape
 from tokred_kernels.ops.library import once, register
+from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
 
@@ -40,7 +41,7 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     """
     check_lookup(OP, q, k, v, k)
     scale = default_scale(q) if scale is None else float(scale)
-    backend = backends.choose(OP, q)
+    backend = backends.choose(OP, q, unfit=too_wide(q))
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

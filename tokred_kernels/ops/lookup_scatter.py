@@ -13,6 +13,7 @@ from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_same_device, shape
 from tokred_kernels.ops.library import once, register
 from tokred_kernels.ops.lookup_gather import check_lookup, default_scale, heads_last
+from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"
 
@@ -41,7 +42,7 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float
     check_lookup(OP, q, k, v, q)
     _check_lse(q, lse)
     scale = default_scale(q) if scale is None else float(scale)
-    backend = backends.choose(OP, q)
+    backend = backends.choose(OP, q, unfit=too_wide(q))
     if backend == "reference":
         return reference.lookup_scatter(q, k, v, lse, scale)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lse)):

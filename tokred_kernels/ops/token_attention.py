@@ -17,6 +17,7 @@ from tokred_kernels.ops.library import nobody_listens, once, register
 from tokred_kernels.token_map import Packing
 
 OP = "token_attention"
+TRITON_WIDEST = 128  # head width that fits its tiles
 IMPORTANCES = ("class", "mean", "last")
 
 
@@ -76,12 +77,17 @@ def token_attention(
     bias = None if size is None else size.log()
     if policy is None and importance is None and packed is None:
         wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        if not wants_bias and backends.torch_attends(OP, q, plain=bias is None):
+        if not wants_bias and backends.torch_attends(OP, q, plain=bias is None, unfit=too_wide(q)):
             mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    backend = backends.choose(OP, q)
+    backend = backends.choose(OP, q, unfit=too_wide(q))
     out, worth = _attend(q, k, v, bias, policy, packed, float(scale), importance or "", backend)
     return out if importance is None else (out, worth)
+
+
+def too_wide(q: Tensor) -> str | None:
+    """The backend whose kernels do not take heads as wide as q's."""
+    return "triton" if q.shape[-1] > TRITON_WIDEST else None
 
 
 def _check(q: Any, k: Any, v: Any, packed: Any) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def apply(
     proj_drop: float = 0.0,
     attn_drop: float = 0.0,
 ) -> LookupViT:
-    """A new `nn.LookupViT` that starts as the ViT on the compressed tokens; the given model stays as it is.
+    """A new `nn.LookupViT` that starts from the ViT's weights; the given model stays as it is.
 
     Args:
         model: a VisionTransformer of timm's own blocks, with learned positions, without distillation and register
@@ -47,14 +47,14 @@ def apply(
         counts.
 
     What is taken: the patch embedding; the positions, without those of the class token; of each block the norms, self
-    attention, MLP and layer scale, which become the compressed path, and once more norm, queries, keys and values of
-    the attention for the gather; the last norm, and the head, once for each kind of token. A head that was trained on a
-    class token gets a mean instead: that, too, is for fine-tuning.
+    attention, MLP and layer scale, which become the compressed path, and its attention once more, with norm and layer
+    scale, for the gather; the last norm, and the head, once for each kind of token. A head that was trained on a class
+    token gets a mean instead: that, too, is for fine-tuning.
 
-    What is new: the output projection of the gather, the values that are scattered, the MLP on lookup tokens. The last
-    layer of each starts at zero, so that the first forward is the ViT's own, on M tokens, and lookup tokens are what
-    they were embedded as. Were the gather's projection copied too, deep blocks would add what they make of tokens such
-    as only the first has ever seen.
+    What is new: the values that are scattered, and the MLP on lookup tokens. The last layer of each starts at zero, so
+    that lookup tokens are at first what they were embedded as: what the ViT's weights never saw is added as it is
+    learned. A gather with the ViT's projection learns faster than one that starts at zero too, and all of it than a
+    LookupViT of random weights.
 
     Raises:
         NotImplementedError: a model, or a part of it, that a LookupViT has no place for.
@@ -115,8 +115,9 @@ def _weights_of(model: Any) -> dict[str, Tensor]:
         name = f"blocks.{index}"
         for part in ("norm1", "attn.qkv", "attn.proj", "ls1", "norm2", "mlp.fc1", "mlp.fc2", "ls2"):
             _add(given, f"{name}.{part}", block.get_submodule(part))
-        _add(given, f"{name}.gather.norm_p", block.norm1)
-        _add(given, f"{name}.gather.norm_l", block.norm1)
+        for ours, theirs in (("norm_p", block.norm1), ("norm_l", block.norm1), ("proj", block.attn.proj)):
+            _add(given, f"{name}.gather.{ours}", theirs)
+        _add(given, f"{name}.ls_gather", block.ls1)
         for kind, value in block.attn.qkv.named_parameters():
             query, keys_values = value.tensor_split([len(value) // 3])
             given[f"{name}.gather.q.{kind}"], given[f"{name}.gather.kv.{kind}"] = query, keys_values
@@ -135,7 +136,7 @@ def _silence(block: Any) -> None:
     """Start the last layer of each new branch at zero."""
     scatter = block.scatter
     last = scatter.v if isinstance(scatter.proj, nn.Identity) else scatter.proj
-    for layer in (block.gather.proj, last, block.mlp_lookup.fc2):
+    for layer in (last, block.mlp_lookup.fc2):
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
 

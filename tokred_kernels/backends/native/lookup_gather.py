@@ -28,4 +28,5 @@ def lookup_problem(q: Tensor, k: Tensor) -> tuple[int, ...]:
 
 def strided(tensor: Tensor) -> tuple[int, int, int, int]:
     """Where it starts, and the strides of image, head and token."""
-    return (tensor.data_ptr(), *tensor.stride()[:3])
+    image, head, token, _ = tensor.stride()
+    return tensor.data_ptr(), image, head, token

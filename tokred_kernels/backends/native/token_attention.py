@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token attention, on the CPU and on CUDA."""
+"""Token attention, on the CPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gradients of token attention, on the CPU and on CUDA."""
+"""The gradients of token attention, on the CPU."""
 
 from __future__ import annotations
 

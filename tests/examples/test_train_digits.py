@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""The example on handwritten digits, with a tiny model and a few steps."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for needed in ("tqdm", "sklearn", "matplotlib", "PIL"):
+    pytest.importorskip(needed)
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+HERE = ("pictures", "photos", "measuring", "drawing", "accelerate_vit")
+TINY = ["--quick", "--device", "cpu", "--batch", "512"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for more
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLES / "train_digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in HERE:
+        sys.modules.pop(name, None)
+
+
+def test_the_whole_run(example, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    example.main([*TINY, "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "1297 digits to train on, 500 to test, 64 tokens, CPU" in printed
+    report = json.loads((out / "digits.json").read_text())
+    rows = report["rows"]
+    assert [row["method"] for row in rows] == list(example.METHODS)
+    assert rows[0]["speedup"] == 1
+    assert rows[0]["tokens"] == [65] * 4
+    for row in rows[1:]:
+        assert row["tokens"][-1] < 65
+        assert row["gflops"] < rows[0]["gflops"]
+        assert row["images_per_s"] > 0
+        assert 0 <= row["accuracy"] <= 100
+    table = (out / "digits.md").read_text().strip()
+    assert table in printed
+    assert table == example.markdown(rows)
+    assert set(json.loads((out / "diffrate.json").read_text())) >= {"prune_kept_num", "merge_kept_num"}
+    assert (out / "digits.png").stat().st_size > 1000
+
+
+def test_one_method_comes_with_the_plain_model(example, tmp_path):
+    example.main([*TINY, "--method", "tome", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "digits.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["none", "tome"]
+
+
+def test_the_pictures_are_split_once_and_for_all(example):
+    data, again = (example.load("digits", 0, torch.device("cpu")) for _ in range(2))
+    assert len(data.train) + len(data.test) == 1797
+    assert data.test.shape == (500, 1, 32, 32)
+    assert data.test_labels.bincount().min() >= 45
+    assert all(torch.equal(a, b) for a, b in zip(data, again, strict=True))
+    assert abs(data.train.mean()) < 1e-3
+    assert not torch.equal(example.load("digits", 1, torch.device("cpu")).test, data.test)
+
+
+def test_textures_are_of_every_class_alike_and_none_is_told_by_its_brightness(example):
+    data = example.load("textures", 0, torch.device("cpu"))
+    assert data.classes == 6
+    assert data.train.shape == (1302, 1, 32, 32)
+    assert data.test.shape == (504, 1, 32, 32)
+    assert data.test_labels.bincount().tolist() == [84] * 6
+    assert data.test.mean((1, 2, 3)).abs().max() < 1e-4
+    assert (data.test.std((1, 2, 3)) - 1).abs().max() < 1e-2
+
+
+def test_training_pictures_are_varied_and_the_same_in_every_run(example):
+    data = example.load("digits", 0, torch.device("cpu"))
+    options = example.parse(["--batch", "100"])
+    epochs = [list(example.shuffled(data, options, epoch)) for epoch in (0, 0, 1)]
+    assert sum(len(labels) for _, labels in epochs[0]) == len(data.train)
+    for first, second, third in zip(*epochs, strict=True):
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+        assert not torch.equal(first[0], third[0])
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--width", "50"], "--width must be a multiple of 32, got 50"),
+        (["--depth", "2"], "--depth must be at least 3"),
+        (["--epochs", "0"], "--epochs"),
+    ],
+)
+def test_wrong_arguments_are_told(example, arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        example.parse(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_the_readme_says_what_was_recorded(example):
+    rows = json.loads((ROOT / "docs" / "digits.json").read_text())["rows"]
+    assert example.markdown(rows) in (ROOT / "README.md").read_text()
+    plain = rows[0]
+    for row in rows[1:]:
+        assert row["accuracy"] >= plain["accuracy"] - 1
+        assert row["gflops"] <= 0.7 * plain["gflops"]
