@@ -7,7 +7,8 @@
 Trains a vision transformer on scikit-learn's scans, a patch for each of their 64 pixels, with all its tokens. Every
 method then starts from there, as its paper does: ToMe is put in, and nothing trained; EViT and DynamicViT are
 fine-tuned; DiffRate searches how many tokens each block keeps, its weights as they are, and is fine-tuned then. The
-model with all tokens is trained as much longer as the others are fine-tuned. Prints a table, and writes it into --out,
+model with all tokens is trained as much longer as the others are fine-tuned. LookupViT, another model, is trained from
+its own beginnings by the same schedule, and tested with each of its compressed grids. Prints a table, and writes it into --out,
 with a plot of accuracy against operations and the figures as JSON.
 """
 
@@ -38,7 +39,7 @@ from tqdm import tqdm
 import tokred_kernels as tk
 from tokred_kernels.patch.timm_import import import_timm
 
-METHODS = ("none", "tome", "dynamicvit", "evit", "diffrate")
+METHODS = ("none", "tome", "dynamicvit", "evit", "diffrate", "lookupvit")
 ALL = "all"
 PATCH = 4
 TOKENS = (SIDE // PATCH) ** 2
@@ -58,8 +59,18 @@ TOME_SHARE = 0.105  # of all tokens, in each of 6 blocks
 STAGES = (1 / 6, 1 / 2)  # of the depth: where EViT and DynamicViT reduce
 EVIT_KEEP = 0.7
 DYNAMICVIT_KEEP = (0.75, 0.53)
+GRIDS = ((2, 2), (3, 3), (4, 4), (5, 5))  # of LookupViT's compressed tokens; one is drawn for each step
 RATIO_WEIGHT, DISTILLATION_WEIGHT = 2.0, 0.5  # of the losses, as DynamicViT has them
 SEARCH_RATE = 0.05  # more than published, for fewer steps
+
+
+class Variant(NamedTuple):
+    """A row of the table: a model, or one way to run it."""
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    tokens: tuple[float, ...]
+    gflops: float
 
 
 class Budget(NamedTuple):
@@ -84,11 +95,12 @@ def main(arguments: list[str] | None = None) -> None:
     begun = make(options, data.classes, device)
     train(begun, data, options, Budget(options.epochs, LEARNING_RATE), "training")
     methods = METHODS if options.method == ALL else tuple(dict.fromkeys(("none", options.method)))
-    models = {}
+    found = []
     for method in methods:
-        models[method] = PREPARE[method](copy.deepcopy(begun), begun, data, options)
-    rows = [evaluate(name, model, data) for name, model in models.items()]
-    for row, speed in zip(rows, timings(list(models.values()), data, options), strict=True):
+        model = PREPARE[method](copy.deepcopy(begun), begun, data, options)
+        found += variants(method, model)
+    rows = [evaluate(variant, data) for variant in found]
+    for row, speed in zip(rows, timings(found, data, options), strict=True):
         row.update(speed)
     text = markdown(rows)
     print(f"\n{text}\n\n{LEGEND}")
@@ -200,6 +212,29 @@ def diffrate(model: nn.Module, begun: nn.Module, data: Pictures, options: argpar
     return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DiffRate")
 
 
+def lookupvit(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
+    """From its own beginnings, with the same schedule as the ViT: it has no other model's weights."""
+    torch.manual_seed(options.seed)
+    model = tk.nn.LookupViT(
+        img_size=SIDE,
+        patch_size=PATCH,
+        in_chans=1,
+        num_classes=data.classes,
+        embed_dim=options.width,
+        depth=options.depth,
+        num_heads=options.width // HEAD_WIDTH,
+        grid=GRIDS[-1],
+        grids=GRIDS,
+    ).to(data.train.device)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return tk.nn.lookup_loss(model(images), labels, label_smoothing=SMOOTHING)
+
+    for epochs, rate in ((options.epochs, LEARNING_RATE), (options.tuning, FINE_TUNING_RATE)):
+        train(model, data, options, Budget(epochs, rate), "LookupViT", loss=loss)
+    return model
+
+
 Prepare = Callable[[nn.Module, nn.Module, Pictures, argparse.Namespace], nn.Module]
 PREPARE: dict[str, Prepare] = {
     "none": plain,
@@ -207,6 +242,7 @@ PREPARE: dict[str, Prepare] = {
     "dynamicvit": dynamicvit,
     "evit": evit,
     "diffrate": diffrate,
+    "lookupvit": lookupvit,
 }
 
 
@@ -256,33 +292,48 @@ def train(
     return model.eval()
 
 
-@torch.inference_mode()
-def evaluate(name: str, model: nn.Module, data: Pictures) -> dict[str, Any]:
-    """How many test digits it names, with how many tokens and operations."""
-    right = (model(data.test).argmax(1) == data.test_labels).sum().item()
+def variants(method: str, model: nn.Module) -> list[Variant]:
+    """The rows of a method: one, or one for each compressed grid."""
+    if isinstance(model, tk.nn.LookupViT):
+        return [
+            Variant(
+                f"{method} {down}x{across}",
+                partial(model, grid=(down, across)),
+                (TOKENS, down * across),
+                tk.nn.lookupvit_flops(model, grid=(down, across)).gflops,
+            )
+            for down, across in GRIDS
+        ]
     counted = tk.flops.count(model)
+    return [Variant(method, model, counted.tokens, counted.gflops)]
+
+
+@torch.inference_mode()
+def evaluate(variant: Variant, data: Pictures) -> dict[str, Any]:
+    """How many test pictures it names, with how many tokens and operations."""
+    right = (variant.forward(data.test).argmax(1) == data.test_labels).sum().item()
     return {
-        "method": name,
+        "method": variant.name,
         "accuracy": 100 * right / len(data.test),
-        "tokens": counted.tokens,
-        "gflops": counted.gflops,
+        "tokens": variant.tokens,
+        "gflops": variant.gflops,
     }
 
 
 @torch.inference_mode()
-def timings(models: list[nn.Module], data: Pictures, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Images a second of each on a batch of test digits."""
+def timings(found: list[Variant], data: Pictures, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Images a second of each on a batch of test pictures."""
     images = data.test[: options.batch]
     stage: Any = nn.Module()
 
     @contextmanager
-    def on_stage(model: nn.Module) -> Iterator[None]:
-        stage.forward = model.forward
+    def on_stage(variant: Variant) -> Iterator[None]:
+        stage.forward = variant.forward
         yield
 
-    variants = [partial(on_stage, model) for model in models]
-    with tqdm(total=ROUNDS * len(variants), desc="timing", unit="sample", leave=False) as progress, variants[0]():
-        times = in_turns(stage, images, variants, ROUNDS, options.seconds, progress)
+    all_in_turn = [partial(on_stage, variant) for variant in found]
+    with tqdm(total=ROUNDS * len(found), desc="timing", unit="sample", leave=False) as progress, all_in_turn[0]():
+        times = in_turns(stage, images, all_in_turn, ROUNDS, options.seconds, progress)
     return [
         {
             "images_per_s": len(images) / statistics.median(own),
@@ -293,8 +344,9 @@ def timings(models: list[nn.Module], data: Pictures, options: argparse.Namespace
 
 
 LEGEND = (
-    "Accuracy: percent of the test digits. Tokens: that the last block leaves. GFLOPs: an image, a multiply-add being\n"
-    "two. Faster: median over rounds, each against the plain model in the same round."
+    "Accuracy: percent of the test pictures. Tokens left: after the last block; LookupViT's compressed ones, all others\n"
+    "stay beside them. GFLOPs: an image, a multiply-add being two. Faster: median over rounds, each against the plain\n"
+    "model in the same round."
 )
 
 

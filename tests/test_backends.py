@@ -215,7 +215,43 @@ for shape in ((3, 100), (2, 1), (1, 20000), (4, 7)):
 """
 
 
-@pytest.mark.parametrize("code", [ISA_CODE, SELECTOR_CODE], ids=["movers", "selectors"])
+ATTENTION_CODE = """
+import torch, tokred_kernels as tk
+torch.manual_seed(0)
+print(tk.backends.native.MODULE.cpu.instruction_set())
+
+
+def results(backend, call, leaves):
+    with tk.use_backend(backend):
+        values = call(*leaves)
+        return *values, *torch.autograd.grad(sum(v.double().sin().sum() for v in values), leaves)
+
+
+def same(call, *parts):
+    bound = {8: 1e-10, 4: 1e-4, 2: 4e-2}[parts[0].element_size()]
+    leaves = [part.requires_grad_() for part in parts]
+    for got, want in zip(results("cpu", call, leaves), results("reference", call, leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=bound, atol=bound)
+
+
+def lookup(q, k, v, values):
+    out, lse = tk.lookup_gather(q, k, v)
+    return out, tk.lookup_scatter(q, k, values, lse)
+
+
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    for tokens, channels in ((1, 1), (7, 5), (50, 32), (97, 72)):
+        q, k, v = (torch.randn(2, 2, tokens, channels, dtype=torch.float64).to(dtype) for _ in range(3))
+        size, policy = torch.rand(2, tokens) + 0.5, torch.rand(2, tokens)
+        both = lambda q, k, v, s, p: tk.token_attention(q, k, v, size=s, policy=p, importance="mean")
+        same(both, q, k, v, size, policy)
+        same(lambda q, k, v, s: tk.token_attention(q, k, v, size=s, importance="class"), q, k, v, size)
+        few = [torch.randn(2, 2, (tokens + 2) // 3, channels, dtype=torch.float64).to(dtype) for _ in range(2)]
+        same(lookup, few[0], k, v, few[1])
+"""
+
+
+@pytest.mark.parametrize("code", [ISA_CODE, SELECTOR_CODE, ATTENTION_CODE], ids=["movers", "selectors", "attention"])
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same(isa, code):
     result = run(code, TOKRED_CPU_ISA=isa)

@@ -99,6 +99,10 @@ def counter(**settings: Any) -> FlopCounterMode:
         torch.ops.tokred.best_match: _best_match,
         torch.ops.tokred.token_attention: _token_attention,
         torch.ops.tokred.token_attention_backward: _token_attention_backward,
+        torch.ops.tokred.lookup_gather: _lookup,
+        torch.ops.tokred.lookup_scatter: _lookup,
+        torch.ops.tokred.lookup_gather_backward: lambda *shapes, **_: _lookup(*shapes[2:]) * 5 // 2,
+        torch.ops.tokred.lookup_scatter_backward: lambda *shapes, **_: _lookup(*shapes[1:]) * 5 // 2,
     }
     return FlopCounterMode(custom_mapping={**known, **settings.pop("custom_mapping", {})}, **settings)
 
@@ -130,6 +134,11 @@ def _token_attention(q: Any, k: Any, v: Any, bias: Any, policy: Any, starts: Any
 def _token_attention_backward(grad_out: Any, grad_importance: Any, *inputs: Any, **_: Any) -> int:
     # Five products where the forward has two.
     return _token_attention(*inputs) * 5 // 2
+
+
+def _lookup(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    batch, heads, compressed, channels = q
+    return 4 * batch * heads * compressed * k[2] * channels
 
 
 # The counter hands over tensors, not their shapes: how long packed images are stands in one.

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 # Shared memory that a program may have, in bytes: sm_86's and sm_89's 99 KiB for NVIDIA, so that the same configs run
 # on smaller cards, and 64 KiB on gfx942. Threads come in warps of 32 or 64.
@@ -29,7 +30,9 @@ SPILL_ALLOWANCE = 16
 ABSENT = (
     *("sources", "destinations", "cu_seqlens", "inverse", "weight", "weight_sum", "grad_weight_sum", "x", "y"),
     *("bias", "policy", "starts", "grad_worth", "top", "shift", "grad_bias", "grad_policy"),
+    *("out", "grad_lse", "offset", "grad_v", "to_lse", "more_parts", "row_parts", "more_out", "rows"),
 )
+POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -53,6 +56,7 @@ def test_every_kernel_fits_and_does_not_spill(target):
         *("match_kernel", "mean_kernel", "rank_kernel", "select_kernel", "window_kernel"),
         *("merge_kernel", "merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel", "topk_kernel"),
         *("attention_kernel", "importance_kernel", "rows_kernel", "keys_kernel", "queries_kernel"),
+        *("gather_kernel", "scatter_kernel", "lookup_queries_kernel", "lookup_keys_kernel", "combine_kernel"),
     }
     limit = AMD_SHARED if target.startswith("gfx") else NVIDIA_SHARED
     assert [kernel for kernel in compiled if kernel["shared"] > limit] == []
@@ -61,8 +65,6 @@ def test_every_kernel_fits_and_does_not_spill(target):
 
 def _cases():
     """(kernel, types of its tensors, constants, options, aligned) of everything to compile."""
-    import torch
-
     from tokred_kernels.backends.triton import configs
     from tokred_kernels.backends.triton.best_match import match_kernel, mean_kernel, rank_kernel
     from tokred_kernels.backends.triton.bipartite_match import select_kernel
@@ -72,7 +74,6 @@ def _cases():
     from tokred_kernels.backends.triton.unmerge import unmerge_kernel
     from tokred_kernels.backends.triton.window_similarity import window_kernel
 
-    pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     for dtype in configs.DTYPES:
         largest = max(config.block_channels for config in configs.MATCH_CONFIGS[dtype].values())
         for config in configs.MATCH_CONFIGS[dtype].values():
@@ -89,7 +90,7 @@ def _cases():
                 if config.block_channels == largest:
                     modes += [("", False, True), ("LISTS", True, True), ("", False, False), ("PACKED", False, False)]
             for mode, one_chunk, aligned in modes:
-                types = {"metric": pointer[dtype], "score": "*fp32", "partner": "*i32"}
+                types = {"metric": POINTER[dtype], "score": "*fp32", "partner": "*i32"}
                 modes_on = {name: name == mode for name in ("PACKED", "LISTS", "MEAN")}
                 if mode == "LISTS":
                     types |= {"sources": "*i32", "destinations": "*i32"}
@@ -112,7 +113,7 @@ def _cases():
             if config.block_channels == longest and dtype != torch.float16:
                 modes += [(True, False), (False, True), (False, False)]
             for one_chunk, aligned in modes:
-                types = {"x": pointer[dtype], "score": "*fp32"} | ({} if one_chunk else {"inverse": "*fp32"})
+                types = {"x": POINTER[dtype], "score": "*fp32"} | ({} if one_chunk else {"inverse": "*fp32"})
                 constants = {"ONE_CHUNK": one_chunk, "UNROLL": config.unroll, **blocks}
                 yield window_kernel, types, constants, options, aligned
 
@@ -135,7 +136,7 @@ def _cases():
         blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_CHANNELS": config.block_channels}
         unroll = {"UNROLL": config.unroll}
         options = {"num_warps": config.num_warps}
-        of = pointer[dtype]
+        of = POINTER[dtype]
         all_modes = config.block_channels == 128 and dtype != torch.float16
         views = {"members": "*i32", "begin": "*i32", "count": "*i32"}
         yield mean_kernel, {"metric": of, "mean": of}, blocks, options, True
@@ -164,51 +165,49 @@ def _cases():
             yield merge_backward_kernel, kept, modes | blocks, options, True
 
 
-# What attention may be asked for: bias, policy, packed, the importance that is differentiated. Of those with a policy
-# and of those without, the first asks for most, and is compiled for heads of any width; all are for heads of 64.
-ATTENTION_MODES = [
-    *((True, False, True, "mean"), (True, False, False, "class"), (False, False, True, "")),
-    *((True, True, True, "mean"), (False, True, False, "")),
-]
+# What attention may be asked for: bias, policy, packed, the importance that is differentiated.
+PLAIN = (False, False, False, "")
+OF_CLASS = (True, False, False, "class")
 
 
 def _attention_cases():
-    """The same, of token attention: at the full width of a head of each config, and at one that is less."""
-    import torch
+    """The same, of token attention: each config with all that may be asked for, and some of what is less than that.
 
+    rows_kernel and importance_kernel have configs of others, and are compiled for the widest heads.
+    """
     from tokred_kernels.backends.triton import configs
     from tokred_kernels.backends.triton.attention_rows import rows_kernel
     from tokred_kernels.backends.triton.token_attention import attention_kernel, importance_kernel
     from tokred_kernels.backends.triton.token_attention_backward import keys_kernel, queries_kernel
 
-    pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    all_but = {policy: (True, policy, True, "mean") for policy in (False, True)}
+    # Of heads of 64, or of fewer, whose strides nobody aligned. float16 differs where a policy scales weights.
+    others = {
+        (attention_kernel, torch.bfloat16, False): [(64, True, PLAIN), (40, False, all_but[False])],
+        (attention_kernel, torch.float16, True): [(64, True, all_but[True])],
+        (importance_kernel, torch.bfloat16, False): [(64, True, OF_CLASS)],
+        (rows_kernel, torch.bfloat16, False): [(64, True, OF_CLASS)],
+        (queries_kernel, torch.bfloat16, False): [(64, True, PLAIN)],
+        (keys_kernel, torch.bfloat16, False): [(64, True, PLAIN)],
+        (keys_kernel, torch.float32, True): [(40, False, all_but[True])],
+    }
     shipped = (
-        (configs.ATTENTION_CONFIGS, (attention_kernel,)),
-        (configs.IMPORTANCE_CONFIGS, (importance_kernel,)),
-        (configs.QUERIES_CONFIGS, (rows_kernel, queries_kernel)),
-        (configs.KEYS_CONFIGS, (keys_kernel,)),
+        (configs.ATTENTION_CONFIGS, attention_kernel, (16, 32, 64, 128)),
+        (configs.IMPORTANCE_CONFIGS, importance_kernel, (128,)),
+        (configs.QUERIES_CONFIGS, rows_kernel, (128,)),
+        (configs.QUERIES_CONFIGS, queries_kernel, (16, 32, 64, 128)),
+        (configs.KEYS_CONFIGS, keys_kernel, (16, 32, 64, 128)),
     )
-    for table, kernels in shipped:
+    for table, kernel, widths in shipped:
         for (dtype, with_policy), by_width in table.items():
-            for config, kernel in itertools.product(by_width.values(), kernels):
-                width = config.block_channels
-                modes = [(width, True, mode) for mode in ATTENTION_MODES if mode[1] == with_policy]
-                # float16 differs from bfloat16 in the products' type alone.
-                if dtype == torch.float16 or width != 64:
-                    modes = modes[:1]
-                else:
-                    modes.append((40, False, modes[0][2]))
-                for channels, aligned, mode in modes:
-                    if kernel is not importance_kernel or mode[3]:
-                        types, constants = _attention_arguments(pointer[dtype], *mode)
-                        constants |= {"BLOCK_QUERIES": config.block_queries, "BLOCK_KEYS": config.block_keys}
-                        constants |= {"BLOCK_CHANNELS": width, "CHANNELS": channels}
-                        types, constants = (
-                            {name: value for name, value in given.items() if name in kernel.arg_names}
-                            for given in (types, constants)
-                        )
-                        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-                        yield kernel, types, constants, options, aligned
+            cases = [(width, True, all_but[with_policy]) for width in widths]
+            less = not with_policy and by_width is table[dtype, True]  # of what the same configs do with a policy
+            for channels, aligned, mode in [
+                *([] if less or dtype == torch.float16 else cases),
+                *others.get((kernel, dtype, with_policy), ()),
+            ]:
+                types, constants = _attention_arguments(POINTER[dtype], *mode)
+                yield _tiles(kernel, by_width, channels, types, constants, aligned)
 
 
 def _attention_arguments(vectors, bias, policy, packed, importance):
@@ -225,6 +224,53 @@ def _attention_arguments(vectors, bias, policy, packed, importance):
         types |= {"grad_worth": "*fp32"}
     constants = {"BIAS": bias, "POLICY": policy, "PACKED": packed, "IMPORTANCE": importance}
     return types, constants | {"NEED_BIAS": bias, "NEED_POLICY": policy}
+
+
+def _tiles(kernel, by_width, channels, types, constants, aligned):
+    """A case of a kernel of tiles of scores: of what there may be, what it takes."""
+    config = by_width[min(width for width in by_width if width >= channels)]
+    constants = constants | {"BLOCK_QUERIES": config.block_queries, "BLOCK_KEYS": config.block_keys}
+    constants |= {"BLOCK_CHANNELS": config.block_channels, "CHANNELS": channels}
+    types, constants = (
+        {name: value for name, value in given.items() if name in kernel.arg_names} for given in (types, constants)
+    )
+    return kernel, types, constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}, aligned
+
+
+def _lookup_cases():
+    """The same, of lookup attention: each config with what asks most of it, and some of what is less than that."""
+    from tokred_kernels.backends.triton import configs
+    from tokred_kernels.backends.triton.lookup_gather import gather_kernel
+    from tokred_kernels.backends.triton.lookup_gradients import lookup_keys_kernel, lookup_queries_kernel
+    from tokred_kernels.backends.triton.lookup_scatter import scatter_kernel
+    from tokred_kernels.backends.triton.lookup_tiles import combine_kernel
+
+    both, half, all_widths = (torch.float32, torch.bfloat16), (torch.bfloat16,), (32, 64, 128)
+    of_gather, of_scatter = {"GATHER": True, "LSE": True}, {"GATHER": False, "LSE": False}
+    not_of_gather, not_of_scatter = ("grad_v", "to_lse"), ("out", "grad_lse", "offset")
+    for name, kernel, modes, absent, dtypes, widths, aligned in (
+        ("gather", gather_kernel, {}, (), both, all_widths, True),
+        ("gather", gather_kernel, {}, (), half, (40,), False),
+        ("scatter", scatter_kernel, {}, (), both, (128,), True),
+        ("queries", lookup_queries_kernel, of_scatter, not_of_scatter, both, all_widths, True),
+        ("queries", lookup_queries_kernel, of_gather, not_of_gather, half, (64,), True),
+        ("keys", lookup_keys_kernel, of_gather, (), both, all_widths, True),
+        ("keys", lookup_keys_kernel, of_gather, (), (torch.float16,), (40,), False),
+        ("keys", lookup_keys_kernel, of_scatter, ("offset", "grad_v"), half, (64,), True),
+    ):
+        for dtype, channels in itertools.product(dtypes, widths):
+            types = dict.fromkeys(("q", "k", "v", "few", "many", "out", "grad_q", "grad_k", "grad_v"), POINTER[dtype])
+            types |= dict.fromkeys(("lse", "grad_lse", "offset", "to_lse"), "*fp32") | {"scale": "fp32"}
+            types = {name: of for name, of in types.items() if name not in absent}
+            yield _tiles(kernel, configs.LOOKUP_CONFIGS[name, dtype], channels, types, modes, aligned)
+    for (width, config), softmax in zip(configs.COMBINE_CONFIGS.items(), (False, True, False), strict=True):
+        types = dict.fromkeys(("parts", "more_parts", "row_parts", "rows"), "*fp32")
+        types |= dict.fromkeys(("out", "more_out"), "*bf16")
+        if softmax:
+            del types["more_parts"], types["more_out"]
+        constants = {"SOFTMAX": softmax, "MORE": not softmax, "CHANNELS": width, "UNROLL": config.unroll}
+        constants |= {"BLOCK_CHANNELS": config.block_channels, "BLOCK_ROWS": config.block_rows}
+        yield combine_kernel, types, constants, {"num_warps": config.num_warps}, True
 
 
 def _compile(target, kernel, types, constants, options, aligned):
@@ -281,5 +327,5 @@ def _spilled(compiled):
 
 
 if __name__ == "__main__":
-    for case in itertools.chain(_cases(), _attention_cases()):
+    for case in itertools.chain(_cases(), _attention_cases(), _lookup_cases()):
         print(json.dumps(_compile(sys.argv[1], *case)), flush=True)

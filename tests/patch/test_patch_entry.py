@@ -32,7 +32,7 @@ def test_patching_twice_and_unpatching_nothing():
 
 
 def test_wrong_methods_and_settings():
-    known = "'tome', 'algm', 'dynamicvit', 'evit', 'diffrate', 'tomesd'"
+    known = "'tome', 'algm', 'dynamicvit', 'evit', 'diffrate', 'tomesd', 'lookupvit'"
     with pytest.raises(ValueError, match=f"method must be one of {known}, got 'tome2'"):
         patch(make(), "tome2", r=1)
     with pytest.raises(TypeError, match="prop_attn must be True or False, got 'no'"):
@@ -99,7 +99,7 @@ def test_unknown_settings_are_named_with_those_there_are(shout):
         patch(make(), "tome", r=4, ratio=0.5)
 
 
-@pytest.mark.parametrize("method", ["tome", "algm", "dynamicvit", "evit", "diffrate"])
+@pytest.mark.parametrize("method", ["tome", "algm", "dynamicvit", "evit", "diffrate", "lookupvit"])
 def test_every_setting_is_documented_in_both_places(method):
     from importlib import import_module
     from inspect import signature

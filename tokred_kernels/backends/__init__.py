@@ -52,6 +52,10 @@ TRITON_OPS = (
     "keep_topk",
     "token_attention",
     "token_attention_backward",
+    "lookup_gather",
+    "lookup_gather_backward",
+    "lookup_scatter",
+    "lookup_scatter_backward",
 )
 
 # Native on the CPU alone: on a GPU they are tiles of matrix products, which are Triton's.

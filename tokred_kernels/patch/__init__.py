@@ -11,7 +11,8 @@ from torch import nn
 
 # The module that puts each method in, imported at first use. It has a function `apply(model, **settings)`, which checks
 # the settings and the model, and hands over to the adapters of the model families (`timm_vit.py`, ...). Where a method
-# takes more than modules, its `resolve(model)` gives the module that is patched, and that carries the mark.
+# takes more than modules, its `resolve(model)` gives the module that is patched, and that carries the mark. Where it
+# builds another model instead, `apply` returns that.
 METHODS = {
     "tome": "tokred_kernels.patch.tome",
     "algm": "tokred_kernels.patch.algm",
@@ -19,6 +20,7 @@ METHODS = {
     "evit": "tokred_kernels.patch.evit",
     "diffrate": "tokred_kernels.patch.diffrate",
     "tomesd": "tokred_kernels.patch.tomesd",
+    "lookupvit": "tokred_kernels.patch.lookupvit",
 }
 
 # The attribute that every patched module carries: what was put in, as text, and how to take it out, `remove(module)`.
@@ -68,11 +70,15 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
                     coarse a grid may be.
                 merge_attn, merge_crossattn, merge_mlp: True, False, False, the parts.
                 random, generator: True, None: whether the one of a cell is drawn, and by what.
+            "lookupvit", LookupViT (tokred_kernels.patch.lookupvit): does not change the model, but builds a LookupViT of
+            its weights where these correspond, for fine-tuning.
+                grid, grids: of compressed tokens; and those to draw from when training, None.
+                lookup_ratio, scatter_proj, drop_path_rate, proj_drop, attn_drop: of `nn.LookupViT`.
         **settings: of the method.
 
     Returns:
-        The same model. A VisionTransformer gains `model.token_map`, from the tokens that entered the first block
-        (prefix tokens included; after patch dropout, where that is trained with) to the final ones, and
+        The same model, or, of "lookupvit", the new one. A VisionTransformer gains `model.token_map`, from the tokens
+        that entered the first block (prefix tokens included; after patch dropout, where that is trained with) to the final ones, and
         `model.token_sizes`, (B, N', 1) float32, how many of those each final token stands for; both are of the last
         forward. For a dense grid: `unmerge(model.forward_features(images), model.token_map)`. A mean over tokens, or an
         attention pool, before the head weighs tokens by their size. Hooks on blocks see tuples
@@ -103,8 +109,8 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
             raise TypeError(
                 f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(known)}, got {name}'
             )
-    module.apply(target, **settings)
-    return model
+    built = module.apply(target, **settings)
+    return model if built is None else built
 
 
 def set_keep_rate(model: nn.Module, keep_rate: Any) -> None:

@@ -38,8 +38,14 @@ def apply(
     Args:
         model: a VisionTransformer of timm's own blocks, with learned positions, without distillation and register
             tokens.
-        grid, grids, lookup_ratio, scatter_proj, drop_path_rate, proj_drop, attn_drop: of `nn.LookupViT`. The other
-            settings are those of the model, its dropout rates not among them.
+        grid: the compressed grid; this and what follows are of `nn.LookupViT`. All else is the model's, its dropout
+            rates not among it.
+        grids: compressed grids to draw from when training; None for `grid` alone.
+        lookup_ratio: by how much the MLP on lookup tokens is narrower than they are.
+        scatter_proj: whether what is scattered is projected once more.
+        drop_path_rate: of the last block.
+        proj_drop: of projections and MLPs.
+        attn_drop: of the compressed tokens' self attention.
 
     Returns:
         The LookupViT, on the model's device, in its dtype and mode. `taken` and `fresh` are the names of its parameters

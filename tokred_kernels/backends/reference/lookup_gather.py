@@ -6,12 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokred_kernels.backends.reference import unrounded
+
 
 def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See `ops.lookup_gather`."""
-    scores = lookup_scores(q, k, scale)
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.to(scores.dtype)).to(q.dtype), lse
+    with unrounded(q):
+        scores = lookup_scores(q, k, scale)
+        lse = scores.logsumexp(-1)
+        return ((scores - lse[..., None]).exp() @ v.to(scores.dtype)).to(q.dtype), lse
 
 
 def lookup_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

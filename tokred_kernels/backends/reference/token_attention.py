@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokred_kernels.backends.reference import unrounded
 from tokred_kernels.token_map import Packing
 
 POLICY_EPS = 1e-6  # DynamicViT's, models/dyvit.py: keeps rows of dropped keys finite
@@ -44,8 +45,9 @@ def token_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, policy: Tensor | None, scale: float, importance: str
 ) -> tuple[Tensor, Tensor]:
-    weights = attention_weights(q, k, bias, policy, scale)
-    out = (weights @ v.to(weights.dtype)).to(q.dtype)
+    with unrounded(q):
+        weights = attention_weights(q, k, bias, policy, scale)
+        out = (weights @ v.to(weights.dtype)).to(q.dtype)
     return out, importance_of(weights, importance) if importance else weights.new_empty(0)
 
 

@@ -8,9 +8,11 @@ shared memory of AMD's gfx942, which the tests read from the compiled kernels fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+Config = TypeVar("Config")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -148,6 +150,35 @@ QUERIES_CONFIGS = _by_dtype(_QUERIES_32, _QUERIES_16, _QUERIES_POLICY_16)
 KEYS_CONFIGS = _by_dtype(_KEYS_32, _KEYS_16, _KEYS_POLICY_16)
 
 
+# Lookup attention has few queries, so that a program has but 32, and a split of the keys. With these many programs a
+# GPU has enough to do; a split of fewer keys, or a sum of more splits, takes longer than it saves.
+LOOKUP_PROGRAMS = 512
+LOOKUP_SPLIT_KEYS = 128
+LOOKUP_SPLITS = 64
+_LOOKUP_32 = {
+    **{width: AttentionConfig(32, 32, width, 4, 1) for width in (32, 64)},
+    128: AttentionConfig(16, 32, 128, 8, 1),
+}
+_LOOKUP_GRADIENTS_32 = {
+    32: AttentionConfig(32, 32, 32, 4, 1),
+    64: AttentionConfig(32, 32, 64, 8, 1),
+    128: AttentionConfig(16, 16, 128, 8, 1),
+}
+_LOOKUP_16 = {width: AttentionConfig(32, 64, width, 4, 2) for width in (32, 64, 128)}
+_LOOKUP_GRADIENTS_16 = {**_LOOKUP_16, 128: AttentionConfig(32, 64, 128, 8, 2)}
+LOOKUP_CONFIGS = {
+    (kernel, dtype): single if dtype == torch.float32 else half
+    for kernels, single, half in (
+        (("gather", "scatter"), _LOOKUP_32, _LOOKUP_16),
+        (("queries", "keys"), _LOOKUP_GRADIENTS_32, _LOOKUP_GRADIENTS_16),
+    )
+    for kernel in kernels
+    for dtype in DTYPES
+}
+# Rows of what splits leave: 16 bytes a thread of each, and several splits at once.
+COMBINE_CONFIGS = {width: RowsConfig(512 // width, width, 4, 4) for width in (32, 64, 128)}
+
+
 def match_config(channels: int, dtype: torch.dtype) -> MatchConfig:
     """For scores of vectors of `channels`."""
     configs = MATCH_CONFIGS[dtype]
@@ -193,5 +224,25 @@ def keys_config(channels: int, dtype: torch.dtype, policy: bool) -> AttentionCon
     return _narrowest(KEYS_CONFIGS[dtype, policy], channels)
 
 
-def _narrowest(configs: dict[int, AttentionConfig], channels: int) -> AttentionConfig:
+def lookup_config(kernel: str, channels: int, dtype: torch.dtype) -> AttentionConfig:
+    """For lookup attention: "gather" or "scatter", or the gradients of "queries" or "keys"."""
+    return _narrowest(LOOKUP_CONFIGS[kernel, dtype], channels)
+
+
+def lookup_splits(programs: int, tokens: int, block: int) -> tuple[int, int]:
+    """Into how many splits to part `tokens` for `programs` that would each take all, and how many a split has.
+
+    Whole blocks, but in the last split, which has at least one token.
+    """
+    wanted = min(-(-LOOKUP_PROGRAMS // max(programs, 1)), LOOKUP_SPLITS, tokens // LOOKUP_SPLIT_KEYS)
+    share = -(-tokens // max(wanted, 1) // block) * block
+    return -(-tokens // share), share
+
+
+def combine_config(channels: int) -> RowsConfig:
+    """For adding up what splits leave."""
+    return _narrowest(COMBINE_CONFIGS, channels)
+
+
+def _narrowest(configs: dict[int, Config], channels: int) -> Config:
     return configs[min(block for block in configs if block >= channels)]

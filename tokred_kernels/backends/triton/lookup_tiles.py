@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""What the kernels of lookup attention share: the split of many tokens over programs, and what adds its parts up."""
+"""What the kernels of lookup attention share: many tokens split over programs, and the adding up of what those leave.
+
+A program of a split writes what the only one would write, as if there were no other tokens, in float32.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.triton import narrow
-from tokred_kernels.backends.triton.attention_tiles import LN_2, load_rows, load_vectors, place, shares, store_vectors
-from tokred_kernels.backends.triton.configs import COMBINE_CONFIGS, MAX_HEAD_WIDTH, combine_config
+from tokred_kernels.backends.triton.attention_tiles import LN_2, LOG2_E, load_rows, load_vectors, place, store_vectors
+from tokred_kernels.backends.triton.configs import MAX_HEAD_WIDTH, combine_config
 
-# A weight of float16 is multiplied by this before it is rounded: one of many thousand tokens has few digits else.
+# Weights are multiplied by this before they are rounded to float16, which has few digits for one of many thousands.
 HALF_RANGE = tl.constexpr(2.0**8)
-_SPLITS_AT_ONCE = tl.constexpr(4)
 
 
 def check_width(op: str, q: Tensor) -> None:
@@ -25,17 +28,132 @@ def check_width(op: str, q: Tensor) -> None:
         )
 
 
-def heads_last(tensor: Tensor) -> tuple[int, int, int, int]:
-    """(B, N, H, d) for (B, H, N, d): how results lie in memory."""
+def empty_heads_last(tensor: Tensor) -> Tensor:
+    """(B, N, H, d) for (B, H, N, d): as results lie in memory."""
     images, heads, tokens, channels = tensor.shape
-    return images, tokens, heads, channels
+    return tensor.new_empty((images, tokens, heads, channels))
 
 
-def parts_of(q: Tensor, splits: int, *, vectors: int, rows: int) -> list[Tensor | None]:
-    """What `splits` programs leave of each query: float32 vectors, and numbers; None where one does it all."""
-    images, heads, compressed, channels = q.shape
+def parts_of(splits: int, *results: Tensor) -> list[Tensor]:
+    """Where each split writes its own: (splits, ...) float32, or, where there is but one, the results themselves."""
     if splits == 1:
-        return [None] * (vectors + rows)
-    shape = (images, heads, splits, compressed)
-    made = [q.new_empty((*shape, channels), dtype=LEVEL_DTYPE) for _ in range(vectors)]
-    return [*made, *(q.new_empty(shape, dtype=LEVEL_DTYPE) for _ in range(rows))]
+        return list(results)
+    return [result.new_empty((splits, *result.shape), dtype=torch.float32) for result in results]
+
+
+def combine(parts: list[Tensor], results: list[Tensor], *, softmax: bool) -> None:
+    """Add up what splits left, in their order.
+
+    The parts and results are vectors, (B, M, H, d), and, if `softmax`, the logarithms of the sums of exponentials,
+    (B, H, M). Else they are vectors alone, or vectors, others and rows, (B, H, M).
+    """
+    more = not softmax and len(parts) > 1
+    vectors, out = parts[0], results[0]
+    images, compressed, heads, channels = out.shape
+    config = combine_config(channels)
+    blocks = triton.cdiv(compressed, config.block_rows)
+    combine_kernel[(images * heads * blocks,)](
+        *(vectors, parts[1] if more else None, parts[-1] if softmax or more else None),
+        *(out, results[1] if more else None, results[-1] if softmax or more else None),
+        *(images, heads, compressed, blocks, vectors.shape[0]),
+        SOFTMAX=softmax,
+        MORE=more,
+        CHANNELS=channels,
+        BLOCK_CHANNELS=config.block_channels,
+        BLOCK_ROWS=config.block_rows,
+        UNROLL=config.unroll,
+        num_warps=config.num_warps,
+    )
+
+
+@triton.jit
+def few_place(heads, blocks, splits):
+    """The image, head, block of compressed tokens and split of this program: blocks of a split share what they read."""
+    image, head, rest = place(heads, blocks * splits)
+    return image, head, rest % blocks, rest // blocks
+
+
+@triton.jit
+def vectors_at(image, head, heads, tokens, CHANNELS: tl.constexpr):
+    """Where the vectors of one head of one image start in (B, N, H, d)."""
+    return (image * tokens * heads + head) * CHANNELS
+
+
+@triton.jit
+def split_at(split, images, heads, compressed):
+    """Where what a split has of each query of each head starts."""
+    return split.to(tl.int64) * images * heads * compressed
+
+
+@triton.jit
+def weight_factor(dtype: tl.constexpr):
+    """What weights are multiplied by before they are rounded to `dtype`."""
+    return HALF_RANGE if dtype == tl.float16 else 1.0
+
+
+@triton.jit
+def load_level(lse, i, count):
+    """What to take from the scores of queries i, in base 2: infinity where there is no such query."""
+    return load_rows(lse, i, count, 1, float("inf")) * LOG2_E
+
+
+@triton.jit(do_not_specialize=["images", "heads", "compressed", "blocks", "splits"])
+def combine_kernel(
+    parts,  # (splits, B, M, H, d)
+    more_parts,  # (splits, B, M, H, d), if MORE
+    row_parts,  # (splits, B, H, M), if SOFTMAX or MORE
+    out,  # out: (B, M, H, d)
+    more_out,  # out: (B, M, H, d), if MORE
+    rows,  # out: (B, H, M), if SOFTMAX or MORE
+    images,
+    heads,
+    compressed,
+    blocks,
+    splits,
+    SOFTMAX: tl.constexpr,
+    MORE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """A program adds up BLOCK_ROWS rows of one head, split by split: no order depends on timing.
+
+    If SOFTMAX, a part counts as its sum of exponentials, whose logarithm is in its row.
+    """
+    image, head, block = place(heads, blocks)
+    i = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    stride = heads * CHANNELS
+    first = vectors_at(image, head, heads, compressed, CHANNELS)
+    row = (image * heads + head) * compressed
+    highest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    more_total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for number in tl.range(splits, loop_unroll_factor=UNROLL):
+        at = split_at(number + tl.zeros((), tl.int32), images, heads, compressed)
+        part = load_vectors(parts + first + at * CHANNELS, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
+        if SOFTMAX:
+            level = load_rows(row_parts + row + at, i, compressed, 1, 0.0) * LOG2_E
+            higher = tl.maximum(highest, level)
+            shrink = tl.exp2(highest - higher)
+            counts = tl.exp2(level - higher)
+            highest = higher
+            row_sum = row_sum * shrink + counts
+            total = total * shrink[:, None] + part * counts[:, None]
+        else:
+            total += part
+        if MORE:
+            others = more_parts + first + at * CHANNELS
+            more_total += load_vectors(others, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
+            row_sum += load_rows(row_parts + row + at, i, compressed, 1, 0.0)
+    if SOFTMAX:
+        total /= row_sum[:, None]
+        row_sum = (highest + tl.log2(row_sum)) * LN_2
+    total = narrow(total, out.dtype.element_ty)
+    store_vectors(out + first, total, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
+    if MORE:
+        more_total = narrow(more_total, more_out.dtype.element_ty)
+        store_vectors(more_out + first, more_total, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
+    if SOFTMAX or MORE:
+        tl.store(rows + row + i, row_sum, mask=i < compressed)
