@@ -8,8 +8,8 @@ Trains a vision transformer on scikit-learn's scans, a patch for each of their 6
 method then starts from there, as its paper does: ToMe is put in, and nothing trained; EViT and DynamicViT are
 fine-tuned; DiffRate searches how many tokens each block keeps, its weights as they are, and is fine-tuned then. The
 model with all tokens is trained as much longer as the others are fine-tuned. LookupViT, another model, is trained from
-its own beginnings by the same schedule, and tested with each of its compressed grids. Prints a table, and writes it into --out,
-with a plot of accuracy against operations and the figures as JSON.
+its own beginnings by the same schedule, and tested with each of its compressed grids. Prints a table, and writes it
+into --out, with a plot of accuracy against operations and the figures as JSON.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def variants(method: str, model: nn.Module) -> list[Variant]:
             for down, across in GRIDS
         ]
     counted = tk.flops.count(model)
-    return [Variant(method, model, counted.tokens, counted.gflops)]
+    return [Variant(method, model.forward, counted.tokens, counted.gflops)]
 
 
 @torch.inference_mode()
@@ -344,9 +344,9 @@ def timings(found: list[Variant], data: Pictures, options: argparse.Namespace) -
 
 
 LEGEND = (
-    "Accuracy: percent of the test pictures. Tokens left: after the last block; LookupViT's compressed ones, all others\n"
-    "stay beside them. GFLOPs: an image, a multiply-add being two. Faster: median over rounds, each against the plain\n"
-    "model in the same round."
+    "Accuracy: percent of the test pictures. Tokens left: after the last block; of LookupViT the compressed ones, beside"
+    "\nwhich all others stay. GFLOPs: an image, a multiply-add being two. Faster: median over rounds, each against the\n"
+    "plain model in the same round."
 )
 
 

@@ -70,18 +70,18 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
                     coarse a grid may be.
                 merge_attn, merge_crossattn, merge_mlp: True, False, False, the parts.
                 random, generator: True, None: whether the one of a cell is drawn, and by what.
-            "lookupvit", LookupViT (tokred_kernels.patch.lookupvit): does not change the model, but builds a LookupViT of
-            its weights where these correspond, for fine-tuning.
+            "lookupvit", LookupViT (tokred_kernels.patch.lookupvit): changes no model, but builds a LookupViT of its
+            weights where these correspond, for fine-tuning.
                 grid, grids: of compressed tokens; and those to draw from when training, None.
                 lookup_ratio, scatter_proj, drop_path_rate, proj_drop, attn_drop: of `nn.LookupViT`.
         **settings: of the method.
 
     Returns:
         The same model, or, of "lookupvit", the new one. A VisionTransformer gains `model.token_map`, from the tokens
-        that entered the first block (prefix tokens included; after patch dropout, where that is trained with) to the final ones, and
-        `model.token_sizes`, (B, N', 1) float32, how many of those each final token stands for; both are of the last
-        forward. For a dense grid: `unmerge(model.forward_features(images), model.token_map)`. A mean over tokens, or an
-        attention pool, before the head weighs tokens by their size. Hooks on blocks see tuples
+        that entered the first block (prefix tokens included; after patch dropout, where that is trained with) to the
+        final ones, and `model.token_sizes`, (B, N', 1) float32, how many of those each final token stands for; both are
+        of the last forward. For a dense grid: `unmerge(model.forward_features(images), model.token_map)`. A mean over
+        tokens, or an attention pool, before the head weighs tokens by their size. Hooks on blocks see tuples
         `(x, state, token_map)`, where `state` has the `size`, `grid` and `packing` of x, and `token_map` is that of the
         block's merge, or None.
 
