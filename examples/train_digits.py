@@ -343,11 +343,9 @@ def timings(found: list[Variant], data: Pictures, options: argparse.Namespace) -
     ]
 
 
-LEGEND = (
-    "Accuracy: percent of the test pictures. Tokens left: after the last block; of LookupViT the compressed ones, beside"
-    "\nwhich all others stay. GFLOPs: an image, a multiply-add being two. Faster: median over rounds, each against the\n"
-    "plain model in the same round."
-)
+LEGEND = """Accuracy: percent of the test pictures. Tokens left: after the last block; of LookupViT the compressed ones,
+beside which all others stay. GFLOPs: an image, a multiply-add being two. Faster: median over rounds, each against the
+plain model in the same round."""
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -165,12 +165,13 @@ _LOOKUP_GRADIENTS_32 = {
     128: AttentionConfig(16, 16, 128, 8, 1),
 }
 _LOOKUP_16 = {width: AttentionConfig(32, 64, width, 4, 2) for width in (32, 64, 128)}
-_LOOKUP_GRADIENTS_16 = {**_LOOKUP_16, 128: AttentionConfig(32, 64, 128, 8, 2)}
+_LOOKUP_KEYS_16 = {**_LOOKUP_16, 128: AttentionConfig(32, 32, 128, 4, 2)}
 LOOKUP_CONFIGS = {
     (kernel, dtype): single if dtype == torch.float32 else half
     for kernels, single, half in (
         (("gather", "scatter"), _LOOKUP_32, _LOOKUP_16),
-        (("queries", "keys"), _LOOKUP_GRADIENTS_32, _LOOKUP_GRADIENTS_16),
+        (("queries",), _LOOKUP_GRADIENTS_32, _LOOKUP_16),
+        (("keys",), _LOOKUP_GRADIENTS_32, _LOOKUP_KEYS_16),
     )
     for kernel in kernels
     for dtype in DTYPES
