@@ -23,6 +23,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU (targets are for an H100)"}
 ABSENT = {"cpu": "not measured yet", "cuda": "not measured yet: no GPU at hand"}
 DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+# Who else is timed, and how the table calls them.
+BESIDE = {"clone": "`x.clone()`", "fused": "torch's attention", "flex": "FlexAttention"}
 REACHED = {
     "speedup_published": "{:.1f}x",
     "speedup_compiled": "{:.1f}x",
@@ -39,11 +41,13 @@ REACHED = {
 }
 
 NOTE = """Medians, all providers in turns in one run, after a check that their results agree. Published: the chain of
-torch ops of the authors' code. `x.clone()` copies the tokens and does no more: what must read and write them all can
-hardly be faster, so where the published chain takes less than the target's multiple of it, the target is out of reach
-on that machine. Where the number of merged tokens is adaptive, it is read back to the host: "compiled" is then compiled
-in parts. Peak memory is that of a process of its own, what C++ code takes included. On a GPU these are GPU times of
-replayed CUDA graphs, or, where a read back forbids these, of eager calls; the files have eager times of all."""
+torch ops of the authors' code; for LookupViT, of which there is none, that of the paper's equations. torch's attention
+is its fused one with neither sizes, policy nor importance, FlexAttention has the same sizes. `x.clone()` copies the
+tokens and does no more: what must read and write them all can hardly be faster, so where the published chain takes less
+than the target's multiple of it, the target is out of reach on that machine. Where the number of merged tokens is
+adaptive, it is read back to the host: "compiled" is then compiled in parts. Peak memory is that of a process of its
+own, what C++ code takes included. On a GPU these are GPU times of replayed CUDA graphs, or, where a read back forbids
+these, of eager calls; the files have eager times of all."""
 
 
 class Run:
@@ -97,7 +101,7 @@ def build(folder: Path, root: Path) -> str:
         parts += files or [ABSENT[device][0].upper() + ABSENT[device][1:] + "."]
         ops = [case for case in CASES if case.device == device and case.targets]
         parts.append(_rows(
-            "Op|Shape|Published|Compiled|`x.clone()`|Ours|Reached|Target|Met",
+            "Op|Shape|Published|Compiled|Beside|Ours|Reached|Target|Met",
             [_op_cells(case, target, micro) for case in ops for target in case.targets],
         ))  # fmt: skip
         models = [case for case in MODEL_CASES if case.device == device and (model or case.targets)]
@@ -120,8 +124,10 @@ def _op_cells(case: Case, target: Target, run: Run | None) -> list[str]:
     value = judged["value"] if judged else None
     reached = "-" if value is None else REACHED[target.measure].format(value)
     met = report.verdict(judged["met"] if judged else None)
-    times = [_time(run.row(case.name, name)) for name in ("published", "compiled", "clone")]
-    return [title, shape, *times, f"{_time(ours)} ({ours['provider']})", reached, str(target), met]
+    times = [_time(run.row(case.name, name)) for name in ("published", "compiled")]
+    beside = ((title, run.row(case.name, name)) for name, title in BESIDE.items())
+    others = "; ".join(f"{title} {_time(row)}" for title, row in beside if row is not None) or "-"
+    return [title, shape, *times, others, f"{_time(ours)} ({ours['provider']})", reached, str(target), met]
 
 
 def _model_cells(case: ModelCase, run: Run | None) -> list[str]:

@@ -27,5 +27,10 @@ void compose(const ComposeArgs& args, cudaStream_t stream);
 void merge(const MergeArgs& args, cudaStream_t stream);
 void merge_backward(const MergeBackwardArgs& args, cudaStream_t stream);
 void unmerge(const UnmergeArgs& args, cudaStream_t stream);
+// These throw std::invalid_argument above 256 channels a head.
+void lookup_gather(const LookupGatherArgs& args, cudaStream_t stream);
+void lookup_gather_backward(const LookupGatherBackwardArgs& args, cudaStream_t stream);
+void lookup_scatter(const LookupScatterArgs& args, cudaStream_t stream);
+void lookup_scatter_backward(const LookupScatterBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace tokred::cuda

@@ -82,6 +82,11 @@ def heads_last(tensor: Tensor) -> tuple[int, ...]:
     return batch, tokens, heads, channels
 
 
+def heads_first(gradient: Tensor) -> Tensor:
+    """(B, H, N, d) for a gradient (B, N, H, d); detached, so that autograd adds another one in place, not beside it."""
+    return gradient.transpose(1, 2).detach()
+
+
 class _LookupGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -99,7 +104,7 @@ class _LookupGather(torch.autograd.Function):
         with torch.no_grad():
             grads = _lookup_gather_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.backend)
         needs = zip(grads, ctx.needs_input_grad[:3], strict=True)
-        return (*(once(OP, g.transpose(1, 2), anchor) if need else None for g, need in needs), None, None)
+        return (*(once(OP, heads_first(g), anchor) if need else None for g, need in needs), None, None)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_same_device, shape
 from tokred_kernels.ops.library import once, register
-from tokred_kernels.ops.lookup_gather import check_lookup, default_scale, heads_last
+from tokred_kernels.ops.lookup_gather import check_lookup, default_scale, heads_first, heads_last
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"
@@ -75,7 +75,7 @@ class _LookupScatter(torch.autograd.Function):
         q, k, v, lse = ctx.saved_tensors
         with torch.no_grad():
             *grads, grad_lse = _lookup_scatter_backward(grad_out, q, k, v, lse, ctx.scale, ctx.backend)
-        needs = zip((*(g.transpose(1, 2) for g in grads), grad_lse), ctx.needs_input_grad[:4], strict=True)
+        needs = zip((*map(heads_first, grads), grad_lse), ctx.needs_input_grad[:4], strict=True)
         return (*(once(OP, g, grad_out) if need else None for g, need in needs), None, None)
 
 
