@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The Python module: raw pointers as integers in, structs out. Python (backends/native/) has checked shapes, dtypes and
 // devices; nothing here sees torch, so one build serves every torch version.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-#include <cstdint>
 #include <string>
 
 #include "cpu/ops.h"
@@ -14,15 +13,11 @@
 namespace py = pybind11;
 using tokred::DType;
 using tokred::Reduce;
+using tokred::bindings::Address;
+using tokred::bindings::pointer;
+using tokred::bindings::Reader;
 
 namespace {
-
-using Address = std::uintptr_t;  // 0 stands for "not given"
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 struct Cpu {
   static std::size_t match_workspace_bytes(const tokred::MatchArgs&) { return 0; }
@@ -66,22 +61,6 @@ struct Cuda {
   static void keep_topk(const tokred::KeepTopkArgs& a, Address s) { tokred::cuda::keep_topk(a, on(s)); }
 };
 #endif
-
-// Takes a tuple of whole numbers apart, in order.
-class Reader {
- public:
-  explicit Reader(const py::tuple& values) : values_(values) {}
-  int64_t number() { return values_[next_++].cast<int64_t>(); }
-  int32_t small() { return static_cast<int32_t>(number()); }
-  template <class T = void>
-  T* address() {
-    return pointer<T>(static_cast<Address>(number()));
-  }
-
- private:
-  const py::tuple& values_;
-  std::size_t next_ = 0;
-};
 
 tokred::Partition partition(Reader& r) {
   tokred::Partition p{};
@@ -256,122 +235,19 @@ void bind_ops(py::module_ m) {
       release());
 }
 
-template <class Args>
-Args attention_args(const py::tuple& values, double scale) {
-  Reader r(values);
-  Args a{};
-  a.q = r.address(), a.k = r.address(), a.v = r.address();
-  for (auto* strides : {a.q_strides, a.k_strides, a.v_strides}) {
-    for (int i = 0; i < 3; ++i) strides[i] = r.number();
-  }
-  a.images = r.number(), a.heads = r.number(), a.tokens = r.number(), a.channels = r.number();
-  a.dtype = static_cast<DType>(r.small());
-  a.bias = r.address(), a.policy = r.address(), a.starts = r.address<int32_t>();
-  a.importance = static_cast<tokred::Importance>(r.small());
-  a.row_max = r.address(), a.row_sum = r.address();
-  a.scale = scale;
-  return a;
-}
-
-// On a GPU attention is Triton's.
-void bind_attention(py::module_ m) {
-  m.def("token_attention",
-        [](const py::tuple& problem, double scale, Address out, Address partial, Address importance, Address) {
-          auto a = attention_args<tokred::TokenAttentionArgs>(problem, scale);
-          a.out = pointer(out), a.partial = pointer(partial), a.importance_out = pointer(importance);
-          py::gil_scoped_release without_gil;
-          tokred::cpu::token_attention(a);
-        });
-  m.def("token_attention_backward",
-        [](const py::tuple& problem, double scale, Address grad_out, const py::tuple& grad_strides,
-           Address grad_importance, Address grad_q, Address grad_k, Address grad_v, Address grad_bias,
-           Address grad_policy, Address) {
-          auto a = attention_args<tokred::TokenAttentionBackwardArgs>(problem, scale);
-          Reader r(grad_strides);
-          a.grad_out = pointer(grad_out);
-          for (auto& stride : a.grad_out_strides) stride = r.number();
-          a.grad_importance = pointer(grad_importance);
-          a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v);
-          a.grad_bias = pointer(grad_bias), a.grad_policy = pointer(grad_policy);
-          py::gil_scoped_release without_gil;
-          tokred::cpu::token_attention_backward(a);
-        });
-}
-
-// Where a tensor starts, and its strides of image, head and token.
-void read_strided(Reader& r, const void*& data, int64_t (&strides)[3]) {
-  data = r.address();
-  for (auto& stride : strides) stride = r.number();
-}
-
-void read_strided(const py::tuple& values, const void*& data, int64_t (&strides)[3]) {
-  Reader r(values);
-  read_strided(r, data, strides);
-}
-
-template <class Args>
-Args lookup_args(const py::tuple& values, double scale) {
-  Reader r(values);
-  Args a{};
-  read_strided(r, a.q, a.q_strides), read_strided(r, a.k, a.k_strides);
-  a.images = r.number(), a.heads = r.number(), a.compressed = r.number(), a.tokens = r.number();
-  a.channels = r.number(), a.dtype = static_cast<DType>(r.small());
-  a.scale = scale;
-  return a;
-}
-
-// On a GPU these are Triton's.
-void bind_lookup(py::module_ m) {
-  m.def("lookup_gather",
-        [](const py::tuple& problem, double scale, const py::tuple& v, Address out, Address lse, Address) {
-          auto a = lookup_args<tokred::LookupGatherArgs>(problem, scale);
-          read_strided(v, a.v, a.v_strides);
-          a.out = pointer(out), a.lse = pointer(lse);
-          py::gil_scoped_release without_gil;
-          tokred::cpu::lookup_gather(a);
-        });
-  m.def("lookup_gather_backward",
-        [](const py::tuple& problem, double scale, const py::tuple& v, const py::tuple& grad_out, Address grad_lse,
-           Address out, Address lse, Address grad_q, Address grad_k, Address grad_v, Address) {
-          auto a = lookup_args<tokred::LookupGatherBackwardArgs>(problem, scale);
-          read_strided(v, a.v, a.v_strides), read_strided(grad_out, a.grad_out, a.grad_out_strides);
-          a.grad_lse = pointer(grad_lse), a.out = pointer(out), a.lse = pointer(lse);
-          a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v);
-          py::gil_scoped_release without_gil;
-          tokred::cpu::lookup_gather_backward(a);
-        });
-  m.def("lookup_scatter",
-        [](const py::tuple& problem, double scale, const py::tuple& v, Address lse, Address out, Address) {
-          auto a = lookup_args<tokred::LookupScatterArgs>(problem, scale);
-          read_strided(v, a.v, a.v_strides);
-          a.lse = pointer(lse), a.out = pointer(out);
-          py::gil_scoped_release without_gil;
-          tokred::cpu::lookup_scatter(a);
-        });
-  m.def("lookup_scatter_backward",
-        [](const py::tuple& problem, double scale, const py::tuple& v, const py::tuple& grad_out, Address lse,
-           Address grad_q, Address grad_k, Address grad_v, Address grad_lse, Address) {
-          auto a = lookup_args<tokred::LookupScatterBackwardArgs>(problem, scale);
-          read_strided(v, a.v, a.v_strides), read_strided(grad_out, a.grad_out, a.grad_out_strides);
-          a.lse = pointer(lse);
-          a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v);
-          a.grad_lse = pointer(grad_lse);
-          py::gil_scoped_release without_gil;
-          tokred::cpu::lookup_scatter_backward(a);
-        });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of tokred_kernels; use the package, not this module.";
   auto cpu = m.def_submodule("cpu");
   bind_ops<Cpu>(cpu);
-  bind_attention(cpu);
-  bind_lookup(cpu);
+  tokred::bindings::bind_attention(cpu);
+  tokred::bindings::bind_lookup(cpu);
   cpu.def("instruction_set", &tokred::cpu::instruction_set);
 #ifdef TOKRED_WITH_CUDA
-  bind_ops<Cuda>(m.def_submodule("cuda"));
+  auto cuda = m.def_submodule("cuda");
+  bind_ops<Cuda>(cuda);
+  tokred::bindings::bind_lookup_cuda(cuda);
   m.attr("cuda_architectures") = std::string(TOKRED_CUDA_ARCHITECTURES);
 #else
   m.attr("cuda_architectures") = std::string();

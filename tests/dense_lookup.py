@@ -9,10 +9,9 @@ import torch
 import tokred_kernels as tk
 
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# It has no kernel in CUDA: on a GPU it is Triton's.
-TRITON = pytest.param("triton", marks=pytest.mark.gpu)
-KERNELS = pytest.mark.parametrize("backend", ["cpu", TRITON], indirect=True)
-ANYWHERE = pytest.mark.parametrize("everywhere", ["reference", "cpu", TRITON], indirect=True)
+GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
+KERNELS = pytest.mark.parametrize("backend", ["cpu", *GPU], indirect=True)
+ANYWHERE = pytest.mark.parametrize("everywhere", ["reference", "cpu", *GPU], indirect=True)
 # (B, H, M, N, d): one of each, odd ones, as many compressed as lookup tokens, past a block of keys and past a chunk.
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 2, 3, 8), (2, 1, 17, 17, 32), (1, 2, 25, 577, 64), (1, 1, 100, 241, 40)]
 LARGE = (1, 2, 9, 4100, 16)

@@ -4,6 +4,7 @@
 import builtins
 import copy
 import json
+import sys
 from datetime import timedelta
 
 import pytest
@@ -182,7 +183,8 @@ def test_progress_is_shown_or_not(capsys, monkeypatch):
         return plain_import(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
-    monkeypatch.setattr("tokred_kernels.diffrate_search.LINE_SECONDS", 0.0)
+    module = sys.modules["tokred_kernels.diffrate_search"]  # under its name the package has the function
+    monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
     diffrate_search(make(), data(), target, **{**QUICK, "progress": True})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3

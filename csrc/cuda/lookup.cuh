@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../common/sizes.h"
+#include "block_scan.cuh"
 #include "dtype.cuh"
 #include "launch.h"
 #include "ptx.cuh"
@@ -29,8 +30,12 @@ enum class Sweep : int { gather, scatter, gather_queries, gather_keys, scatter_q
 
 constexpr bool owns_keys(Sweep s) { return s == Sweep::scatter || s == Sweep::gather_keys || s == Sweep::scatter_keys; }
 constexpr bool has_slopes(Sweep s) { return s != Sweep::gather && s != Sweep::scatter; }
-constexpr bool has_offsets(Sweep s) { return s == Sweep::gather_queries || s == Sweep::gather_keys; }
 constexpr bool sums_second(Sweep s) { return s != Sweep::gather_queries && s != Sweep::scatter_keys; }
+// Blocks that the registers of a multiprocessor must suffice for; two kinds of sums over wide rows take 200.
+constexpr int sweep_blocks(Sweep s, int width) {
+  if (!has_slopes(s)) return 4;
+  return sums_second(s) && width > 64 ? 2 : 3;
+}
 
 struct SweepRows {
   const void* data;

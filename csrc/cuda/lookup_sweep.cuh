@@ -10,7 +10,8 @@
 namespace tokred::cuda {
 
 template <class T, Sweep kSweep, int kWidth>
-__global__ void __launch_bounds__(kSweepThreads) sweep_rows(const __grid_constant__ SweepArgs a) {
+__global__ void __launch_bounds__(kSweepThreads, sweep_blocks(kSweep, kWidth))
+    sweep_rows(const __grid_constant__ SweepArgs a) {
   using Tile = SweepTile<kWidth>;
   constexpr bool kSlopes = has_slopes(kSweep), kSecond = sums_second(kSweep), kKeys = owns_keys(kSweep);
   constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns;
@@ -112,20 +113,20 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_rows(const __grid_constan
     if constexpr (kSweep == Sweep::gather) second_sums.shrink(shared.own_values);
 #pragma unroll 2
     for (int c = 0; c < columns; ++c) {
-      if constexpr (kSlopes)
-        first_sums.add(shared.slopes + c * Tile::kWeightStride, shared.other_first + c * Tile::kStride);
-      if constexpr (kSecond)
-        second_sums.add(shared.weights + c * Tile::kWeightStride, shared.other_second + c * Tile::kStride);
+      const int weights = c * Tile::kWeightStride, vector = c * Tile::kStride;
+      if constexpr (kSlopes) first_sums.add(shared.slopes + weights, shared.other_first + vector);
+      if constexpr (kSecond) second_sums.add(shared.weights + weights, shared.other_second + vector);
     }
   }
 
   if constexpr (kSweep == Sweep::gather || kSweep == Sweep::scatter_queries) {
-    __syncthreads();  // own_values have been read
+    if constexpr (kSweep == Sweep::gather) __syncthreads();  // own_values have been read
 #pragma unroll
     for (int i = 0; i < kProductRows; ++i) {
 #pragma unroll
-      for (int step = 1; step < Tile::kProductsAcross; step *= 2)
+      for (int step = 1; step < Tile::kProductsAcross; step *= 2) {
         total[i] += __shfl_xor_sync(kFullWarp, total[i], step);
+      }
       if (column != 0) continue;
       float value = total[i];
       if constexpr (kSweep == Sweep::gather) {

@@ -30,7 +30,7 @@ SPILL_ALLOWANCE = 16
 ABSENT = (
     *("sources", "destinations", "cu_seqlens", "inverse", "weight", "weight_sum", "grad_weight_sum", "x", "y"),
     *("bias", "policy", "starts", "grad_worth", "top", "shift", "grad_bias", "grad_policy"),
-    *("out", "grad_lse", "offset", "grad_v", "to_lse", "more_parts", "row_parts", "more_out", "rows"),
+    *("out", "grad_lse", "offset", "grad_v", "to_lse", "more_parts", "row_parts", "more_out", "row_out"),
 )
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TARGETS = {
@@ -264,7 +264,7 @@ def _lookup_cases():
             types = {name: of for name, of in types.items() if name not in absent}
             yield _tiles(kernel, configs.LOOKUP_CONFIGS[name, dtype], channels, types, modes, aligned)
     for (width, config), softmax in zip(configs.COMBINE_CONFIGS.items(), (False, True, False), strict=True):
-        types = dict.fromkeys(("parts", "more_parts", "row_parts", "rows"), "*fp32")
+        types = dict.fromkeys(("parts", "more_parts", "row_parts", "row_out"), "*fp32")
         types |= dict.fromkeys(("out", "more_out"), "*bf16")
         if softmax:
             del types["more_parts"], types["more_out"]

@@ -32,6 +32,7 @@ FLAGS = [
 OPS = (  # in the order of driver.cpp
     *("bipartite_match", "best_match", "match_map", "similar_count", "window_similarity", "window_map"),
     *("keep_topk", "invert", "compose", "merge", "merge_backward", "unmerge"),
+    *("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lookup_scatter_backward"),
     *("match_config", "order", "row_config", "window_config"),
 )
 H100_SHARED = 227 * 1024  # bytes of dynamic shared memory that a block may have

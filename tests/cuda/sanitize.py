@@ -14,6 +14,8 @@ TOKENS = (1, 17, 197, 1500)
 LENGTHS = ((5, 0, 1, 2, 197), (1200, 3, 700))
 # Few tokens a window and many, with rims and without.
 WINDOWS = (Windows(0, 2, 1, 2, 1), Windows(1, 15, 14, 2, 2), Windows(2, 13, 16, 3, 3), Windows(0, 40, 52, 1, 2))
+# (B, H, M, N, d) of lookup attention: tails of tiles on both sides, and each width of its tiles.
+LOOKUPS = ((2, 1, 1, 3, 8), (1, 2, 17, 33, 40), (1, 1, 33, 197, 100), (1, 1, 25, 50, 130))
 # No cosine of vectors of -1, 0 and 1 in five dimensions is near it.
 THRESHOLD = 0.55
 
@@ -31,6 +33,8 @@ def main() -> None:
         for windows in WINDOWS:
             check_windows(windows, dtype)
             check_grid(windows, dtype)
+        for shape in LOOKUPS:
+            check_lookup(shape, dtype)
     torch.cuda.synchronize()
     print("sanitize: all ops ran")
 
@@ -130,6 +134,24 @@ def check_grid(windows: Windows, dtype: torch.dtype) -> None:
     keys = ternary(2, tokens, 5, dtype=dtype)
     cell = {"grid": (windows.grid_height, windows.grid_width), "stride": (windows.height, windows.width)}
     on_both(lambda: of_map(tk.grid_bipartite_match(keys, tokens // 3, **cell)))
+
+
+def check_lookup(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Gather and scatter chained, and their gradients."""
+    batch, heads, compressed, tokens, channels = shape
+    rows = (compressed, tokens, tokens, compressed)
+    parts = [torch.randn(batch, heads, n, channels, device="cuda").to(dtype).requires_grad_() for n in rows]
+    q, k, v, values = parts
+    results = []
+    for backend in ("cuda", "reference"):
+        with tk.use_backend(backend):
+            out, lse = tk.lookup_gather(q, k, v)
+            made = [out, lse, tk.lookup_scatter(q, k, values, lse)]
+            loss = sum(part.float().square().sum() for part in made)
+            results.append([*made, *torch.autograd.grad(loss, parts)])
+    tolerance = {"rtol": 0.05, "atol": 0.5} if dtype != torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, **tolerance)
 
 
 if __name__ == "__main__":

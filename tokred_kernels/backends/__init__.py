@@ -59,14 +59,7 @@ TRITON_OPS = (
 )
 
 # Native on the CPU alone: on a GPU they are tiles of matrix products, which are Triton's.
-NO_CUDA_OPS = (
-    "token_attention",
-    "token_attention_backward",
-    "lookup_gather",
-    "lookup_gather_backward",
-    "lookup_scatter",
-    "lookup_scatter_backward",
-)
+NO_CUDA_OPS = ("token_attention", "token_attention_backward")
 
 # What `auto` tries, in order, by device; the first that can serve the call, and has been shown right there, does.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}

@@ -246,6 +246,54 @@ Result unmerge(Call& c) {
   return {};
 }
 
+void strides(Call& c, int64_t (&to)[3]) {
+  for (int64_t& stride : to) stride = c.integer();
+}
+
+// The scale comes as a double in a buffer.
+template <class Args>
+Args lookup_args(Call& c) {
+  Args a{};
+  a.scale = *c.buffer<double>();
+  a.q = c.buffer(), a.k = c.buffer(), a.v = c.buffer();
+  a.images = c.integer(), a.heads = c.integer(), a.compressed = c.integer(), a.tokens = c.integer();
+  a.channels = c.integer(), a.dtype = static_cast<DType>(c.integer());
+  strides(c, a.q_strides), strides(c, a.k_strides), strides(c, a.v_strides);
+  return a;
+}
+
+Result lookup_gather(Call& c) {
+  auto a = lookup_args<LookupGatherArgs>(c);
+  a.out = c.buffer(), a.lse = c.buffer();
+  cuda::lookup_gather(a, nullptr);
+  return {};
+}
+
+Result lookup_gather_backward(Call& c) {
+  auto a = lookup_args<LookupGatherBackwardArgs>(c);
+  strides(c, a.grad_out_strides);
+  a.grad_out = c.buffer(), a.grad_lse = c.buffer(), a.out = c.buffer(), a.lse = c.buffer();
+  a.grad_q = c.buffer(), a.grad_k = c.buffer(), a.grad_v = c.buffer();
+  cuda::lookup_gather_backward(a, nullptr);
+  return {};
+}
+
+Result lookup_scatter(Call& c) {
+  auto a = lookup_args<LookupScatterArgs>(c);
+  a.lse = c.buffer(), a.out = c.buffer();
+  cuda::lookup_scatter(a, nullptr);
+  return {};
+}
+
+Result lookup_scatter_backward(Call& c) {
+  auto a = lookup_args<LookupScatterBackwardArgs>(c);
+  strides(c, a.grad_out_strides);
+  a.grad_out = c.buffer(), a.lse = c.buffer();
+  a.grad_q = c.buffer(), a.grad_k = c.buffer(), a.grad_v = c.buffer(), a.grad_lse = c.buffer();
+  cuda::lookup_scatter_backward(a, nullptr);
+  return {};
+}
+
 // Key, then packed and unpacked index, of each float.
 Result order(Call& c) {
   const auto* values = c.buffer<float>();
@@ -275,9 +323,16 @@ Result window_config_of(Call& c) {
 }
 
 constexpr Result (*kOps[])(Call&) = {
-    bipartite_match, best_match,       match_map, similar_count,  window_similarity, window_map,      keep_topk,
-    invert,          compose,          merge,     merge_backward, unmerge,           match_config_of, order,
-    row_config_of,   window_config_of,
+    bipartite_match,   best_match,
+    match_map,         similar_count,
+    window_similarity, window_map,
+    keep_topk,         invert,
+    compose,           merge,
+    merge_backward,    unmerge,
+    lookup_gather,     lookup_gather_backward,
+    lookup_scatter,    lookup_scatter_backward,
+    match_config_of,   order,
+    row_config_of,     window_config_of,
 };
 
 // What comes first in every call: the op, the shared memory of a block, and whether threads run in reverse.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookup attention's gather, on the CPU."""
+"""Lookup attention's gather, on the CPU and in CUDA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 
 
 def lookup_problem(q: Tensor, k: Tensor) -> tuple[int, ...]:
-    """The numbers of a LookupProblem; see csrc/common/args.h and csrc/bindings.cpp."""
+    """The numbers of a LookupProblem; see csrc/common/args.h and csrc/bindings_attention.cpp."""
     sizes = (*q.shape[:3], k.shape[2], q.shape[3])
     return (*strided(q), *strided(k), *sizes, DTYPE_CODE[q.dtype])
 

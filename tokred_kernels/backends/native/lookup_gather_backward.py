@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gradients of lookup attention's gather, on the CPU."""
+"""The gradients of lookup attention's gather, on the CPU and in CUDA."""
 
 from __future__ import annotations
 

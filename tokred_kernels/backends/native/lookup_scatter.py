@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookup attention's scatter, on the CPU."""
+"""Lookup attention's scatter, on the CPU and in CUDA."""
 
 from __future__ import annotations
 

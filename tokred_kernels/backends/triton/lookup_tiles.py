@@ -104,7 +104,7 @@ def combine_kernel(
     row_parts,  # (splits, B, H, M), if SOFTMAX or MORE
     out,  # out: (B, M, H, d)
     more_out,  # out: (B, M, H, d), if MORE
-    rows,  # out: (B, H, M), if SOFTMAX or MORE
+    row_out,  # out: (B, H, M), if SOFTMAX or MORE
     images,
     heads,
     compressed,
@@ -156,4 +156,4 @@ def combine_kernel(
         more_total = narrow(more_total, more_out.dtype.element_ty)
         store_vectors(more_out + first, more_total, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
     if SOFTMAX or MORE:
-        tl.store(rows + row + i, row_sum, mask=i < compressed)
+        tl.store(row_out + row + i, row_sum, mask=i < compressed)

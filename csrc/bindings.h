@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+// What the files of the Python module share: addresses, and taking tuples apart.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace tokred::bindings {
+
+namespace py = pybind11;
+
+using Address = std::uintptr_t;  // 0 stands for "not given"
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Takes a tuple of whole numbers apart, in order.
+class Reader {
+ public:
+  explicit Reader(const py::tuple& values) : values_(values) {}
+  int64_t number() { return values_[next_++].cast<int64_t>(); }
+  int32_t small() { return static_cast<int32_t>(number()); }
+  template <class T = void>
+  T* address() {
+    return pointer<T>(static_cast<Address>(number()));
+  }
+
+ private:
+  const py::tuple& values_;
+  std::size_t next_ = 0;
+};
+
+// Attention's ops, which are in a file of their own. On a GPU token attention is Triton's.
+void bind_attention(py::module_ cpu);
+void bind_lookup(py::module_ cpu);
+void bind_lookup_cuda(py::module_ cuda);
+
+}  // namespace tokred::bindings
