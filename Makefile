@@ -58,6 +58,7 @@ gpu:
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/sanitize.py
 	$(PYTHON) benchmarks/run.py --device cuda --suite micro --backend cuda,triton --json
 	$(PYTHON) benchmarks/run.py --device cuda --suite model --backend cuda --json
+	$(PYTHON) benchmarks/lookup_memory.py --device cuda --out docs/lookup_memory.png
 	$(PYTHON) benchmarks/verify.py $(GPU_BUILD)/gpu-tests.xml
 	$(PYTHON) benchmarks/table.py
 

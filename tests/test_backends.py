@@ -282,8 +282,19 @@ def test_the_best_passes_over_what_does_not_take_the_shape(monkeypatch):
     monkeypatch.setattr(backends, "reason_against", lambda op, backend, device, dtype: None)
     how = "token_attention", "auto", "cuda", torch.float16
     assert backends._decide(*how) == "triton"
-    assert backends._decide(*how, unfit="triton") == "reference"
-    assert backends._decide(how[0], "triton", *how[2:], unfit="triton") == "triton"  # by name, it tells so itself
-    monkeypatch.undo()
-    assert too_wide(torch.empty(1, 1, 1, 128)) is None
-    assert too_wide(torch.empty(1, 1, 1, 129)) == "triton"
+    assert backends._decide(*how, unfit=("triton",)) == "reference"
+    assert backends._decide(how[0], "triton", *how[2:], unfit=("triton",)) == "triton"  # by name, it tells so itself
+    assert [too_wide(torch.empty(1, 1, 1, width)) for width in (128, 129, 256, 257)] == [
+        (),
+        ("triton",),
+        ("triton",),
+        ("triton", "cuda"),
+    ]
+
+
+def test_products_are_tritons_where_both_are_right(monkeypatch):
+    monkeypatch.setattr(backends, "VERIFIED", {name: ["lookup_gather", "merge"] for name in ("cuda", "triton")})
+    monkeypatch.setattr(backends, "reason_against", lambda op, backend, device, dtype: None)
+    assert backends._decide("lookup_gather", "auto", "cuda", torch.float16) == "triton"
+    assert backends._decide("merge", "auto", "cuda", torch.float16) == "cuda"
+    assert backends._decide("lookup_gather", "auto", "cpu", torch.float16) == "cpu"

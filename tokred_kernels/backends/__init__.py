@@ -63,6 +63,8 @@ NO_CUDA_OPS = ("token_attention", "token_attention_backward")
 
 # What `auto` tries, in order, by device; the first that can serve the call, and has been shown right there, does.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Tiles of matrix products: in CUDA there are simple versions, without tensor cores.
+TRITON_FIRST = ("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lookup_scatter_backward")
 # GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
 VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
 
@@ -79,7 +81,7 @@ def _valid(name: str) -> str:
 
 
 _wanted = _valid(os.environ.get("TOKRED_BACKEND", AUTO))
-_chosen: dict[tuple[str, str, torch.device, torch.dtype, str | None], str] = {}
+_chosen: dict[tuple[str, str, torch.device, torch.dtype, tuple[str, ...]], str] = {}
 _implementations: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -151,10 +153,10 @@ def beside(op: str, backend: str, tensor: Tensor) -> str:
     return backend if able else best(op, tensor)
 
 
-def choose(op: str, tensor: Tensor, *, unfit: str | None = None) -> str:
+def choose(op: str, tensor: Tensor, *, unfit: tuple[str, ...] = ()) -> str:
     """The backend that serves `op` on this tensor: the one asked for, or the best.
 
-    `unfit` is one whose kernels do not take this shape: the best is another then, and by name it tells so itself.
+    `unfit` are those whose kernels do not take this shape: the best is another then, and by name one tells so itself.
 
     Raises:
         RuntimeError: the one asked for cannot, with the reason and those that can.
@@ -162,7 +164,7 @@ def choose(op: str, tensor: Tensor, *, unfit: str | None = None) -> str:
     return _choose(op, _wanted, tensor, unfit)
 
 
-def torch_attends(op: str, tensor: Tensor, *, plain: bool, unfit: str | None = None) -> bool:
+def torch_attends(op: str, tensor: Tensor, *, plain: bool, unfit: tuple[str, ...] = ()) -> bool:
     """Whether torch's own fused attention serves the call: `plain`, or with a bias on keys.
 
     It is as good as attention without a bias can be. With one, so it is on the CPU, and it beats weights that are all
@@ -173,7 +175,7 @@ def torch_attends(op: str, tensor: Tensor, *, plain: bool, unfit: str | None = N
     return _wanted in ("cpu", "cuda")
 
 
-def _choose(op: str, wanted: str, tensor: Tensor, unfit: str | None = None) -> str:
+def _choose(op: str, wanted: str, tensor: Tensor, unfit: tuple[str, ...] = ()) -> str:
     if torch.compiler.is_compiling():  # the cache would become a guard of the graph, and its growth a recompilation
         return _decide(op, wanted, tensor.device.type, tensor.dtype, unfit)
     key = (op, wanted, tensor.device, tensor.dtype, unfit)
@@ -183,10 +185,13 @@ def _choose(op: str, wanted: str, tensor: Tensor, unfit: str | None = None) -> s
     return chosen
 
 
-def _decide(op: str, wanted: str, device: str, dtype: torch.dtype, unfit: str | None = None) -> str:
+def _decide(op: str, wanted: str, device: str, dtype: torch.dtype, unfit: tuple[str, ...] = ()) -> str:
     if wanted == AUTO:
-        for backend in PREFERENCE.get(device, ("reference",)):
-            if backend == unfit:
+        order = PREFERENCE.get(device, ("reference",))
+        if op in TRITON_FIRST and "triton" in order:
+            order = ("triton", *(name for name in order if name != "triton"))
+        for backend in order:
+            if backend in unfit:
                 continue
             parts = COMPOUNDS.get(op, (op,))
             shown_right = all(part in VERIFIED.get(backend, []) for part in parts)

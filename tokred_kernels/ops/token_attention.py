@@ -17,7 +17,7 @@ from tokred_kernels.ops.library import nobody_listens, once, register
 from tokred_kernels.token_map import Packing
 
 OP = "token_attention"
-TRITON_WIDEST = 128  # head width that fits its tiles
+WIDEST = {"triton": 128, "cuda": 256}  # head widths that fit their tiles
 IMPORTANCES = ("class", "mean", "last")
 
 
@@ -85,9 +85,9 @@ def token_attention(
     return out if importance is None else (out, worth)
 
 
-def too_wide(q: Tensor) -> str | None:
-    """The backend whose kernels do not take heads as wide as q's."""
-    return "triton" if q.shape[-1] > TRITON_WIDEST else None
+def too_wide(q: Tensor) -> tuple[str, ...]:
+    """The backends whose kernels do not take heads as wide as q's."""
+    return tuple(name for name, widest in WIDEST.items() if q.shape[-1] > widest)
 
 
 def _check(q: Any, k: Any, v: Any, packed: Any) -> tuple[int, ...]:

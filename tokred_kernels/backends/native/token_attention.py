@@ -49,7 +49,7 @@ def problem(
     row_max: Tensor,
     row_sum: Tensor,
 ) -> tuple[int, ...]:
-    """The numbers of a TokenAttentionProblem; see csrc/common/args.h and csrc/bindings.cpp."""
+    """The numbers of a TokenAttentionProblem; see csrc/common/args.h and csrc/bindings_attention.cpp."""
     if starts is None:
         sizes = tuple(q.shape)
         strides = [t.stride()[:3] for t in (q, k, v)]
