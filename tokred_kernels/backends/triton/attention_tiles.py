@@ -20,11 +20,11 @@ LN_2 = tl.constexpr(math.log(2))
 EPS = tl.constexpr(POLICY_EPS)
 
 
-def check_width(q: Tensor) -> None:
+def check_width(op: str, q: Tensor) -> None:
     """Raise ValueError where a head has more channels than a program can hold."""
     if q.shape[-1] > MAX_HEAD_WIDTH:
         raise ValueError(
-            f"tokred_kernels.token_attention: q must have at most {MAX_HEAD_WIDTH} channels a head, which is the most "
+            f"tokred_kernels.{op}: q must have at most {MAX_HEAD_WIDTH} channels a head, which is the most "
             f'that triton kernels take (use the backend "cpu" or "reference"), got shape {tuple(q.shape)}'
         )
 

@@ -13,6 +13,7 @@ from tokred_kernels.backends.triton import multiply_add, narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     LN_2,
     LOG2_E,
+    check_width,
     head_start,
     load_vectors,
     multiply,
@@ -20,7 +21,6 @@ from tokred_kernels.backends.triton.attention_tiles import (
 )
 from tokred_kernels.backends.triton.configs import lookup_config, lookup_splits
 from tokred_kernels.backends.triton.lookup_tiles import (
-    check_width,
     combine,
     empty_heads_last,
     few_place,

@@ -11,6 +11,7 @@ from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.triton import multiply_add, narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     LOG2_E,
+    check_width,
     head_start,
     load_vectors,
     multiply,
@@ -20,7 +21,6 @@ from tokred_kernels.backends.triton.attention_tiles import (
 )
 from tokred_kernels.backends.triton.configs import lookup_config
 from tokred_kernels.backends.triton.lookup_tiles import (
-    check_width,
     empty_heads_last,
     load_level,
     vectors_at,

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.attention_tiles import check_width
 from tokred_kernels.backends.triton.lookup_gradients import differentiate_keys, differentiate_queries
-from tokred_kernels.backends.triton.lookup_tiles import check_width, empty_heads_last
+from tokred_kernels.backends.triton.lookup_tiles import empty_heads_last
 
 
 def lookup_scatter_backward(

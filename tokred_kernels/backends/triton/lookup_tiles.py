@@ -13,19 +13,10 @@ from torch import Tensor
 
 from tokred_kernels.backends.triton import narrow
 from tokred_kernels.backends.triton.attention_tiles import LN_2, LOG2_E, load_rows, load_vectors, place, store_vectors
-from tokred_kernels.backends.triton.configs import MAX_HEAD_WIDTH, combine_config
+from tokred_kernels.backends.triton.configs import combine_config
 
 # Weights are multiplied by this before they are rounded to float16, which has few digits for one of many thousands.
 HALF_RANGE = tl.constexpr(2.0**8)
-
-
-def check_width(op: str, q: Tensor) -> None:
-    """Raise ValueError where a head has more channels than a program can hold."""
-    if q.shape[-1] > MAX_HEAD_WIDTH:
-        raise ValueError(
-            f"tokred_kernels.{op}: q must have at most {MAX_HEAD_WIDTH} channels a head, which is the most "
-            f'that triton kernels take (use the backend "cpu" or "reference"), got shape {tuple(q.shape)}'
-        )
 
 
 def empty_heads_last(tensor: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def token_attention(
     importance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.token_attention`: out as it lies in memory, what the backward needs of each row, importance."""
-    check_width(q)
+    check_width("token_attention", q)
     q, k, v = (inner_dense(t) for t in (q, k, v))
     images, heads, tokens, channels = sizes(q, starts, longest)
     layout = q.shape if starts is not None else (images, tokens, heads, channels)

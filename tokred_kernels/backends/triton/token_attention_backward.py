@@ -56,7 +56,7 @@ def token_attention_backward(
 
     `grad_out` lies as `out` does: (B, N, H, d), or (T, H, d).
     """
-    check_width(q)
+    check_width("token_attention", q)
     q, k, v, grad_out = (inner_dense(t) for t in (q, k, v, grad_out))
     if grad_importance is not None:
         grad_importance = grad_importance.contiguous()
