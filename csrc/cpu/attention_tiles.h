@@ -236,8 +236,9 @@ inline float exponential(float x) {
   bits = (bits << 23) + 0x3f800000;  // the low bits of `shifted` are the whole number
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  const float result = p * power;
-  return tiny ? 0.0f : huge ? HUGE_VALF : result;
+  float result = p * power;
+  result = x < kLowest ? 0.0f : result;
+  return x > kHighest ? HUGE_VALF : result;
 }
 
 inline double exponential(double x) { return std::exp(x); }

@@ -64,51 +64,55 @@ template <class Sum>
 void differentiate_row(const TokenAttentionBackwardArgs& a, const HeadShape& s, const Work<Sum>& w, int64_t query,
                        Sum highest, Sum sum, Sum* row, Sum* grad) {
   const Sum scale = static_cast<Sum>(a.scale), inverse = 1 / sum;
+  // Copies that no store through `row` or `grad` can change: with them the loops below become vectors.
+  const int64_t keys = s.keys;
+  const Sum *bias = w.bias, *policy = w.policy, *grad_importance = w.grad_importance;
+  Sum *grad_bias = w.grad_bias, *grad_policy = w.grad_policy;
   if (a.grad_importance && counts(a.importance, query, s.tokens)) {
 #pragma omp simd
-    for (int64_t j = 0; j < s.keys; ++j) grad[j] += w.grad_importance[j];
+    for (int64_t j = 0; j < keys; ++j) grad[j] += grad_importance[j];
   }
   if (!a.policy) {
     Sum mean = 0;
 #pragma omp simd reduction(+ : mean)
-    for (int64_t j = 0; j < s.keys; ++j) {
-      row[j] = exponential(row[j] * scale + w.bias[j] - highest) * inverse;
+    for (int64_t j = 0; j < keys; ++j) {
+      row[j] = exponential(row[j] * scale + bias[j] - highest) * inverse;
       mean += row[j] * grad[j];
     }
 #pragma omp simd
-    for (int64_t j = 0; j < s.keys; ++j) grad[j] = row[j] * (grad[j] - mean);
+    for (int64_t j = 0; j < keys; ++j) grad[j] = row[j] * (grad[j] - mean);
   } else {
     const Sum least = static_cast<Sum>(kPolicyEps) / static_cast<Sum>(s.tokens);
     int64_t top = 0;
     for (int64_t j = s.tokens - 1; j >= 0; --j) {
-      if (row[j] * scale + w.bias[j] == highest) top = j;
+      if (row[j] * scale + bias[j] == highest) top = j;
     }
     Sum mean = 0;
 #pragma omp simd reduction(+ : mean)
-    for (int64_t j = 0; j < s.keys; ++j) {
-      row[j] = exponential(row[j] * scale + w.bias[j] - highest);
-      mean += (row[j] * w.policy[j] + least) * grad[j];
+    for (int64_t j = 0; j < keys; ++j) {
+      row[j] = exponential(row[j] * scale + bias[j] - highest);
+      mean += (row[j] * policy[j] + least) * grad[j];
     }
-    const Sum own = row[query], own_policy = w.policy[query];
+    const Sum own = row[query], own_policy = policy[query];
     mean = (mean + own * (1 - own_policy) * grad[query]) * inverse;
     const Sum own_grad = (grad[query] - mean) * inverse * own;
     Sum total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < s.keys; ++j) {
+    for (int64_t j = 0; j < keys; ++j) {
       const Sum kept = (grad[j] - mean) * inverse * row[j];
-      w.grad_policy[j] += kept;
-      grad[j] = kept * w.policy[j];
+      grad_policy[j] += kept;
+      grad[j] = kept * policy[j];
       total += grad[j];
-      row[j] = (row[j] * w.policy[j] + least) * inverse;
+      row[j] = (row[j] * policy[j] + least) * inverse;
     }
-    w.grad_policy[query] -= own_grad;
+    grad_policy[query] -= own_grad;
     total += own_grad - grad[query];
     grad[query] = own_grad;
     row[query] = (own + least) * inverse;
     grad[top] -= total;
   }
 #pragma omp simd
-  for (int64_t j = 0; j < s.keys; ++j) w.grad_bias[j] += grad[j];
+  for (int64_t j = 0; j < keys; ++j) grad_bias[j] += grad[j];
 }
 
 template <class T, class Sum>
