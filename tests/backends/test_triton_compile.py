@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ NVIDIA_SHARED, AMD_SHARED = 99 * 1024, 64 * 1024
 # Bytes a thread: ptxas spills a register or two of its own accord, far below its limit of registers, where that gets
 # one more block onto a multiprocessor.
 SPILL_ALLOWANCE = 16
+TIMEOUT = 1800  # seconds for a target, on a machine that has other work
 # Tensors that a kernel may be given None for.
 ABSENT = (
     *("sources", "destinations", "cu_seqlens", "inverse", "weight", "weight_sum", "grad_weight_sum", "x", "y"),
@@ -41,15 +43,27 @@ TARGETS = {
 }
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) for name in TARGETS])
-def test_every_kernel_fits_and_does_not_spill(target):
+def _compiled(target):
+    """All cases for one target, in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, __file__, target], env=environment, capture_output=True, text=True, check=False, timeout=900
-    )
+    command = [sys.executable, __file__, target]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def compiling(request):
+    """The selected targets, as many at once as there are processors: each takes minutes of one."""
+    selected = [item.callspec.params["target"] for item in request.session.items if item.path == Path(__file__)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {target: pool.submit(_compiled, target) for target in selected}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) for name in TARGETS])
+def test_every_kernel_fits_and_does_not_spill(target, compiling):
+    run = compiling[target].result()
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert {kernel["name"] for kernel in compiled} == {
