@@ -181,7 +181,7 @@ def _gflops_without_choice(model: Any, tokens: list[int]) -> float:
     counted = flops.count(model, tokens=tokens)
     entering = [int(number) for number in counted.tokens[:-1]]
     chosen = [
-        block.tokred_step.choice_flops(number, number, block)
+        block.tokred_step.at(block).choice_flops(number, number, block)
         for block, number in zip(model.blocks, entering, strict=True)
     ]
     return (counted.total - sum(chosen)) / 1e9

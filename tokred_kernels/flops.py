@@ -195,7 +195,7 @@ def _tokens(
         return [list(zip((entering, *given), given))]  # noqa: B905  (the last one enters nothing)
     own, tokens = [], entering
     for block in model.blocks:
-        step = getattr(block, "tokred_step", Step()).at(block)
+        step = _step(block)
         attended = step.tokens_attended(tokens, grid)
         after = None if attended is None else step.tokens_after(attended, grid)
         if attended is None or after is None:
@@ -225,9 +225,14 @@ def _mean(values: Sequence[int]) -> float:
     return whole if rest == 0 else sum(values) / len(values)
 
 
+def _step(block: Any) -> Step:
+    """What the block does; of an unpatched one nothing."""
+    return getattr(block, "tokred_step", Step()).at(block)
+
+
 def _block(block: Any, entering: int, attended: int, after: int) -> int:
     """Of one block, and of what is chosen before it, that so many tokens enter, attend in, and leave."""
-    choice = block.tokred_step.choice_flops(entering, attended, block) if hasattr(block, "tokred_step") else 0
+    choice = _step(block).choice_flops(entering, attended, block)
     return choice + _self_attention(block.attn, attended) + after * linear_flops(block.mlp)
 
 

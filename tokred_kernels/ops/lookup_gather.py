@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
+from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_same_device, shape
 from tokred_kernels.ops.library import once, register
@@ -74,12 +75,6 @@ def check_lookup(op: str, q: Any, k: Any, v: Any, of_v: Any) -> None:
 def default_scale(q: Tensor) -> float:
     """1 / sqrt(d)."""
     return 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-
-
-def heads_last(tensor: Tensor) -> tuple[int, ...]:
-    """(B, N, H, d) for (B, H, N, d): how results lie in memory, so that heads join without a copy."""
-    batch, heads, tokens, channels = tensor.shape
-    return batch, tokens, heads, channels
 
 
 def heads_first(gradient: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
+from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_same_device, shape
 from tokred_kernels.ops.library import once, register
-from tokred_kernels.ops.lookup_gather import check_lookup, default_scale, heads_first, heads_last
+from tokred_kernels.ops.lookup_gather import check_lookup, default_scale, heads_first
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred_kernels import backends
+from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.checks import check_floating, check_same_device, shape
 from tokred_kernels.ops.library import nobody_listens, once, register
@@ -67,13 +68,14 @@ def token_attention(
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     size, policy = _per_token("size", size, q, rows), _per_token("policy", policy, q, rows)
-    if size is not None and _bounds(size)[0] <= 0:
-        raise ValueError(f"tokred_kernels.{OP}: size must be above 0, got {_bounds(size)[0]:g}")
-    if policy is not None and not (_bounds(policy)[0] >= 0 and _bounds(policy)[1] <= 1):
-        raise ValueError(
-            f"tokred_kernels.{OP}: policy must be from 0 to 1, got values from {_bounds(policy)[0]:g} to "
-            f"{_bounds(policy)[1]:g}"
-        )
+    if size is not None:
+        low, _ = _bounds(size)
+        if low <= 0:
+            raise ValueError(f"tokred_kernels.{OP}: size must be above 0, got {low:g}")
+    if policy is not None:
+        low, high = _bounds(policy)
+        if low < 0 or high > 1:
+            raise ValueError(f"tokred_kernels.{OP}: policy must be from 0 to 1, got values from {low:g} to {high:g}")
     bias = None if size is None else size.log()
     if policy is None and importance is None and packed is None:
         wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
@@ -204,14 +206,6 @@ class _TokenAttention(torch.autograd.Function):
         return (*(once(OP, g, anchor) if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
-def _layout(q: Tensor, starts: Tensor | None) -> tuple[int, ...]:
-    """(B, N, H, d), or (T, H, d): the shape of the output as it lies in memory, so that heads join without a copy."""
-    if starts is not None:
-        return tuple(q.shape)
-    batch, heads, tokens, channels = q.shape
-    return batch, tokens, heads, channels
-
-
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -224,7 +218,7 @@ def _fake(
     importance: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = _layout(q, starts)
+    layout = attention_layout(q, starts)
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     row = q.new_empty(layout[:-1], dtype=accumulator)
     worth = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)

@@ -133,10 +133,6 @@ class CompressLearned(Step):
         """See `Step`: that is for `at` to say; without a block at hand the last forward has it."""
         return None
 
-    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
-        """See `Step`."""
-        return self.at(block).choice_flops(entering, attended, block)
-
 
 def _sizes(x: Tensor, state: State) -> Tensor:
     """(B, N, 1) float32."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.native import DTYPE_CODE, address, kernels, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 
@@ -25,7 +26,7 @@ def token_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.token_attention`: out as it lies in memory, what the backward needs of each row, importance."""
     q, k, v = (inner_dense(t) for t in (q, k, v))
-    layout = q.shape if starts is not None else (q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    layout = attention_layout(q, starts)
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(layout)
     row_max, row_sum = (q.new_empty(layout[:-1], dtype=accumulator) for _ in range(2))

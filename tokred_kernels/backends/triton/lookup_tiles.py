@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.triton import narrow
 from tokred_kernels.backends.triton.attention_tiles import LN_2, LOG2_E, load_rows, load_vectors, place, store_vectors
 from tokred_kernels.backends.triton.configs import combine_config
@@ -21,8 +22,7 @@ HALF_RANGE = tl.constexpr(2.0**8)
 
 def empty_heads_last(tensor: Tensor) -> Tensor:
     """(B, N, H, d) for (B, H, N, d): as results lie in memory."""
-    images, heads, tokens, channels = tensor.shape
-    return tensor.new_empty((images, tokens, heads, channels))
+    return tensor.new_empty(heads_last(tensor))
 
 
 def parts_of(splits: int, *results: Tensor) -> list[Tensor]:

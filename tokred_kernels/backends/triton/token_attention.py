@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.triton import multiply_add, narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
@@ -51,7 +52,7 @@ def token_attention(
     check_width("token_attention", q)
     q, k, v = (inner_dense(t) for t in (q, k, v))
     images, heads, tokens, channels = sizes(q, starts, longest)
-    layout = q.shape if starts is not None else (images, tokens, heads, channels)
+    layout = attention_layout(q, starts)
     out = q.new_empty(layout)
     row_max, row_sum = (q.new_empty(layout[:-1], dtype=torch.float32) for _ in range(2))
     worth = q.new_empty(layout[:-2] if importance else (0,), dtype=torch.float32)
