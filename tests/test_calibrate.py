@@ -2,12 +2,12 @@
 """Thresholds from data, against a plain list of every cosine."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.utils.flop_counter
+from processes import run_together
 
 from tokred_kernels import calibrate
 from tokred_kernels.calibrate import Similarity, Thresholds, calibrate_thresholds, pair_sums
@@ -284,47 +284,28 @@ def test_progress_is_shown_with_tqdm_and_without(monkeypatch, capsys):
     assert "calibrate:" in capsys.readouterr().err
 
 
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from tokred_kernels.calibrate import calibrate_thresholds
-from tokred_kernels.patch.timm_vit import VisionTransformer
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = VisionTransformer(img_size=48, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=0)
-batches = torch.load(f"{folder}/batches.pt")
-calibrate_thresholds(model, batches[rank::2], group=dist.group.WORLD, progress=False).save(f"{folder}/{rank}.json")
-batches[0][:] = float("nan")  # with process 0 alone: both must hear of it
-try:
-    calibrate_thresholds(model, batches[rank::2], group=dist.group.WORLD, progress=False)
-except ValueError as error:
-    print(error)
-dist.destroy_process_group()
-"""
+def calibrate_together(rank, folder):
+    """Run in each process: thresholds of every other batch, then of NaN, which process 0 alone has."""
+    batches = torch.load(f"{folder}/batches.pt")
+    torch.manual_seed(0)
+    group = torch.distributed.group.WORLD
+    calibrate_thresholds(make(), batches[rank::2], group=group, progress=False).save(f"{folder}/{rank}.json")
+    batches[0][:] = torch.nan
+    try:
+        calibrate_thresholds(make(), batches[rank::2], group=group, progress=False)
+    except ValueError as error:
+        return str(error)
 
 
 @pytest.mark.slow
 def test_two_processes_are_as_one(tmp_path):
-    batches = [torch.randn(2, 3, 48, 48), torch.randn(1, 3, 48, 48), torch.randn(3, 3, 48, 48)]
+    batches = [torch.randn(number, 3, 48, 48) for number in (2, 1, 3)]
     torch.save(batches, tmp_path / "batches.pt")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+    errors = run_together(calibrate_together, tmp_path)
     torch.manual_seed(0)
     alone = calibrate_thresholds(make(), batches, progress=False)
     both = [Thresholds.load(tmp_path / f"{rank}.json") for rank in range(2)]
     assert both[0] == both[1]
     for layer, similarity in alone.layers.items():
         assert both[0].layers[layer] == pytest.approx(similarity, abs=1e-9)
-    assert all("tokens of every layer must be finite" in text for text in printed)
+    assert all("tokens of every layer must be finite" in error for error in errors)

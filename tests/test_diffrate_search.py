@@ -4,13 +4,12 @@
 import builtins
 import copy
 import json
-import os
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from processes import run_together
+from torch import nn
 
 from tokred_kernels import flops
 from tokred_kernels.diffrate_search import FoundRates, diffrate_search
@@ -19,7 +18,6 @@ from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
-PROCESSES = 2
 LOOSE = {"progress": False, "tolerance": 1.0}
 QUICK = {"steps": 3, **LOOSE}
 
@@ -259,9 +257,6 @@ def test_wrong_models_are_refused():
 
 def search_together(rank, folder):
     """Run in each process: a search on images of its own, from counts of its own, in DistributedDataParallel."""
-    torch.set_num_threads(1)
-    meet = {"init_method": f"file://{folder}/meet", "timeout": timedelta(minutes=2)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=PROCESSES, **meet)
     model = patch(make_same(), "diffrate")
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     with torch.no_grad():  # after DistributedDataParallel has made them equal
@@ -272,29 +267,28 @@ def search_together(rank, folder):
     found = diffrate_search(wrapped, batches, 0.7 * full(make()), steps=10, lr=0.03, save=file, **LOOSE)
     rates = [rate for block in model.blocks for rate in (block.prune_ddp, block.merge_ddp)]
     logits = [rate.selected_probability.detach() for rate in rates]
-    torch.save((tuple(found), logits), f"{folder}/{rank}.pt")
+    stopped = False
     try:
         nan = [(images * (torch.nan if rank else 1), labels) for images, labels in batches]
         diffrate_search(model, nan, 0.7 * full(make()), group=torch.distributed.group.WORLD, **QUICK)
     except FloatingPointError:
-        torch.save(True, f"{folder}/stopped{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # taking the group apart, gloo now and then waits for the GIL for good
+        stopped = True
+    return {"found": tuple(found), "logits": logits, "stopped": stopped}
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
-    multiprocessing.spawn(search_together, (str(folder),), nprocs=PROCESSES)
-    return folder
+    return run_together(search_together, folder), json.loads((folder / "found.json").read_text())
 
 
 def test_processes_end_with_equal_counts(together):
-    (first, logits), (second, others) = [torch.load(together / f"{rank}.pt") for rank in range(PROCESSES)]
-    assert first == second
-    assert json.loads((together / "found.json").read_text())["prune_kept_num"] == first[0]
-    assert all(torch.equal(own, other) for own, other in zip(logits, others, strict=True))
+    (first, second), saved = together
+    assert first["found"] == second["found"]
+    assert saved["prune_kept_num"] == first["found"][0]
+    assert all(torch.equal(own, other) for own, other in zip(first["logits"], second["logits"], strict=True))
 
 
 def test_all_stop_where_one_has_nan(together):
-    assert all(torch.load(together / f"stopped{rank}.pt") for rank in range(PROCESSES))
+    results, _ = together
+    assert all(one["stopped"] for one in results)

@@ -3,11 +3,10 @@
 
 import pytest
 import torch
-from torch import multiprocessing
+from processes import PROCESSES, run_together
 
 import tokred_kernels as tk
 
-PROCESSES = 2
 # As many images in each process: in the last case one has none.
 CASES = {"one each": (1, 1), "two and three": (2, 3), "none and two": (0, 2), "none at all": (0, 0)}
 MATCHES = {
@@ -28,7 +27,6 @@ def images(case):
 
 def match_together(rank, folder):
     """Run in each process: every match of every case, with the group and without."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
     group = torch.distributed.group.WORLD
     results = {}
     for which in ("reference", "cpu"):
@@ -41,16 +39,13 @@ def match_together(rank, folder):
                         match(x).num_out,
                         match(x, group=group).num_out,
                     )
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each process found."""
-    folder = tmp_path_factory.mktemp("distributed")
-    multiprocessing.spawn(match_together, (str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return run_together(match_together, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("name", MATCHES)

@@ -5,7 +5,8 @@ import copy
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from processes import run_together
+from torch import distributed
 
 from tokred_kernels.patch import patch
 from tokred_kernels.patch.timm_import import import_timm
@@ -13,9 +14,8 @@ from tokred_kernels.patch.timm_import import import_timm
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 
 
-def in_one_process(rank, file, results):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def tokens_left(rank, folder):
+    """Run in each process: what a patched model leaves, with the group and without."""
     torch.manual_seed(0)
     model = import_timm().models.vision_transformer.VisionTransformer(**TINY).eval()
     for parameter in model.parameters():
@@ -29,16 +29,12 @@ def in_one_process(rank, file, results):
             copy.deepcopy(one)(x)  # a copy shares the group
             one(x)
         left[name] = one.tokred_record.left
-    results.put((rank, left))
-    distributed.destroy_process_group()
+    return left
 
 
 @pytest.mark.slow
 def test_processes_of_a_group_keep_equal_shapes(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    multiprocessing.spawn(in_one_process, (tmp_path / "meet", results), nprocs=2)
-    found = dict(results.get() for _ in range(2))
+    found = run_together(tokens_left, tmp_path)
     assert found[0]["alone"] != found[1]["alone"]
     assert found[0]["together"] == found[1]["together"]
     fewest = [max(pair) for pair in zip(found[0]["alone"], found[1]["alone"], strict=True)]
