@@ -244,6 +244,8 @@ PYBIND11_MODULE(_native, m) {
   tokred::bindings::bind_attention(cpu);
   tokred::bindings::bind_lookup(cpu);
   cpu.def("instruction_set", &tokred::cpu::instruction_set);
+  cpu.def("use_large_pages",
+          [](Address data, std::size_t bytes) { tokred::cpu::use_large_pages(reinterpret_cast<void*>(data), bytes); });
 #ifdef TOKRED_WITH_CUDA
   auto cuda = m.def_submodule("cuda");
   bind_ops<Cuda>(cuda);

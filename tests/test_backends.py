@@ -248,6 +248,11 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         same(lambda q, k, v, s: tk.token_attention(q, k, v, size=s, importance="class"), q, k, v, size)
         few = [torch.randn(2, 2, (tokens + 2) // 3, channels, dtype=torch.float64).to(dtype) for _ in range(2)]
         same(lookup, few[0], k, v, few[1])
+
+# Results so large that they pass the caches by, in whole vectors and not.
+for tokens, channels in ((33000, 64), (53000, 40)):
+    q, values = torch.randn(2, 1, 1, 3, channels)
+    same(lookup, q, torch.randn(1, 1, tokens, channels), torch.randn(1, 1, tokens, channels), values)
 """
 
 

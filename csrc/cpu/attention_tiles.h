@@ -61,8 +61,7 @@ void pack_rows(const T* from, int64_t stride, int64_t n, int64_t d, int64_t rows
 #pragma omp simd
       for (int64_t c = 0; c < d; ++c) row[c] = Element<T>::load(from[i * stride + c]);
     }
-    const int64_t have = i < n ? d : 0;
-    std::memset(static_cast<void*>(row + have), 0, (padded - have) * sizeof(Sum));
+    for (int64_t c = i < n ? d : 0; c < padded; ++c) row[c] = 0;
   }
 }
 

@@ -39,10 +39,13 @@ void gather_chunk(const LookupGatherArgs& a, const LookupShape& s, const LookupT
     pack_rows(strided_row<T>(a.k, a.k_strides, t, key), a.k_strides[2], keys, a.channels, kKeyBlock, s.padded, rows);
     pack_panels(rows, kKeyBlock, a.channels, s.padded, panels);
     pack_rows(strided_row<T>(a.v, a.v_strides, t, key), a.v_strides[2], keys, a.channels, kKeyBlock, s.padded, rows);
+    NextRows<T> next_keys(a, t, key, a.k, a.k_strides), next_values(a, t, key, a.v, a.v_strides);
     each_query_block(a, [&](int64_t query, int64_t count) {
       multiply_panels(queries + query * s.padded, s.padded, panels, a.channels, kKeyBlock, scores, count);
       Sum shrink[kQueryBlock];
       for (int64_t m = 0; m < count; ++m) {
+        next_keys.fetch_some();
+        next_values.fetch_some();
         Sum *row = scores + m * kKeyBlock, &highest = sums.highest[query + m];
         Sum top = highest;
 #pragma omp simd reduction(max : top)

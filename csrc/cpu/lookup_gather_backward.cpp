@@ -31,7 +31,6 @@ void differentiate_chunk(const LookupGatherBackwardArgs& a, const LookupShape& s
     offsets[m] = offset;
   }
   clear(grad_q, all);
-  const int64_t stride = a.heads * a.channels;
   each_key_block(t, [&](int64_t key, int64_t number) {
     pack_rows(strided_row<T>(a.v, a.v_strides, t, key), a.v_strides[2], number, a.channels, kKeyBlock, s.padded, keys);
     pack_panels(keys, kKeyBlock, a.channels, s.padded, value_panels);
@@ -39,11 +38,14 @@ void differentiate_chunk(const LookupGatherBackwardArgs& a, const LookupShape& s
     pack_panels(keys, kKeyBlock, a.channels, s.padded, key_panels);
     clear(grad_k, block);
     clear(grad_v, block);
+    NextRows<T> next_keys(a, t, key, a.k, a.k_strides), next_values(a, t, key, a.v, a.v_strides);
     each_query_block(a, [&](int64_t query, int64_t count) {
       const Sum *q = queries + query * s.padded, *g = grads + query * s.padded;
       multiply_panels(q, s.padded, key_panels, a.channels, kKeyBlock, weights, count);
       multiply_panels(g, s.padded, value_panels, a.channels, kKeyBlock, slopes, count);
       for (int64_t m = 0; m < count; ++m) {
+        next_keys.fetch_some();
+        next_values.fetch_some();
         Sum *weight = weights + m * kKeyBlock, *slope = slopes + m * kKeyBlock;
         const Sum offset = offsets[query + m];
         weigh_by_lse(weight, number, scale, lse[query + m]);
@@ -55,8 +57,8 @@ void differentiate_chunk(const LookupGatherBackwardArgs& a, const LookupShape& s
       add_outer(slopes, kKeyBlock, number, q, s.padded, grad_k, count);
       add_outer(weights, kKeyBlock, number, g, s.padded, grad_v, count);
     });
-    store_result(grad_k, s.padded, number, a.channels, scale, result_row<T>(a.grad_k, a, a.tokens, t, key), stride);
-    store_result(grad_v, s.padded, number, a.channels, Sum(1), result_row<T>(a.grad_v, a, a.tokens, t, key), stride);
+    store_key_rows<T>(a, s, t, key, number, grad_k, scale, a.grad_k);
+    store_key_rows<T>(a, s, t, key, number, grad_v, Sum(1), a.grad_v);
   });
 }
 

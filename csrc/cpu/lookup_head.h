@@ -5,19 +5,22 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "../common/args.h"
 #include "attention_tiles.h"
+#include "stream.h"
 
 namespace tokred::cpu::TOKRED_ISA {
 namespace {
 
 // Keys of a block: whole tiles of every kind, and few enough that what belongs to a block stays in the cache.
-constexpr int64_t kKeyBlock = 240;
+constexpr int64_t kKeyBlock = 144;
 static_assert(kKeyBlock % (kPanels * kLanes) == 0 && kKeyBlock % kRowRows == 0, "blocks must be made of whole tiles");
-constexpr int64_t kChunkBlocks = 16;
+constexpr int64_t kChunkBlocks = 27;
 constexpr int64_t kChunk = kChunkBlocks * kKeyBlock;
 
 struct LookupShape {
@@ -67,7 +70,34 @@ const T* strided_row(const void* data, const int64_t (&strides)[3], const Lookup
   return static_cast<const T*>(data) + t.image * strides[0] + t.head * strides[1] + row * strides[2];
 }
 
-// The same of (B, rows, H, d), contiguous: how results lie. The next row is H d further.
+// What the next key block reads of a tensor, fetched a few rows at a time, so that loading runs beside the products:
+// the rows of a head lie a whole token apart, and the processor's own prefetching takes those of other heads for next.
+template <class T>
+class NextRows {
+ public:
+  NextRows(const LookupProblem& a, const LookupTask& t, int64_t block, const void* data, const int64_t (&strides)[3])
+      : bytes_(a.channels * static_cast<int64_t>(sizeof(T))),
+        stride_(strides[2] * static_cast<int64_t>(sizeof(T))),
+        left_(std::min(kKeyBlock, t.first + t.count - block - kKeyBlock)),
+        share_((kKeyBlock + a.compressed - 1) / a.compressed) {
+    if (left_ > 0) row_ = reinterpret_cast<const char*>(strided_row<T>(data, strides, t, block + kKeyBlock));
+  }
+
+  // Called once a query.
+  void fetch_some() {
+    for (int64_t i = 0; i < share_ && left_ > 0; ++i, --left_, row_ += stride_) {
+      for (int64_t byte = 0; byte < bytes_; byte += kLineBytes) __builtin_prefetch(row_ + byte, 0, kSecondLevel);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr int kSecondLevel = 2;
+  const char* row_ = nullptr;
+  int64_t bytes_, stride_, left_, share_;
+};
+
+// A row of (B, rows, H, d), contiguous: how results lie. The next row is H d further.
 template <class T>
 T* result_row(void* data, const LookupProblem& a, int64_t rows, const LookupTask& t, int64_t row) {
   return static_cast<T*>(data) + (((t.image * rows) + row) * a.heads + t.head) * a.channels;
@@ -90,6 +120,27 @@ void store_result(const Sum* from, int64_t padded, int64_t count, int64_t channe
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) to[i * stride + c] = Element<T>::store(from[i * padded + c] * factor);
   }
+}
+
+// Rows `first` on of a result (B, N, H, d): times `factor`, from rows of `padded` sums.
+template <class T, class Sum>
+void store_key_rows(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t first, int64_t count,
+                    const Sum* from, Sum factor, void* result) {
+  T* to = result_row<T>(result, a, a.tokens, t, first);
+  const int64_t stride = a.heads * a.channels;
+  if constexpr (std::is_same_v<T, float>) {
+    const bool large = a.images * a.tokens * stride * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(to) % sizeof(FloatVector) == 0;
+    if (large && aligned && a.channels % kLanes == 0) {
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < a.channels; c += kLanes) {
+          stream_vector(*reinterpret_cast<const FloatVector*>(from + i * s.padded + c) * factor, to + i * stride + c);
+        }
+      }
+      return stream_end();
+    }
+  }
+  store_result(from, s.padded, count, a.channels, factor, to, stride);
 }
 
 template <class Sum>

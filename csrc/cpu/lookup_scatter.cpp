@@ -25,13 +25,16 @@ void scatter_chunk(const LookupScatterArgs& a, const LookupShape& s, const Looku
     pack_rows(strided_row<T>(a.k, a.k_strides, t, key), a.k_strides[2], number, a.channels, kKeyBlock, s.padded, keys);
     pack_panels(keys, kKeyBlock, a.channels, s.padded, panels);
     clear(out, block);
+    NextRows<T> next_keys(a, t, key, a.k, a.k_strides);
     each_query_block(a, [&](int64_t query, int64_t count) {
       multiply_panels(queries + query * s.padded, s.padded, panels, a.channels, kKeyBlock, weights, count);
-      for (int64_t m = 0; m < count; ++m) weigh_by_lse(weights + m * kKeyBlock, number, scale, lse[query + m]);
+      for (int64_t m = 0; m < count; ++m) {
+        next_keys.fetch_some();
+        weigh_by_lse(weights + m * kKeyBlock, number, scale, lse[query + m]);
+      }
       add_outer(weights, kKeyBlock, number, values + query * s.padded, s.padded, out, count);
     });
-    store_result(out, s.padded, number, a.channels, Sum(1), result_row<T>(a.out, a, a.tokens, t, key),
-                 a.heads * a.channels);
+    store_key_rows<T>(a, s, t, key, number, out, Sum(1), a.out);
   });
 }
 

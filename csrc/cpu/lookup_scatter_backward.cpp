@@ -39,11 +39,14 @@ void differentiate_chunk(const LookupScatterBackwardArgs& a, const LookupShape& 
               kKeyBlock, s.padded, grads);
     pack_panels(grads, kKeyBlock, a.channels, s.padded, grad_panels);
     clear(grad_k, block);
+    NextRows<T> next_keys(a, t, key, a.k, a.k_strides), next_grads(a, t, key, a.grad_out, a.grad_out_strides);
     each_query_block(a, [&](int64_t query, int64_t count) {
       const int64_t start = query * s.padded;
       multiply_panels(queries + start, s.padded, key_panels, a.channels, kKeyBlock, weights, count);
       multiply_panels(values + start, s.padded, grad_panels, a.channels, kKeyBlock, slopes, count);
       for (int64_t m = 0; m < count; ++m) {
+        next_keys.fetch_some();
+        next_grads.fetch_some();
         Sum *weight = weights + m * kKeyBlock, *slope = slopes + m * kKeyBlock;
         weigh_by_lse(weight, number, scale, lse[query + m]);
         Sum total = 0;
@@ -60,8 +63,7 @@ void differentiate_chunk(const LookupScatterBackwardArgs& a, const LookupShape& 
       add_rows(partial, count * s.padded, grad.v + start);
       add_outer(slopes, kKeyBlock, number, queries + start, s.padded, grad_k, count);
     });
-    store_result(grad_k, s.padded, number, a.channels, scale, result_row<T>(a.grad_k, a, a.tokens, t, key),
-                 a.heads * a.channels);
+    store_key_rows<T>(a, s, t, key, number, grad_k, scale, a.grad_k);
   });
 }
 

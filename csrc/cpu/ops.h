@@ -2,6 +2,9 @@
 // The CPU ops. Each picks the widest instruction set the machine has, at run time.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "../common/args.h"
 
 namespace tokred::cpu {
@@ -25,5 +28,7 @@ void lookup_gather_backward(const LookupGatherBackwardArgs& args);
 void lookup_scatter(const LookupScatterArgs& args);
 void lookup_scatter_backward(const LookupScatterBackwardArgs& args);
 const char* instruction_set();
+// Advises the system to map this memory in large pages: fewer faults when it is first written, fewer misses after.
+void use_large_pages(void* data, std::size_t bytes);
 
 }  // namespace tokred::cpu

@@ -20,6 +20,8 @@ except ImportError as error:  # a source tree that was never built still has the
     FAILURE = str(error)
 
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+# A result on the CPU of so many bytes is asked for in large pages. As numpy has it: below, the pages may not fill.
+LARGE_BYTES = 4 << 20
 REDUCE_CODE = {"sum": 0, "mean": 1, "amax": 2}
 
 
@@ -36,6 +38,18 @@ def stream(tensor: Tensor) -> int:
 def address(tensor: Tensor | None) -> int:
     """Where the data starts; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def room(tensor: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+    """A new tensor like this one, for a result: uninitialised, and on the CPU in large pages where it is large.
+
+    The allocator hands large memory back to the system and fetches it anew, so that most calls would fault on every
+    small page of what they write.
+    """
+    result = tensor.new_empty(size)
+    if result.nbytes >= LARGE_BYTES and not result.is_cuda:
+        MODULE.cpu.use_large_pages(result.data_ptr(), result.nbytes)  # type: ignore[union-attr]
+    return result
 
 
 def rows(tensor: Tensor) -> Tensor:

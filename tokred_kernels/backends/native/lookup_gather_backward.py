@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokred_kernels.backends.layout import heads_last
-from tokred_kernels.backends.native import address, kernels, stream
+from tokred_kernels.backends.native import address, kernels, room, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.native.lookup_gather import lookup_problem, strided
 
@@ -25,7 +25,7 @@ def lookup_gather_backward(
     q, k, v = (inner_dense(t) for t in (q, k, v))
     grad_out = inner_dense(grad_out.transpose(1, 2))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grads = [t.new_empty(heads_last(t)) for t in (q, k, v)]
+    grads = [room(t, heads_last(t)) for t in (q, k, v)]
     kernels(q).lookup_gather_backward(
         *(lookup_problem(q, k), scale, strided(v), strided(grad_out)),
         *(address(grad_lse), out.data_ptr(), lse.data_ptr()),

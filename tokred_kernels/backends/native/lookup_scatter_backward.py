@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.backends.layout import heads_last
-from tokred_kernels.backends.native import kernels, stream
+from tokred_kernels.backends.native import kernels, room, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.native.lookup_gather import lookup_problem, strided
 
@@ -18,7 +18,7 @@ def lookup_scatter_backward(
     """See `ops.lookup_scatter`: gradients as results lie, heads last, and of lse; `grad_out` comes as (B, N, H, d)."""
     q, k, v = (inner_dense(t) for t in (q, k, v))
     grad_out, lse = inner_dense(grad_out.transpose(1, 2)), lse.contiguous()
-    grads = [t.new_empty(heads_last(t)) for t in (q, k, v)]
+    grads = [room(t, heads_last(t)) for t in (q, k, v)]
     grad_lse = torch.empty_like(lse)
     kernels(q).lookup_scatter_backward(
         *(lookup_problem(q, k), scale, strided(v), strided(grad_out), lse.data_ptr()),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, rows, stream
+from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, room, rows, stream
 
 
 def merge(
@@ -22,7 +22,7 @@ def merge(
     x = rows(x)
     batch, num_out = begin.shape
     channels = x.shape[2]
-    y = x.new_empty((batch, num_out, channels))
+    y = room(x, (batch, num_out, channels))
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = x.new_empty((batch, num_out) if weight_sum else (0,), dtype=accumulator)
     kernels(x).merge(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, rows, stream
+from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, room, rows, stream
 
 
 def merge_backward(
@@ -32,7 +32,7 @@ def merge_backward(
         x = rows(x)
     (batch, tokens), (_, num_out, channels) = dest.shape, grad_y.shape
     accumulator = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
-    grad_x = grad_y.new_empty((batch, tokens, channels) if need_x else (0,))
+    grad_x = room(grad_y, (batch, tokens, channels) if need_x else (0,))
     grad_weight = grad_y.new_empty((batch, tokens) if need_weight else (0,), dtype=accumulator)
     kernels(grad_y).merge_backward(
         *(grad_y.data_ptr(), address(grad_weight_sum), address(x), 0 if x is None else x.stride(1), address(y)),
