@@ -20,7 +20,7 @@ struct Simd {
 };
 
 // Queries whose scores are at hand together: a multiple of the rows of both register tiles below.
-constexpr int kQueryBlock = 24;
+constexpr int kQueryBlock = 48;
 // Register tiles: rows times vectors. With 32 registers 24 hold sums, with 16 registers 12 do.
 constexpr int kPanelRows = kLanes == 16 ? 8 : 4;
 constexpr int kPanels = 3;
