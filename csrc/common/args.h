@@ -284,6 +284,7 @@ struct LookupGatherBackwardArgs : LookupProblem {
   const void* out;                 // (B, M, H, d), dtype, contiguous
   const void* lse;                 // (B, H, M), acc
   void *grad_q, *grad_k, *grad_v;  // (B, M, H, d), (B, N, H, d) and again, dtype, contiguous
+  bool onto_k;                     // add to what grad_k holds; on the CPU alone
 };
 
 // out = A^T v.

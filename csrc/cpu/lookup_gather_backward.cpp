@@ -30,6 +30,7 @@ void differentiate_chunk(const LookupGatherBackwardArgs& a, const LookupShape& s
     for (int64_t c = 0; c < a.channels; ++c) offset -= grads[m * s.padded + c] * Element<T>::load(out[c]);
     offsets[m] = offset;
   }
+  const int64_t stride = a.heads * a.channels, sum_strides[] = {a.tokens * stride, a.channels, stride};
   clear(grad_q, all);
   each_key_block(t, [&](int64_t key, int64_t number) {
     pack_rows(strided_row<T>(a.v, a.v_strides, t, key), a.v_strides[2], number, a.channels, kKeyBlock, s.padded, keys);
@@ -39,6 +40,7 @@ void differentiate_chunk(const LookupGatherBackwardArgs& a, const LookupShape& s
     clear(grad_k, block);
     clear(grad_v, block);
     NextRows<T> next_keys(a, t, key, a.k, a.k_strides), next_values(a, t, key, a.v, a.v_strides);
+    NextRows<T> next_sums(a, t, key, a.grad_k, sum_strides);
     each_query_block(a, [&](int64_t query, int64_t count) {
       const Sum *q = queries + query * s.padded, *g = grads + query * s.padded;
       multiply_panels(q, s.padded, key_panels, a.channels, kKeyBlock, weights, count);
@@ -46,6 +48,7 @@ void differentiate_chunk(const LookupGatherBackwardArgs& a, const LookupShape& s
       for (int64_t m = 0; m < count; ++m) {
         next_keys.fetch_some();
         next_values.fetch_some();
+        if (a.onto_k) next_sums.fetch_some();
         Sum *weight = weights + m * kKeyBlock, *slope = slopes + m * kKeyBlock;
         const Sum offset = offsets[query + m];
         weigh_by_lse(weight, number, scale, lse[query + m]);
@@ -57,7 +60,7 @@ void differentiate_chunk(const LookupGatherBackwardArgs& a, const LookupShape& s
       add_outer(slopes, kKeyBlock, number, q, s.padded, grad_k, count);
       add_outer(weights, kKeyBlock, number, g, s.padded, grad_v, count);
     });
-    store_key_rows<T>(a, s, t, key, number, grad_k, scale, a.grad_k);
+    store_key_rows<T>(a, s, t, key, number, grad_k, scale, a.grad_k, a.onto_k);
     store_key_rows<T>(a, s, t, key, number, grad_v, Sum(1), a.grad_v);
   });
 }

@@ -122,10 +122,20 @@ void store_result(const Sum* from, int64_t padded, int64_t count, int64_t channe
   }
 }
 
-// Rows `first` on of a result (B, N, H, d): times `factor`, from rows of `padded` sums.
+template <class T, class Sum>
+void add_result(const Sum* from, int64_t padded, int64_t count, int64_t channels, Sum factor, T* to, int64_t stride) {
+  using E = Element<T>;
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = to + i * stride;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) row[c] = E::store(from[i * padded + c] * factor + E::load(row[c]));
+  }
+}
+
+// Rows `first` on of a result (B, N, H, d): times `factor`, from rows of `padded` sums; `onto` adds to what is there.
 template <class T, class Sum>
 void store_key_rows(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t first, int64_t count,
-                    const Sum* from, Sum factor, void* result) {
+                    const Sum* from, Sum factor, void* result, bool onto = false) {
   T* to = result_row<T>(result, a, a.tokens, t, first);
   const int64_t stride = a.heads * a.channels;
   if constexpr (std::is_same_v<T, float>) {
@@ -134,12 +144,15 @@ void store_key_rows(const LookupProblem& a, const LookupShape& s, const LookupTa
     if (large && aligned && a.channels % kLanes == 0) {
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t c = 0; c < a.channels; c += kLanes) {
-          stream_vector(*reinterpret_cast<const FloatVector*>(from + i * s.padded + c) * factor, to + i * stride + c);
+          FloatVector value = *reinterpret_cast<const FloatVector*>(from + i * s.padded + c) * factor;
+          if (onto) value += *reinterpret_cast<const FloatVector*>(to + i * stride + c);
+          stream_vector(value, to + i * stride + c);
         }
       }
       return stream_end();
     }
   }
+  if (onto) return add_result(from, s.padded, count, a.channels, factor, to, stride);
   store_result(from, s.padded, count, a.channels, factor, to, stride);
 }
 

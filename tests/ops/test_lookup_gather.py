@@ -81,6 +81,66 @@ def test_gradcheck_of_gather_and_scatter_chained():
     assert torch.autograd.gradcheck(lambda *parts: fused(type(call)(*parts)), tuple(call))
 
 
+def scattered_twice(call):
+    """Both scatters of one gather, the second of a k that is another tensor, and their gradients."""
+    out, lse = tk.lookup_gather(call.q, call.k, call.v)
+    first = tk.lookup_scatter(call.q, call.k, call.values, lse)
+    second = tk.lookup_scatter(call.q, call.k.clone(), call.values, lse)
+    third = tk.lookup_scatter(call.q, call.k, out, lse)
+    return out, first, second, third
+
+
+def test_a_gather_adds_to_the_gradients_of_every_scatter():
+    own = drawn((2, 2, 5, 40, 16)).leaves()
+    exact = own.exact()
+    gathered, _, scattered = dense(exact)
+    again = dense(exact._replace(values=gathered))[2]
+    want = torch.autograd.grad(loss([gathered, scattered, scattered, again], 3), exact)
+    results = scattered_twice(own)
+    for keep in (True, True, False):  # what one pass has written over is not what the next reads
+        got = torch.autograd.grad(loss(results, 3), own, retain_graph=keep)
+        for mine, right in zip(got, want, strict=True):
+            assert_close(mine, right)
+
+
+def test_a_scatter_alone_reaches_the_gather():
+    own = drawn((2, 2, 5, 40, 16)).leaves()
+    exact = own.exact()
+    (want,) = torch.autograd.grad(loss([dense(exact)[2]], 3), exact.k)
+    seen = []
+    own.k.register_hook(seen.append)
+    loss(fused(own)[2:], 3).backward()
+    assert_close(own.k.grad, want)
+    assert len(seen) == 1 and torch.equal(seen[0], own.k.grad)
+
+
+def test_first_derivatives_that_keep_a_graph():
+    own = drawn((1, 2, 3, 9, 8)).leaves()
+
+    def squares():
+        return sum(result.square().sum() for result in fused(own))
+
+    plain = torch.autograd.grad(squares(), own)
+    for got, want in zip(torch.autograd.grad(squares(), own, create_graph=True), plain, strict=True):
+        torch.testing.assert_close(got, want)
+        with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+            torch.autograd.grad(got.sum(), own, retain_graph=True, allow_unused=True)
+
+
+def test_gradients_of_a_scatter_take_no_second_memory():
+    call = drawn((1, 1, 2, 50_000, 32)).leaves()
+    results = fused(call)
+    ones = [torch.ones_like(result) for result in results]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        grads = torch.autograd.grad(results, call, ones)
+    taken = held = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            taken = max(taken, held)
+    assert taken < sum(g.nbytes for g in grads) + call.k.nbytes / 2
+
+
 def test_gradients_one_at_a_time():
     for number in range(3):
         call = drawn((2, 1, 3, 9, 8))

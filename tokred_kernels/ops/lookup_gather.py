@@ -13,10 +13,13 @@ from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_same_device, shape
-from tokred_kernels.ops.library import once, register
+from tokred_kernels.ops.library import nobody_listens, once, register
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
+# Whose kernel adds its gradient of k to that of a scatter, and what an lse carries so that it comes to that.
+_ADDS = ("cpu",)
+_CARRIED = "_tokred_carried"
 
 
 def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -46,7 +49,10 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _LookupGather.apply(q, k, v, scale, backend)
+        carries = backend in _ADDS and nobody_listens(q) and q.requires_grad and k.requires_grad
+        out, lse, *carried = _LookupGather.apply(q, k, v, scale, backend, carries)
+        if carried:
+            setattr(lse, _CARRIED, (q, k, *carried))
     else:
         out, lse = _lookup_gather(q, k, v, scale, backend)
     return out.transpose(1, 2), lse
@@ -72,6 +78,15 @@ def check_lookup(op: str, q: Any, k: Any, v: Any, of_v: Any) -> None:
         check_same_device(op, name, value, "q", q)
 
 
+def carried(lse: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k by way of the gather of these that made `lse`, where it can add to the gradients of a scatter.
+
+    Its gradient of k then lands in the one memory that the scatter's has taken; autograd would add two.
+    """
+    found = getattr(lse, _CARRIED, None)
+    return found[2:] if found is not None and found[0] is q and found[1] is k else (q, k)
+
+
 def default_scale(q: Tensor) -> float:
     """1 / sqrt(d)."""
     return 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
@@ -84,22 +99,40 @@ def heads_first(gradient: Tensor) -> Tensor:
 
 class _LookupGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, carries: bool
+    ) -> tuple[Tensor, ...]:
         out, lse = _lookup_gather(q, k, v, scale, backend)
         ctx.set_materialize_grads(False)  # where nothing is scattered, none comes through lse
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.backend = scale, backend
-        return out, lse
+        return (out, lse, q.view_as(q), k.view_as(k)) if carries else (out, lse)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        onto_q: Tensor | None = None,
+        onto_k: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        anchor: Any = grad_lse if grad_out is None else grad_out
+        anchor: Any = next(g for g in (grad_out, grad_lse, onto_k, onto_q) if g is not None)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        arguments = grad_out, grad_lse, q, k, v, out, lse, ctx.scale
+        first_only = not torch.is_grad_enabled()
         with torch.no_grad():
-            grads = _lookup_gather_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.backend)
-        needs = zip(grads, ctx.needs_input_grad[:3], strict=True)
-        return (*(once(OP, heads_first(g), anchor) if need else None for g, need in needs), None, None)
+            # What a scatter has just made, for nobody else, and lies as results do, may be written over.
+            if first_only and onto_k is not None and onto_k.transpose(1, 2).is_contiguous():
+                kernel = backends.implementation(ctx.backend, "lookup_gather_backward")
+                grads, onto_k = kernel(*arguments, onto_k=onto_k.transpose(1, 2)), None
+            else:
+                grads = _lookup_gather_backward(*arguments, ctx.backend)
+        results: list[Tensor | None] = []
+        for gradient, onto, need in zip(grads, (onto_q, onto_k, None), ctx.needs_input_grad[:3], strict=True):
+            own = once(OP, heads_first(gradient), anchor) if need else None
+            results.append(own if own is None or onto is None else own + onto)
+        return (*results, None, None, None)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:

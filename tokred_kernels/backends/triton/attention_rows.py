@@ -6,17 +6,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokred_kernels.backends.triton import multiply_add
 from tokred_kernels.backends.triton.attention_tiles import (
     EPS,
     LOG2_E,
     counts_query,
     head_start,
-    image_rows,
     key_terms,
-    load_rows,
+    load_tokens,
     load_vectors,
-    place,
+    products,
+    row_softmax,
+    rows_place,
+    store_rows,
     weight_share,
 )
 
@@ -68,14 +69,13 @@ def rows_kernel(
     gives, and a policy, take a walk past the keys. With D_i that sum, and G_i the mean of g_ij over j, the highest
     score gets - sum_j ds_ij = - eps (D_i - G_i) / Z_i: what is left of a difference that cancels but for eps.
     """
-    image, head, block = place(heads, blocks)
-    first, count = image_rows(starts, image, tokens, PACKED)
+    image, head, block, first, count = rows_place(starts, heads, tokens, blocks, PACKED)
     if block * BLOCK_QUERIES >= count:
         return
-    q = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
-    k = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
-    v = head_start(v, image, head, first, v_stride_b, v_stride_h, v_stride_n, PACKED)
-    grad_out = head_start(grad_out, image, head, first, g_stride_b, g_stride_h, g_stride_n, PACKED)
+    q = head_start(q, image, head, q_stride_b, q_stride_h, q_stride_n, first, PACKED)
+    k = head_start(k, image, head, k_stride_b, k_stride_h, k_stride_n, first, PACKED)
+    v = head_start(v, image, head, v_stride_b, v_stride_h, v_stride_n, first, PACKED)
+    grad_out = head_start(grad_out, image, head, g_stride_b, g_stride_h, g_stride_n, first, PACKED)
     at = first * heads + head
     i = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
@@ -89,8 +89,7 @@ def rows_kernel(
         if IMPORTANCE == "last" and not POLICY:
             limit = tl.where((block + 1) * BLOCK_QUERIES >= count, count, 0)
         queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-        level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
-        inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
+        level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
         highest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
         highest_key = tl.zeros((BLOCK_QUERIES,), tl.int32)
         worth = tl.zeros((BLOCK_QUERIES,), tl.float32)  # of the row's weights
@@ -99,7 +98,7 @@ def rows_kernel(
         for start in range(0, limit, BLOCK_KEYS):
             j = start + tl.arange(0, BLOCK_KEYS)
             keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
-            dots = multiply_add(queries, keys, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+            dots = products(queries, keys)
             scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, count, BIAS)[None, :]
             if POLICY:
                 best = tl.max(scores, 1)
@@ -111,10 +110,10 @@ def rows_kernel(
             if IMPORTANCE != "":
                 seen = tl.exp2(scores - level[:, None])
                 if POLICY:
-                    kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+                    kept = load_tokens(policy, first, j, count)
                     seen = tl.where(i[:, None] == j[None, :], seen, seen * kept[None, :])
                     seen += EPS / count.to(tl.float32)
-                grad = tl.load(grad_worth + first + j, mask=j < count, other=0.0)
+                grad = load_tokens(grad_worth, first, j, count)
                 worth += tl.sum(seen * grad[None, :], 1)
                 worth_sum += tl.sum(grad, 0)
         mean = tl.zeros((BLOCK_QUERIES,), tl.float32)
@@ -124,7 +123,6 @@ def rows_kernel(
             mean += worth_sum * share
         if POLICY:
             mean = (mean + tl.sum(grads * value_sum[None, :], 1)) / count.to(tl.float32)
-            rows = i.to(tl.int64) * heads
-            tl.store(top + at + rows, highest_key, mask=i < count)
-            tl.store(shift + at + rows, (total - mean) * inverse * EPS, mask=i < count)
-    tl.store(delta + at + i.to(tl.int64) * heads, total, mask=i < count)
+            store_rows(top + at, highest_key, i, count, heads)
+            store_rows(shift + at, (total - mean) * inverse * EPS, i, count, heads)
+    store_rows(delta + at, total, i, count, heads)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.token_attention import packed_strides
 from tokred_kernels.backends.reference.token_attention import POLICY_EPS
-from tokred_kernels.backends.triton import INTERPRETED
-from tokred_kernels.backends.triton.configs import MAX_HEAD_WIDTH
+from tokred_kernels.backends.triton import INTERPRETED, multiply_add, narrow
+from tokred_kernels.backends.triton.configs import MAX_HEAD_WIDTH, AttentionConfig
 
 # Exponentials are of base 2, which GPUs have an instruction for; scores are scaled to match.
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -48,6 +48,18 @@ def shares(images: int, heads: int, tokens: int, block: int) -> tuple[tuple[int]
     return (images * heads * blocks,), blocks
 
 
+def launch_options(config: AttentionConfig, channels: int) -> dict[str, int]:
+    """What every kernel of tiles of scores is launched with, but for its own arguments and modes."""
+    return {
+        "CHANNELS": channels,
+        "BLOCK_CHANNELS": config.block_channels,
+        "BLOCK_QUERIES": config.block_queries,
+        "BLOCK_KEYS": config.block_keys,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
 @triton.jit
 def place(heads, blocks):
     """The image, head and block of this program: those of one head are neighbours, and share what they read."""
@@ -56,8 +68,9 @@ def place(heads, blocks):
 
 
 @triton.jit
-def image_rows(starts, image, tokens, PACKED: tl.constexpr):
-    """The first row of an image among those of all, and how many it has."""
+def rows_place(starts, heads, tokens, blocks, PACKED: tl.constexpr):
+    """What `place` gives, then the first row of the image among those of all, and how many it has."""
+    image, head, block = place(heads, blocks)
     if PACKED:
         first = tl.load(starts + image)
         count = tl.load(starts + image + 1) - first
@@ -65,12 +78,12 @@ def image_rows(starts, image, tokens, PACKED: tl.constexpr):
     else:
         first = image * tokens
         count = tokens
-    return first, count
+    return image, head, block, first, count
 
 
 @triton.jit
-def head_start(vectors, image, head, first, stride_b, stride_h, stride_n, PACKED: tl.constexpr):
-    """Where the vectors of one head of one image start."""
+def head_start(vectors, image, head, stride_b, stride_h, stride_n=0, first=0, PACKED: tl.constexpr = False):
+    """Where the vectors of one head of one image start: if PACKED, at row `first` of all."""
     vectors += head.to(tl.int64) * stride_h
     return vectors + first * stride_n if PACKED else vectors + image * stride_b
 
@@ -88,13 +101,13 @@ def load_vectors(vectors, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHAN
 
 @triton.jit
 def store_vectors(vectors, tile, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Write what `load_vectors` would read."""
+    """Write what `load_vectors` would read, float32 rounded to its type."""
     c = tl.arange(0, BLOCK_CHANNELS)
     at = vectors + i.to(tl.int64)[:, None] * stride_n + c[None, :]
     mask = (i < count)[:, None]
     if CHANNELS < BLOCK_CHANNELS:
         mask = mask & (c < CHANNELS)[None, :]
-    tl.store(at, tile, mask=mask)
+    tl.store(at, narrow(tile, vectors.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -109,9 +122,28 @@ def key_terms(bias, first, j, count, BIAS: tl.constexpr):
 
 
 @triton.jit
+def load_tokens(values, first, j, count):
+    """What there is one of for each of the tokens j, (rows); 0 beyond the image's `count`."""
+    return tl.load(values + first + j, mask=j < count, other=0.0)
+
+
+@triton.jit
 def load_rows(values, i, count, heads, other):
     """What there is one of for each of the tokens i of a head, (rows, H)."""
     return tl.load(values + i.to(tl.int64) * heads, mask=i < count, other=other)
+
+
+@triton.jit
+def store_rows(values, row, i, count, heads):
+    """Write what `load_rows` would read."""
+    tl.store(values + i.to(tl.int64) * heads, row, mask=i < count)
+
+
+@triton.jit
+def row_softmax(row_max, row_sum, i, count, heads):
+    """What makes weights of the scores of queries i, in base 2: exp2(score - level) * inverse, 0 beyond `count`."""
+    level = load_rows(row_max, i, count, heads, float("inf")) * LOG2_E
+    return level, 1.0 / load_rows(row_sum, i, count, heads, 1.0)
 
 
 @triton.jit
@@ -131,6 +163,12 @@ def weight_share(heads, count, IMPORTANCE: tl.constexpr):
     """What one weight adds to the importance of its key."""
     number = heads * count if IMPORTANCE == "mean" else heads
     return 1.0 / number.to(tl.float32)
+
+
+@triton.jit
+def products(a, b):
+    """a b^T, float32, of float32 without TF32."""
+    return multiply_add(a, b, tl.zeros((a.shape[0], b.shape[0]), tl.float32))
 
 
 @triton.jit

@@ -9,14 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import multiply_add, narrow, on_device
+from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     LN_2,
     LOG2_E,
     check_width,
     head_start,
+    launch_options,
     load_vectors,
     multiply,
+    products,
+    store_rows,
     store_vectors,
 )
 from tokred_kernels.backends.triton.configs import lookup_config, lookup_splits
@@ -48,12 +51,7 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
             *(q, k, v, *parts),
             *(number for t in (q, k, v) for number in t.stride()[:3]),
             *(images, heads, compressed, tokens, blocks, splits, share, scale),
-            CHANNELS=channels,
-            BLOCK_CHANNELS=config.block_channels,
-            BLOCK_QUERIES=config.block_queries,
-            BLOCK_KEYS=config.block_keys,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config, channels),
         )
         if splits > 1:
             combine(parts, [out, lse], softmax=True)
@@ -91,9 +89,9 @@ def gather_kernel(
 ):
     """A program takes BLOCK_QUERIES queries of one head past the keys of a split, as if there were no others."""
     image, head, block, split = few_place(heads, blocks, splits)
-    q = head_start(q, image, head, 0, q_stride_b, q_stride_h, q_stride_n, False)
-    k = head_start(k, image, head, 0, k_stride_b, k_stride_h, k_stride_n, False)
-    v = head_start(v, image, head, 0, v_stride_b, v_stride_h, v_stride_n, False)
+    q = head_start(q, image, head, q_stride_b, q_stride_h)
+    k = head_start(k, image, head, k_stride_b, k_stride_h)
+    v = head_start(v, image, head, v_stride_b, v_stride_h)
     i = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     queries = load_vectors(q, i, compressed, q_stride_n, CHANNELS, BLOCK_CHANNELS)
 
@@ -103,7 +101,7 @@ def gather_kernel(
     for start in range(split * share, tl.minimum((split + 1) * share, tokens), BLOCK_KEYS):
         j = start + tl.arange(0, BLOCK_KEYS)
         keys = load_vectors(k, j, tokens, k_stride_n, CHANNELS, BLOCK_CHANNELS)
-        dots = multiply_add(queries, keys, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        dots = products(queries, keys)
         scores = tl.where((j < tokens)[None, :], dots * (scale * LOG2_E), float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp2(highest - higher)
@@ -115,7 +113,6 @@ def gather_kernel(
 
     at = split_at(split, images, heads, compressed)
     out += at * CHANNELS + vectors_at(image, head, heads, compressed, CHANNELS)
-    mixed = narrow(mixed / total[:, None], out.dtype.element_ty)
-    store_vectors(out, mixed, i, compressed, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
+    store_vectors(out, mixed / total[:, None], i, compressed, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
     lse += at + (image * heads + head) * compressed
-    tl.store(lse + i, (highest + tl.log2(total)) * LN_2, mask=i < compressed)
+    store_rows(lse, (highest + tl.log2(total)) * LN_2, i, compressed, 1)

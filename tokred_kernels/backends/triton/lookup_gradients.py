@@ -11,15 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import multiply_add, narrow
+from tokred_kernels.backends.triton import narrow
 from tokred_kernels.backends.triton.attention_tiles import (
     LOG2_E,
     head_start,
+    launch_options,
     load_rows,
     load_vectors,
     multiply,
     place,
+    products,
     shares,
+    store_rows,
     store_vectors,
 )
 from tokred_kernels.backends.triton.configs import lookup_config, lookup_splits
@@ -65,12 +68,7 @@ def differentiate_queries(
         *(images, heads, compressed, tokens, blocks, splits, share, scale),
         GATHER=of_gather is not None,
         LSE=grad_lse is not None,
-        CHANNELS=channels,
-        BLOCK_CHANNELS=config.block_channels,
-        BLOCK_QUERIES=config.block_queries,
-        BLOCK_KEYS=config.block_keys,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **launch_options(config, channels),
     )
     if splits > 1:
         combine(parts, results, softmax=False)
@@ -98,12 +96,7 @@ def differentiate_keys(
             *(number for t in (q, k, few, many) for number in t.stride()[:3]),
             *(heads, compressed, tokens, blocks, scale),
             GATHER=of_gather is not None,
-            CHANNELS=channels,
-            BLOCK_CHANNELS=config.block_channels,
-            BLOCK_QUERIES=config.block_queries,
-            BLOCK_KEYS=config.block_keys,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launch_options(config, channels),
         )
 
 
@@ -152,10 +145,10 @@ def lookup_queries_kernel(
     The last split's keys beyond the last one have a score of -infinity, so that they add nothing.
     """
     image, head, block, split = few_place(heads, blocks, splits)
-    q = head_start(q, image, head, 0, q_stride_b, q_stride_h, q_stride_n, False)
-    k = head_start(k, image, head, 0, k_stride_b, k_stride_h, k_stride_n, False)
-    few = head_start(few, image, head, 0, few_stride_b, few_stride_h, few_stride_n, False)
-    many = head_start(many, image, head, 0, many_stride_b, many_stride_h, many_stride_n, False)
+    q = head_start(q, image, head, q_stride_b, q_stride_h)
+    k = head_start(k, image, head, k_stride_b, k_stride_h)
+    few = head_start(few, image, head, few_stride_b, few_stride_h)
+    many = head_start(many, image, head, many_stride_b, many_stride_h)
     row = (image * heads + head) * compressed
     first = vectors_at(image, head, heads, compressed, CHANNELS)
     stride = heads * CHANNELS
@@ -178,11 +171,11 @@ def lookup_queries_kernel(
     for start in range(split * share, tl.minimum((split + 1) * share, tokens), BLOCK_KEYS):
         j = start + tl.arange(0, BLOCK_KEYS)
         keys = load_vectors(k, j, tokens, k_stride_n, CHANNELS, BLOCK_CHANNELS)
-        dots = multiply_add(queries, keys, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        dots = products(queries, keys)
         scores = tl.where((j < tokens)[None, :], dots * (scale * LOG2_E), float("-inf"))
         weights = tl.exp2(scores - level[:, None])
         manys = load_vectors(many, j, tokens, many_stride_n, CHANNELS, BLOCK_CHANNELS)
-        reached = multiply_add(fews, manys, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        reached = products(fews, manys)
         moved = weights * (reached + shift[:, None])
         to_queries = multiply(narrow(moved, keys.dtype), keys, to_queries)
         if not GATHER:
@@ -190,14 +183,12 @@ def lookup_queries_kernel(
             to_values = multiply(narrow(weights * factor, manys.dtype), manys, to_values)
 
     at = split_at(split, images, heads, compressed)
-    to_queries = narrow(to_queries * scale, grad_q.dtype.element_ty)
     grad_q += at * CHANNELS + first
-    store_vectors(grad_q, to_queries, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
+    store_vectors(grad_q, to_queries * scale, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
     if not GATHER:
-        to_values = narrow(to_values * (1 / factor), grad_v.dtype.element_ty)
         grad_v += at * CHANNELS + first
-        store_vectors(grad_v, to_values, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
-        tl.store(to_lse + at + row + i, -moves, mask=i < compressed)
+        store_vectors(grad_v, to_values * (1 / factor), i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
+        store_rows(to_lse + at + row, -moves, i, compressed, 1)
 
 
 @triton.jit(do_not_specialize=["heads", "compressed", "tokens", "blocks"])
@@ -238,10 +229,10 @@ def lookup_keys_kernel(
     Queries beyond the last one have an lse of infinity and vectors of 0, so that they add nothing.
     """
     image, head, block = place(heads, blocks)
-    q = head_start(q, image, head, 0, q_stride_b, q_stride_h, q_stride_n, False)
-    k = head_start(k, image, head, 0, k_stride_b, k_stride_h, k_stride_n, False)
-    few = head_start(few, image, head, 0, few_stride_b, few_stride_h, few_stride_n, False)
-    many = head_start(many, image, head, 0, many_stride_b, many_stride_h, many_stride_n, False)
+    q = head_start(q, image, head, q_stride_b, q_stride_h)
+    k = head_start(k, image, head, k_stride_b, k_stride_h)
+    few = head_start(few, image, head, few_stride_b, few_stride_h)
+    many = head_start(many, image, head, many_stride_b, many_stride_h)
     row = (image * heads + head) * compressed
     factor = weight_factor(few.dtype.element_ty)
     j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
@@ -253,10 +244,10 @@ def lookup_keys_kernel(
     for start in range(0, compressed, BLOCK_QUERIES):
         i = start + tl.arange(0, BLOCK_QUERIES)
         queries = load_vectors(q, i, compressed, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-        dots = multiply_add(keys, queries, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
+        dots = products(keys, queries)
         weights = tl.exp2(dots * (scale * LOG2_E) - load_level(lse + row, i, compressed)[None, :])
         fews = load_vectors(few, i, compressed, few_stride_n, CHANNELS, BLOCK_CHANNELS)
-        reached = multiply_add(manys, fews, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
+        reached = products(manys, fews)
         if GATHER:
             reached += load_rows(offset + row, i, compressed, 1, 0.0)[None, :]
             to_values = multiply(narrow(weights * factor, fews.dtype), fews, to_values)
@@ -264,8 +255,6 @@ def lookup_keys_kernel(
 
     first = vectors_at(image, head, heads, tokens, CHANNELS)
     stride = heads * CHANNELS
-    to_keys = narrow(to_keys * scale, grad_k.dtype.element_ty)
-    store_vectors(grad_k + first, to_keys, j, tokens, stride, CHANNELS, BLOCK_CHANNELS)
+    store_vectors(grad_k + first, to_keys * scale, j, tokens, stride, CHANNELS, BLOCK_CHANNELS)
     if GATHER:
-        to_values = narrow(to_values * (1 / factor), grad_v.dtype.element_ty)
-        store_vectors(grad_v + first, to_values, j, tokens, stride, CHANNELS, BLOCK_CHANNELS)
+        store_vectors(grad_v + first, to_values * (1 / factor), j, tokens, stride, CHANNELS, BLOCK_CHANNELS)

@@ -8,14 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import multiply_add, narrow, on_device
+from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     LOG2_E,
     check_width,
     head_start,
+    launch_options,
     load_vectors,
     multiply,
     place,
+    products,
     shares,
     store_vectors,
 )
@@ -44,12 +46,7 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -
                 *(q, k, v, lse, out),
                 *(number for t in (q, k, v) for number in t.stride()[:3]),
                 *(heads, compressed, tokens, blocks, scale),
-                CHANNELS=channels,
-                BLOCK_CHANNELS=config.block_channels,
-                BLOCK_QUERIES=config.block_queries,
-                BLOCK_KEYS=config.block_keys,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **launch_options(config, channels),
             )
     return out
 
@@ -82,9 +79,9 @@ def scatter_kernel(
 ):
     """A program takes BLOCK_KEYS keys of one head past all queries: tiles are of keys x queries."""
     image, head, block = place(heads, blocks)
-    q = head_start(q, image, head, 0, q_stride_b, q_stride_h, q_stride_n, False)
-    k = head_start(k, image, head, 0, k_stride_b, k_stride_h, k_stride_n, False)
-    v = head_start(v, image, head, 0, v_stride_b, v_stride_h, v_stride_n, False)
+    q = head_start(q, image, head, q_stride_b, q_stride_h)
+    k = head_start(k, image, head, k_stride_b, k_stride_h)
+    v = head_start(v, image, head, v_stride_b, v_stride_h)
     lse += (image * heads + head) * compressed
     factor = weight_factor(v.dtype.element_ty)
     j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
@@ -94,10 +91,9 @@ def scatter_kernel(
     for start in range(0, compressed, BLOCK_QUERIES):
         i = start + tl.arange(0, BLOCK_QUERIES)
         queries = load_vectors(q, i, compressed, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-        dots = multiply_add(keys, queries, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
+        dots = products(keys, queries)
         weights = tl.exp2(dots * (scale * LOG2_E) - load_level(lse, i, compressed)[None, :])
         values = load_vectors(v, i, compressed, v_stride_n, CHANNELS, BLOCK_CHANNELS)
         mixed = multiply(narrow(weights * factor, values.dtype), values, mixed)
     out += vectors_at(image, head, heads, tokens, CHANNELS)
-    mixed = narrow(mixed * (1 / factor), out.dtype.element_ty)
-    store_vectors(out, mixed, j, tokens, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
+    store_vectors(out, mixed * (1 / factor), j, tokens, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)

@@ -12,8 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.layout import heads_last
-from tokred_kernels.backends.triton import narrow
-from tokred_kernels.backends.triton.attention_tiles import LN_2, LOG2_E, load_rows, load_vectors, place, store_vectors
+from tokred_kernels.backends.triton.attention_tiles import (
+    LN_2,
+    LOG2_E,
+    load_rows,
+    load_vectors,
+    place,
+    store_rows,
+    store_vectors,
+)
 from tokred_kernels.backends.triton.configs import combine_config
 
 # Weights are multiplied by this before they are rounded to float16, which has few digits for one of many thousands.
@@ -141,10 +148,8 @@ def combine_kernel(
     if SOFTMAX:
         total /= row_sum[:, None]
         row_sum = (highest + tl.log2(row_sum)) * LN_2
-    total = narrow(total, out.dtype.element_ty)
     store_vectors(out + first, total, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
     if MORE:
-        more_total = narrow(more_total, more_out.dtype.element_ty)
         store_vectors(more_out + first, more_total, i, compressed, stride, CHANNELS, BLOCK_CHANNELS)
     if SOFTMAX or MORE:
-        tl.store(row_out + row + i, row_sum, mask=i < compressed)
+        store_rows(row_out + row, row_sum, i, compressed, 1)

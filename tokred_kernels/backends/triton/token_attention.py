@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import multiply_add, narrow, on_device
+from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     EPS,
     LN_2,
@@ -18,14 +18,18 @@ from tokred_kernels.backends.triton.attention_tiles import (
     check_width,
     head_start,
     head_strides,
-    image_rows,
     key_terms,
+    launch_options,
     load_rows,
+    load_tokens,
     load_vectors,
     multiply,
-    place,
+    products,
+    row_softmax,
+    rows_place,
     shares,
     sizes,
+    store_rows,
     store_vectors,
     weight_share,
 )
@@ -66,12 +70,7 @@ def token_attention(
                 *(number for t in (q, k, v) for number in head_strides(t, starts)),
                 *(heads, tokens, blocks, scale),
                 **modes,
-                CHANNELS=channels,
-                BLOCK_CHANNELS=config.block_channels,
-                BLOCK_QUERIES=config.block_queries,
-                BLOCK_KEYS=config.block_keys,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **launch_options(config, channels),
             )
         config = importance_config(channels, q.dtype, policy is not None)
         grid, blocks = shares(images, 1, tokens, config.block_keys)
@@ -82,12 +81,7 @@ def token_attention(
                 *(heads, tokens, blocks, scale),
                 **modes,
                 IMPORTANCE=importance,
-                CHANNELS=channels,
-                BLOCK_CHANNELS=config.block_channels,
-                BLOCK_QUERIES=config.block_queries,
-                BLOCK_KEYS=config.block_keys,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **launch_options(config, channels),
             )
     return out, row_max, row_sum, worth
 
@@ -128,13 +122,12 @@ def attention_kernel(
 
     Keys beyond the last one have a term of -infinity and values of 0, so that the last block needs no case.
     """
-    image, head, block = place(heads, blocks)
-    first, count = image_rows(starts, image, tokens, PACKED)
+    image, head, block, first, count = rows_place(starts, heads, tokens, blocks, PACKED)
     if block * BLOCK_QUERIES >= count:
         return
-    q = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
-    k = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
-    v = head_start(v, image, head, first, v_stride_b, v_stride_h, v_stride_n, PACKED)
+    q = head_start(q, image, head, q_stride_b, q_stride_h, q_stride_n, first, PACKED)
+    k = head_start(k, image, head, k_stride_b, k_stride_h, k_stride_n, first, PACKED)
+    v = head_start(v, image, head, v_stride_b, v_stride_h, v_stride_n, first, PACKED)
     i = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
     factor = _HALF_RANGE if POLICY and v.dtype.element_ty == tl.float16 else 1.0
@@ -146,7 +139,7 @@ def attention_kernel(
     for start in range(0, count, BLOCK_KEYS):
         j = start + tl.arange(0, BLOCK_KEYS)
         keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
-        dots = multiply_add(queries, keys, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        dots = products(queries, keys)
         scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, count, BIAS)[None, :]
         higher = tl.maximum(highest, tl.max(scores, 1))
         # Where no key has a score yet, there is nothing to subtract from.
@@ -156,7 +149,7 @@ def attention_kernel(
         seen = tl.exp2(scores - level[:, None])
         values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
         if POLICY:
-            kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+            kept = load_tokens(policy, first, j, count)
             seen *= tl.where(i[:, None] == j[None, :], factor, (factor * kept)[None, :])
             value_sum += tl.sum(values.to(tl.float32), 0)
         total = total * shrink + tl.sum(seen, 1)
@@ -168,11 +161,9 @@ def attention_kernel(
         mixed += least * value_sum[None, :]
     mixed /= total[:, None]
     at = first * heads + head
-    out += at * CHANNELS
-    store_vectors(out, narrow(mixed, out.dtype.element_ty), i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
-    rows = at + i.to(tl.int64) * heads
-    tl.store(row_max + rows, highest * LN_2, mask=i < count)
-    tl.store(row_sum + rows, total / factor, mask=i < count)
+    store_vectors(out + at * CHANNELS, mixed, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
+    store_rows(row_max + at, highest * LN_2, i, count, heads)
+    store_rows(row_sum + at, total / factor, i, count, heads)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "blocks"])
@@ -208,34 +199,32 @@ def importance_kernel(
 
     It needs one query of each head, or, for the mean, all of them, a block at a time.
     """
-    image, _, block = place(1, blocks)
-    first, count = image_rows(starts, image, tokens, PACKED)
+    image, _, block, first, count = rows_place(starts, 1, tokens, blocks, PACKED)
     if block * BLOCK_KEYS >= count:
         return
     j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     terms = key_terms(bias, first, j, count, BIAS)
     if POLICY:
-        kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+        kept = load_tokens(policy, first, j, count)
         least = EPS / count.to(tl.float32)
     sums = tl.zeros((BLOCK_KEYS,), tl.float32)
     # One query of each head is little work, and a long wait for its keys: several heads wait at once.
     for number in tl.range(heads, loop_unroll_factor=1 if IMPORTANCE == "mean" else _HEADS_AT_ONCE):
         head = number + tl.zeros((), tl.int32)
-        q_head = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
-        k_head = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
+        q_head = head_start(q, image, head, q_stride_b, q_stride_h, q_stride_n, first, PACKED)
+        k_head = head_start(k, image, head, k_stride_b, k_stride_h, k_stride_n, first, PACKED)
         keys = load_vectors(k_head, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
         at = first * heads + head
         if IMPORTANCE == "mean":
             for start in range(0, count, BLOCK_QUERIES):
                 i = start + tl.arange(0, BLOCK_QUERIES)
                 queries = load_vectors(q_head, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-                dots = multiply_add(keys, queries, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
-                level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
+                dots = products(keys, queries)
+                level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
                 seen = tl.exp2(dots * (scale * LOG2_E) + terms[:, None] - level[None, :])
                 if POLICY:
                     seen = tl.where(i[None, :] == j[:, None], seen, seen * kept[:, None]) + least
-                inverse = tl.where(i < count, 1.0 / load_rows(row_sum + at, i, count, heads, 1.0), 0.0)
-                sums += tl.sum(seen * inverse[None, :], 1)
+                sums += tl.sum(seen * tl.where(i < count, inverse, 0.0)[None, :], 1)
         else:
             i = tl.zeros((), tl.int32) if IMPORTANCE == "class" else count - 1
             c = tl.arange(0, BLOCK_CHANNELS)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import multiply_add, narrow, on_device
+from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_rows import rows_kernel
 from tokred_kernels.backends.triton.attention_tiles import (
     EPS,
@@ -20,14 +20,18 @@ from tokred_kernels.backends.triton.attention_tiles import (
     counts_query,
     head_start,
     head_strides,
-    image_rows,
     key_terms,
+    launch_options,
     load_rows,
+    load_tokens,
     load_vectors,
     multiply,
-    place,
+    products,
+    row_softmax,
+    rows_place,
     shares,
     sizes,
+    store_rows,
     store_vectors,
     weight_share,
 )
@@ -75,7 +79,6 @@ def token_attention_backward(
         "POLICY": policy is not None,
         "PACKED": starts is not None,
         "IMPORTANCE": importance if grad_importance is not None else "",
-        "CHANNELS": channels,
     }
 
     def launch(kernel: Any, config: AttentionConfig, block: int, *others: Tensor | None, **more: bool) -> None:
@@ -84,11 +87,7 @@ def token_attention_backward(
             kernel[grid](
                 *(*inputs, *others, *strides, heads, tokens, blocks, scale),
                 **(modes | more),
-                BLOCK_CHANNELS=config.block_channels,
-                BLOCK_QUERIES=config.block_queries,
-                BLOCK_KEYS=config.block_keys,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **launch_options(config, channels),
             )
 
     with on_device(q):
@@ -154,23 +153,22 @@ def keys_kernel(
 
     Queries beyond the last one have a highest score of infinity and vectors of 0, so that they add nothing.
     """
-    image, head, block = place(heads, blocks)
-    first, count = image_rows(starts, image, tokens, PACKED)
+    image, head, block, first, count = rows_place(starts, heads, tokens, blocks, PACKED)
     if block * BLOCK_KEYS >= count:
         return
-    q = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
-    k = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
-    v = head_start(v, image, head, first, v_stride_b, v_stride_h, v_stride_n, PACKED)
-    grad_out = head_start(grad_out, image, head, first, g_stride_b, g_stride_h, g_stride_n, PACKED)
+    q = head_start(q, image, head, q_stride_b, q_stride_h, q_stride_n, first, PACKED)
+    k = head_start(k, image, head, k_stride_b, k_stride_h, k_stride_n, first, PACKED)
+    v = head_start(v, image, head, v_stride_b, v_stride_h, v_stride_n, first, PACKED)
+    grad_out = head_start(grad_out, image, head, g_stride_b, g_stride_h, g_stride_n, first, PACKED)
     at = first * heads + head
     j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
     values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
     terms = key_terms(bias, first, j, count, BIAS)
     if POLICY:
-        kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+        kept = load_tokens(policy, first, j, count)
     if IMPORTANCE != "":
-        worth = tl.load(grad_worth + first + j, mask=j < count, other=0.0) * weight_share(heads, count, IMPORTANCE)
+        worth = load_tokens(grad_worth, first, j, count) * weight_share(heads, count, IMPORTANCE)
 
     to_keys = tl.zeros((BLOCK_KEYS, BLOCK_CHANNELS), tl.float32)
     to_values = tl.zeros((BLOCK_KEYS, BLOCK_CHANNELS), tl.float32)
@@ -179,13 +177,12 @@ def keys_kernel(
     for start in range(0, count, BLOCK_QUERIES):
         i = start + tl.arange(0, BLOCK_QUERIES)
         queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-        level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
-        inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
+        level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
         mean = load_rows(delta + at, i, count, heads, 0.0)
-        dots = multiply_add(keys, queries, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
+        dots = products(keys, queries)
         seen = tl.exp2(dots * (scale * LOG2_E) + terms[:, None] - level[None, :])
         grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
-        reached = multiply_add(values, grads, tl.zeros((BLOCK_KEYS, BLOCK_QUERIES), tl.float32))
+        reached = products(values, grads)
         if IMPORTANCE != "":
             reached += tl.where(counts_query(i, count, IMPORTANCE)[None, :], worth[:, None], 0.0)
         weights = seen * inverse[None, :]
@@ -204,15 +201,12 @@ def keys_kernel(
         to_keys = multiply(narrow(moved, queries.dtype), queries, to_keys)
 
     stride = heads * CHANNELS
-    to_keys = narrow(to_keys * scale, grad_k.dtype.element_ty)
-    store_vectors(grad_k + at * CHANNELS, to_keys, j, count, stride, CHANNELS, BLOCK_CHANNELS)
-    to_values = narrow(to_values, grad_v.dtype.element_ty)
+    store_vectors(grad_k + at * CHANNELS, to_keys * scale, j, count, stride, CHANNELS, BLOCK_CHANNELS)
     store_vectors(grad_v + at * CHANNELS, to_values, j, count, stride, CHANNELS, BLOCK_CHANNELS)
-    rows = at + j.to(tl.int64) * heads
     if NEED_BIAS:
-        tl.store(grad_bias + rows, to_bias, mask=j < count)
+        store_rows(grad_bias + at, to_bias, j, count, heads)
     if NEED_POLICY:
-        tl.store(grad_policy + rows, to_policy, mask=j < count)
+        store_rows(grad_policy + at, to_policy, j, count, heads)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "blocks"])
@@ -257,20 +251,18 @@ def queries_kernel(
     BLOCK_KEYS: tl.constexpr,
 ):
     """A program takes BLOCK_QUERIES queries of one head past all keys."""
-    image, head, block = place(heads, blocks)
-    first, count = image_rows(starts, image, tokens, PACKED)
+    image, head, block, first, count = rows_place(starts, heads, tokens, blocks, PACKED)
     if block * BLOCK_QUERIES >= count:
         return
-    q = head_start(q, image, head, first, q_stride_b, q_stride_h, q_stride_n, PACKED)
-    k = head_start(k, image, head, first, k_stride_b, k_stride_h, k_stride_n, PACKED)
-    v = head_start(v, image, head, first, v_stride_b, v_stride_h, v_stride_n, PACKED)
-    grad_out = head_start(grad_out, image, head, first, g_stride_b, g_stride_h, g_stride_n, PACKED)
+    q = head_start(q, image, head, q_stride_b, q_stride_h, q_stride_n, first, PACKED)
+    k = head_start(k, image, head, k_stride_b, k_stride_h, k_stride_n, first, PACKED)
+    v = head_start(v, image, head, v_stride_b, v_stride_h, v_stride_n, first, PACKED)
+    grad_out = head_start(grad_out, image, head, g_stride_b, g_stride_h, g_stride_n, first, PACKED)
     at = first * heads + head
     i = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
     grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
-    level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
-    inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
+    level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
     mean = load_rows(delta + at, i, count, heads, 0.0)
     if POLICY:
         highest = load_rows(top + at, i, count, heads, -1)
@@ -283,18 +275,17 @@ def queries_kernel(
         j = start + tl.arange(0, BLOCK_KEYS)
         keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
         terms = key_terms(bias, first, j, count, BIAS)
-        dots = multiply_add(queries, keys, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        dots = products(queries, keys)
         seen = tl.exp2(dots * (scale * LOG2_E) + terms[None, :] - level[:, None])
         values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
-        reached = multiply_add(grads, values, tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), tl.float32))
+        reached = products(grads, values)
         if IMPORTANCE != "":
-            worth = tl.load(grad_worth + first + j, mask=j < count, other=0.0)
+            worth = load_tokens(grad_worth, first, j, count)
             reached += share[:, None] * worth[None, :]
         moved = seen * inverse[:, None] * (reached - mean[:, None])
         if POLICY:
-            kept = tl.load(policy + first + j, mask=j < count, other=0.0)
+            kept = load_tokens(policy, first, j, count)
             moved = tl.where(i[:, None] == j[None, :], moved, moved * kept[None, :])
             moved -= tl.where(highest[:, None] == j[None, :], shifts[:, None], 0.0)
         to_queries = multiply(narrow(moved, keys.dtype), keys, to_queries)
-    to_queries = narrow(to_queries * scale, grad_q.dtype.element_ty)
-    store_vectors(grad_q + at * CHANNELS, to_queries, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
+    store_vectors(grad_q + at * CHANNELS, to_queries * scale, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
