@@ -34,13 +34,17 @@ def nobody_listens(tensor: Any) -> bool:
     Where there is none of them it only costs, and most where a model calls from: between kernels that have driven its
     code out of the caches.
     """
+    return plainly_eager(tensor) and not _profiler_runs()
+
+
+def plainly_eager(tensor: Any) -> bool:
+    """The same but for the profiler, which may miss an op."""
     return (
         _CAN_SKIP
         and not torch.compiler.is_compiling()
         and type(tensor) in _PLAIN
         and _dispatch_modes() == 0
         and _transform_level() is None
-        and not _profiler_runs()
         and not torch.jit.is_tracing()
     )
 
