@@ -9,6 +9,7 @@ import torch
 from support import DTYPES
 
 import tokred_kernels as tk
+from tokred_kernels.backends.triton import configs
 from tokred_kernels.ops import token_attention as ops
 from tokred_kernels.ops.token_attention import token_attention
 from tokred_kernels.token_map import Packing
@@ -25,6 +26,10 @@ ROUNDINGS = {torch.float32: 32, torch.float16: 8, torch.bfloat16: 8}
 def some_of_all(number):
     """Each importance with one of the terms, another one for each `number` (mod 4)."""
     return zip(IMPORTANCES, TERMS[number % 4 :] + TERMS[: number % 4], strict=True)
+
+
+def test_the_widest_head_is_what_the_tiles_hold():
+    assert ops.WIDEST["triton"] == configs.MAX_HEAD_WIDTH
 
 
 def leaves(rows, heads, channels, dtype, device, *, sized, chosen, packed=False):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokred_kernels.dtypes import accumulator_of
+
 
 def resize_tokens(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
     """Tokens (B, N, C) of the grid `before`, by rows, resized to (B, M, C) of the grid `after`.
@@ -50,7 +52,7 @@ def resize_flops(channels: int, before: Sequence[int], after: Sequence[int]) -> 
 
 def _weights(before: int, after: int, like: Tensor) -> Tensor:
     """(after, before), rows of sum 1: a triangle around each new token's centre."""
-    precise = torch.float64 if like.dtype == torch.float64 else torch.float32
+    precise = accumulator_of(like)
     step = before / after
     centre = (torch.arange(after, device=like.device, dtype=precise) + 0.5) * step - 0.5
     distance = (torch.arange(before, device=like.device, dtype=precise) - centre[:, None]).abs()

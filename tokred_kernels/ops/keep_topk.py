@@ -27,8 +27,8 @@ def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False
     stay and their score for those that do not.
 
     Args:
-        scores: (B, N), such as the importance that `token_attention` gives. Those of the prefix are not looked at. Not
-            differentiated.
+        scores: (B, N), such as the importance that `token_attention` gives. Compared as float32. Those of the prefix
+            are not looked at. Not differentiated.
         k: how many tokens to keep besides the prefix.
         num_prefix: so many leading tokens always stay, in place.
         fuse: send the others to one last slot. There is none where nothing is left over.

@@ -13,6 +13,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_same_device, shape
+from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import once, plainly_eager, register
 from tokred_kernels.ops.token_attention import too_wide
 
@@ -136,7 +137,7 @@ class _LookupGather(torch.autograd.Function):
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(q)
     return q.new_empty(heads_last(q)), q.new_empty(q.shape[:3], dtype=accumulator)
 
 

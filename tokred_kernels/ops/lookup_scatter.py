@@ -12,6 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_same_device, shape
+from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import once, register
 from tokred_kernels.ops.lookup_gather import carried, check_lookup, default_scale, heads_first
 from tokred_kernels.ops.token_attention import too_wide
@@ -58,7 +59,7 @@ def _check_lse(q: Tensor, lse: Any) -> None:
         raise TypeError(f"tokred_kernels.{OP}: lse must be a torch.Tensor, got {type(lse).__name__}")
     if lse.shape != q.shape[:3]:
         raise ValueError(f"tokred_kernels.{OP}: lse must be {tuple(q.shape[:3])} as q is {shape(q)}, got {shape(lse)}")
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(q)
     if lse.dtype != accumulator:
         raise TypeError(f"tokred_kernels.{OP}: lse must be {accumulator} as q is {q.dtype}, got {lse.dtype}")
     check_same_device(OP, "lse", lse, "q", q)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
 from tokred_kernels.checks import check_floating, check_same_device, check_tokens, shape
+from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import once, register
 from tokred_kernels.token_map import TokenMap
 
@@ -77,7 +78,7 @@ def prepare_weight(op: str, name: str, weight: Any, x: Tensor) -> Tensor:
             f"tokred_kernels.{op}: {name} must be {tuple(rows)} or {(*rows, 1)} as x is {shape(x)}, got {shape(weight)}"
         )
     check_same_device(op, name, weight, "x", x)
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(x)
     if weight.dtype != accumulator:
         weight = weight.to(accumulator)
     if weight.dim() == x.dim():
@@ -161,7 +162,7 @@ def _fake(
 
 def fake_merge(x: Tensor, begin: Tensor, weight_sum: bool) -> tuple[Tensor, Tensor]:
     """What the merge of x along a map whose `begin` is (B, N') gives, in shape and dtype alone."""
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(x)
     y = x.new_empty((*begin.shape, x.shape[2]))
     return y, x.new_empty(begin.shape if weight_sum else (0,), dtype=accumulator)
 
@@ -182,7 +183,7 @@ def _backward_fake(
     need_weight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    accumulator = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(grad_y)
     return (
         grad_y.new_empty((*dest.shape, grad_y.shape[2]) if need_x else (0,)),
         grad_y.new_empty(dest.shape if need_weight else (0,), dtype=accumulator),

@@ -14,6 +14,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.checks import check_floating, check_same_device, shape
+from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import nobody_listens, once, register
 from tokred_kernels.token_map import Packing
 
@@ -123,7 +124,7 @@ def _per_token(name: str, value: Any, q: Tensor, rows: tuple[int, ...]) -> Tenso
     if value.shape not in (rows, (*rows, 1)):
         raise ValueError(f"tokred_kernels.{OP}: {name} must be {rows} or {(*rows, 1)}, got {shape(value)}")
     check_same_device(OP, name, value, "q", q)
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(q)
     return value.to(accumulator).reshape(rows).contiguous()
 
 
@@ -219,7 +220,7 @@ def _fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = attention_layout(q, starts)
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(q)
     row = q.new_empty(layout[:-1], dtype=accumulator)
     worth = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)
     return q.new_empty(layout), row, torch.empty_like(row), worth

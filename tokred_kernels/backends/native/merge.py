@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, room, rows, stream
+from tokred_kernels.dtypes import accumulator_of
 
 
 def merge(
@@ -23,7 +23,7 @@ def merge(
     batch, num_out = begin.shape
     channels = x.shape[2]
     y = room(x, (batch, num_out, channels))
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(x)
     sums = x.new_empty((batch, num_out) if weight_sum else (0,), dtype=accumulator)
     kernels(x).merge(
         *(x.data_ptr(), x.stride(1), address(weight), members.data_ptr(), begin.data_ptr(), count.data_ptr()),

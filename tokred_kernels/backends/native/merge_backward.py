@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, room, rows, stream
+from tokred_kernels.dtypes import accumulator_of
 
 
 def merge_backward(
@@ -31,7 +31,7 @@ def merge_backward(
     if x is not None:
         x = rows(x)
     (batch, tokens), (_, num_out, channels) = dest.shape, grad_y.shape
-    accumulator = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(grad_y)
     grad_x = room(grad_y, (batch, tokens, channels) if need_x else (0,))
     grad_weight = grad_y.new_empty((batch, tokens) if need_weight else (0,), dtype=accumulator)
     kernels(grad_y).merge_backward(

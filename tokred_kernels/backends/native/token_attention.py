@@ -9,6 +9,7 @@ from torch import Tensor
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.native import DTYPE_CODE, address, kernels, room, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
+from tokred_kernels.dtypes import accumulator_of
 
 IMPORTANCE_CODE = {"": 0, "class": 1, "mean": 2, "last": 3}
 
@@ -27,7 +28,7 @@ def token_attention(
     """See `ops.token_attention`: out as it lies in memory, what the backward needs of each row, importance."""
     q, k, v = (inner_dense(t) for t in (q, k, v))
     layout = attention_layout(q, starts)
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(q)
     out = room(q, layout)
     row_max, row_sum = (q.new_empty(layout[:-1], dtype=accumulator) for _ in range(2))
     worth = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tokred_kernels.backends.reference import unrounded
+from tokred_kernels.dtypes import accumulator_of
 
 
 def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -19,5 +19,5 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 
 def lookup_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """(B, H, M, N), in float32, or float64 of such."""
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(q)
     return (q.to(accumulator) @ k.to(accumulator).transpose(-2, -1)) * scale

@@ -6,13 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokred_kernels.dtypes import accumulator_of
+
 
 def merge(
     x: Tensor, weight: Tensor | None, dest: Tensor, num_out: int, reduce: str, weight_sum: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `ops.merge`: y (B, N', C), and the (B, N') sums of weights where they are wanted."""
     batch, _, channels = x.shape
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(x)
     slot = torch.where(dest < 0, num_out, dest).long()[..., None]  # what is dropped goes to one slot more, cut off last
     values = x.to(accumulator)
     if reduce == "amax":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.backends.reference import unrounded
+from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.token_map import Packing
 
 POLICY_EPS = 1e-6  # DynamicViT's, models/dyvit.py: keeps rows of dropped keys finite
@@ -53,7 +54,7 @@ def _attend(
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, policy: Tensor | None, scale: float) -> Tensor:
     """(B, H, N, N), in float32, or float64 of such."""
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    accumulator = accumulator_of(q)
     scores = (q.to(accumulator) @ k.to(accumulator).transpose(-2, -1)) * scale
     if bias is not None:
         scores = scores + bias[:, None, None, :]
