@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "element.h"
 
@@ -26,6 +27,9 @@ constexpr int kPanelRows = kLanes == 16 ? 8 : 4;
 constexpr int kPanels = 3;
 constexpr int kRowRows = kLanes == 16 ? 6 : 3;
 constexpr int kRowVectors = 4;
+// As an argument: how many vectors a tile has side by side.
+template <int kNumber>
+using Vectors = std::integral_constant<int, kNumber>;
 static_assert(kQueryBlock % kPanelRows == 0 && kQueryBlock % kRowRows == 0, "blocks must be made of whole tiles");
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -80,30 +84,43 @@ void pack_panels(const Sum* rows, int64_t n, int64_t d, int64_t padded, Sum* to)
   }
 }
 
-template <class Sum, int kColumns>
-void multiply_panel_tile(const Sum* rows, int64_t padded, const Sum* panel, int64_t d, Sum* out, int64_t out_stride) {
+// What one step of a tile multiplies: a factor of each row, found so, with vectors that lie `vector_stride` apart.
+enum class Factors {
+  by_row,   // (rows, steps): a row's factors side by side
+  by_step,  // (steps, rows): those of a step side by side
+};
+
+// out (kRows, kVectors) = sum over steps of factor times vector, in registers; with kAdds on top of what out holds.
+template <class Sum, int kRows, int kVectors, Factors kFactors, bool kAdds>
+inline void multiply_tile(const Sum* factors, int64_t factor_stride, const Sum* vectors, int64_t step_stride,
+                          int64_t vector_stride, int64_t steps, Sum* out, int64_t out_stride) {
   using Vector = typename Simd<Sum>::Vector;
   constexpr int kWidth = Simd<Sum>::kWidth;
-  Vector sum[kPanelRows][kColumns] = {};
-  for (int64_t c = 0; c < d; ++c) {
-    Vector b[kColumns];
-#pragma GCC unroll 3
-    for (int p = 0; p < kColumns; ++p) {
-      b[p] = *reinterpret_cast<const Vector*>(panel + p * d * kWidth + c * kWidth);
+  Vector sum[kRows][kVectors] = {};
+  if constexpr (kAdds) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = *reinterpret_cast<Vector*>(out + m * out_stride + v * kWidth);
+    }
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    Vector b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      b[v] = *reinterpret_cast<const Vector*>(vectors + step * step_stride + v * vector_stride);
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < kPanelRows; ++m) {
-      const Sum a = rows[m * padded + c];
-#pragma GCC unroll 3
-      for (int p = 0; p < kColumns; ++p) sum[m][p] += a * b[p];
+    for (int m = 0; m < kRows; ++m) {
+      const Sum a = factors[kFactors == Factors::by_row ? m * factor_stride + step : step * factor_stride + m];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += a * b[v];
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < kPanelRows; ++m) {
-#pragma GCC unroll 3
-    for (int p = 0; p < kColumns; ++p) {
-      *reinterpret_cast<Vector*>(out + m * out_stride + p * kWidth) = sum[m][p];
-    }
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(out + m * out_stride + v * kWidth) = sum[m][v];
   }
 }
 
@@ -113,40 +130,24 @@ template <class Sum>
 void multiply_panels(const Sum* rows, int64_t padded, const Sum* panels, int64_t d, int64_t n, Sum* out,
                      int64_t count) {
   constexpr int kWidth = Simd<Sum>::kWidth;
+  const auto columns = [&](auto vectors, int64_t j) {
+    for (int64_t m = 0; m < count; m += kPanelRows) {
+      multiply_tile<Sum, kPanelRows, vectors, Factors::by_row, false>(rows + m * padded, padded, panels + j * d, kWidth,
+                                                                      d * kWidth, d, out + m * n + j, n);
+    }
+  };
   int64_t j = 0;
-  for (; j + kPanels * kWidth <= n; j += kPanels * kWidth) {
-    for (int64_t m = 0; m < count; m += kPanelRows) {
-      multiply_panel_tile<Sum, kPanels>(rows + m * padded, padded, panels + j * d, d, out + m * n + j, n);
-    }
-  }
-  for (; j < n; j += kWidth) {
-    for (int64_t m = 0; m < count; m += kPanelRows) {
-      multiply_panel_tile<Sum, 1>(rows + m * padded, padded, panels + j * d, d, out + m * n + j, n);
-    }
-  }
+  for (; j + kPanels * kWidth <= n; j += kPanels * kWidth) columns(Vectors<kPanels>{}, j);
+  for (; j < n; j += kWidth) columns(Vectors<1>{}, j);
 }
 
-template <class Sum, int kVectors>
-void multiply_row_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t keys, int64_t padded, Sum* out) {
-  using Vector = typename Simd<Sum>::Vector;
+// Calls `columns` with a number of vectors and the column they start at, until `padded` columns are covered.
+template <class Sum, class Columns>
+void each_row_tile(int64_t padded, const Columns& columns) {
   constexpr int kWidth = Simd<Sum>::kWidth;
-  Vector sum[kRowRows][kVectors] = {};
-  for (int64_t j = 0; j < keys; ++j) {
-    Vector b[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = *reinterpret_cast<const Vector*>(rows + j * padded + v * kWidth);
-#pragma GCC unroll 6
-    for (int m = 0; m < kRowRows; ++m) {
-      const Sum a = weights[m * n + j];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[m][v] += a * b[v];
-    }
-  }
-#pragma GCC unroll 6
-  for (int m = 0; m < kRowRows; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(out + m * padded + v * kWidth) = sum[m][v];
-  }
+  int64_t c = 0;
+  for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) columns(Vectors<kRowVectors>{}, c);
+  for (; c < padded; c += kWidth) columns(Vectors<1>{}, c);
 }
 
 // out (count, padded) = weights (count, n), of which `keys` columns count, times rows (keys, padded). Up to kQueryBlock
@@ -154,61 +155,23 @@ void multiply_row_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t k
 template <class Sum>
 void multiply_rows(const Sum* weights, int64_t n, const Sum* rows, int64_t keys, int64_t padded, Sum* out,
                    int64_t count) {
-  constexpr int kWidth = Simd<Sum>::kWidth;
-  int64_t c = 0;
-  for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) {
+  each_row_tile<Sum>(padded, [&](auto vectors, int64_t c) {
     for (int64_t m = 0; m < count; m += kRowRows) {
-      multiply_row_tile<Sum, kRowVectors>(weights + m * n, n, rows + c, keys, padded, out + m * padded + c);
+      multiply_tile<Sum, kRowRows, vectors, Factors::by_row, false>(
+          weights + m * n, n, rows + c, padded, Simd<Sum>::kWidth, keys, out + m * padded + c, padded);
     }
-  }
-  for (; c < padded; c += kWidth) {
-    for (int64_t m = 0; m < count; m += kRowRows) {
-      multiply_row_tile<Sum, 1>(weights + m * n, n, rows + c, keys, padded, out + m * padded + c);
-    }
-  }
-}
-
-template <class Sum, int kVectors>
-void add_outer_tile(const Sum* weights, int64_t n, const Sum* rows, int64_t padded, Sum* out, int64_t count) {
-  using Vector = typename Simd<Sum>::Vector;
-  constexpr int kWidth = Simd<Sum>::kWidth;
-  Vector sum[kRowRows][kVectors];
-#pragma GCC unroll 6
-  for (int j = 0; j < kRowRows; ++j) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[j][v] = *reinterpret_cast<Vector*>(out + j * padded + v * kWidth);
-  }
-  for (int64_t m = 0; m < count; ++m) {
-    Vector b[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = *reinterpret_cast<const Vector*>(rows + m * padded + v * kWidth);
-#pragma GCC unroll 6
-    for (int j = 0; j < kRowRows; ++j) {
-      const Sum a = weights[m * n + j];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[j][v] += a * b[v];
-    }
-  }
-#pragma GCC unroll 6
-  for (int j = 0; j < kRowRows; ++j) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector*>(out + j * padded + v * kWidth) = sum[j][v];
-  }
+  });
 }
 
 // out (keys rounded up to kRowRows, padded) += weights^T (keys, count) rows (count, padded). Behind the `keys` columns
 // weights must be readable up to the next multiple of kRowRows.
 template <class Sum>
 void add_outer(const Sum* weights, int64_t n, int64_t keys, const Sum* rows, int64_t padded, Sum* out, int64_t count) {
-  constexpr int kWidth = Simd<Sum>::kWidth;
   for (int64_t j = 0; j < keys; j += kRowRows) {
-    int64_t c = 0;
-    for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) {
-      add_outer_tile<Sum, kRowVectors>(weights + j, n, rows + c, padded, out + j * padded + c, count);
-    }
-    for (; c < padded; c += kWidth) {
-      add_outer_tile<Sum, 1>(weights + j, n, rows + c, padded, out + j * padded + c, count);
-    }
+    each_row_tile<Sum>(padded, [&](auto vectors, int64_t c) {
+      multiply_tile<Sum, kRowRows, vectors, Factors::by_step, true>(weights + j, n, rows + c, padded, Simd<Sum>::kWidth,
+                                                                    count, out + j * padded + c, padded);
+    });
   }
 }
 
