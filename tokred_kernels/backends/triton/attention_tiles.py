@@ -89,24 +89,27 @@ def head_start(vectors, image, head, stride_b, stride_h, stride_n=0, first=0, PA
 
 
 @triton.jit
-def load_vectors(vectors, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """(BLOCK, BLOCK_CHANNELS) of the vectors of tokens i; 0 beyond the image's `count`, and beyond their CHANNELS."""
+def tile_place(vectors, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Where the (BLOCK, BLOCK_CHANNELS) of the vectors of tokens i are, and which of them there are."""
     c = tl.arange(0, BLOCK_CHANNELS)
     at = vectors + i.to(tl.int64)[:, None] * stride_n + c[None, :]
     mask = (i < count)[:, None]
     if CHANNELS < BLOCK_CHANNELS:
         mask = mask & (c < CHANNELS)[None, :]
+    return at, mask
+
+
+@triton.jit
+def load_vectors(vectors, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """(BLOCK, BLOCK_CHANNELS) of the vectors of tokens i; 0 beyond the image's `count`, and beyond their CHANNELS."""
+    at, mask = tile_place(vectors, i, count, stride_n, CHANNELS, BLOCK_CHANNELS)
     return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_vectors(vectors, tile, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
     """Write what `load_vectors` would read, float32 rounded to its type."""
-    c = tl.arange(0, BLOCK_CHANNELS)
-    at = vectors + i.to(tl.int64)[:, None] * stride_n + c[None, :]
-    mask = (i < count)[:, None]
-    if CHANNELS < BLOCK_CHANNELS:
-        mask = mask & (c < CHANNELS)[None, :]
+    at, mask = tile_place(vectors, i, count, stride_n, CHANNELS, BLOCK_CHANNELS)
     tl.store(at, narrow(tile, vectors.dtype.element_ty), mask=mask)
 
 
