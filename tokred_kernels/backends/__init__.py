@@ -212,10 +212,11 @@ def _decide(op: str, wanted: str, device: str, dtype: torch.dtype, unfit: tuple[
 def implementation(backend: str, op: str) -> Callable[..., Any]:
     """The function of `backend` that computes `op`; imported at first use."""
     key = (backend, op)
-    if key not in _implementations:
+    found = _implementations.get(key)
+    if found is None:
         module = importlib.import_module(f"tokred_kernels.backends.{_FAMILY[backend]}.{op}")
-        _implementations[key] = getattr(module, op)
-    return _implementations[key]
+        found = _implementations[key] = getattr(module, op)
+    return found
 
 
 def show_config() -> str:

@@ -27,24 +27,20 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs)
 
 
-def nobody_listens(tensor: Any) -> bool:
-    """Whether an eager call on this tensor may go straight to the backend.
+def nobody_listens(tensor: Any, *, but_the_profiler: bool = False) -> bool:
+    """Whether an eager call on this tensor may go straight to the backend; `but_the_profiler` may miss it.
 
     The dispatcher serves compilers, subclasses, modes (flop counters, fake tensors), transforms and the profiler.
     Where there is none of them it only costs, and most where a model calls from: between kernels that have driven its
     code out of the caches.
     """
-    return plainly_eager(tensor) and not _profiler_runs()
-
-
-def plainly_eager(tensor: Any) -> bool:
-    """The same but for the profiler, which may miss an op."""
     return (
         _CAN_SKIP
         and not torch.compiler.is_compiling()
         and type(tensor) in _PLAIN
         and _dispatch_modes() == 0
         and _transform_level() is None
+        and (but_the_profiler or not _profiler_runs())
         and not torch.jit.is_tracing()
     )
 

@@ -15,6 +15,6 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
     batch, tokens = first.shape
     dest = torch.empty_like(first)
     kernels(first).compose(
-        *(first.data_ptr(), second.data_ptr(), batch, tokens, second.shape[1], dest.data_ptr(), stream(first))
+        first.data_ptr(), second.data_ptr(), batch, tokens, second.shape[1], dest.data_ptr(), stream(first)
     )
     return dest
