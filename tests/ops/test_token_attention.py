@@ -124,9 +124,9 @@ def test_size_and_policy_may_carry_a_last_dimension_and_other_floats(everywhere,
 
 
 @ANYWHERE
-def test_no_images_heads_or_channels(everywhere):
-    for shape in ((0, 2, 5, 4), (2, 3, 5, 0), (2, 0, 5, 4)):
-        for names, importance in itertools.product(TERMS.values(), (None, "class", "mean")):
+def test_no_images_heads_tokens_or_channels(everywhere):
+    for shape in ((0, 2, 5, 4), (2, 3, 5, 0), (2, 0, 5, 4), (2, 3, 0, 4)):
+        for names, importance in itertools.product(TERMS.values(), (None, "class", "mean", "last")):
             if importance and shape[1] == 0:
                 continue  # the mean of nothing
             call, leaves = drawn(shape, torch.float32, names).map(lambda t: t.to(everywhere)).leaves()
@@ -134,7 +134,8 @@ def test_no_images_heads_or_channels(everywhere):
             assert out.shape == shape
             if importance:
                 assert worth.shape == (shape[0], shape[2])
-                torch.testing.assert_close(worth.sum(1), torch.ones_like(worth[:, :1]).sum(1), rtol=1e-5, atol=1e-5)
+                whole = worth.new_full(shape[:1], float(shape[2] > 0))
+                torch.testing.assert_close(worth.sum(1), whole, rtol=1e-5, atol=1e-5)
             loss = out.sum() if worth is None else out.sum() + worth.square().sum()
             for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
                 assert grad.shape == leaf.shape

@@ -32,8 +32,6 @@ def token_attention(
     pieces = []
     columns: list[Any] = [[None] * len(lengths) if t is None else t.split(lengths) for t in (q, k, v, bias, policy)]
     for *operands, image_bias, image_policy in zip(*columns, strict=True):
-        if operands[0].shape[0] == 0:  # no score is the highest of none
-            continue
         query, key, value = (t.transpose(0, 1)[None] for t in operands)
         terms = [None if t is None else t[None] for t in (image_bias, image_policy)]
         out, worth = _attend(query, key, value, terms[0], terms[1], scale, importance)
@@ -63,7 +61,7 @@ def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, policy: Tensor 
 
 def importance_of(weights: Tensor, importance: str) -> Tensor:
     """(B, N) from the weights (B, H, N, N); see `ops.token_attention`."""
-    if importance == "mean":
+    if importance == "mean" or weights.shape[-1] == 0:
         return weights.mean((1, 2))
     return weights[:, :, 0 if importance == "class" else -1].mean(1)
 
@@ -76,5 +74,7 @@ def policy_softmax(scores: Tensor, policy: Tensor) -> Tensor:
     tokens = scores.shape[-1]
     seen = policy[:, None, None, :].to(scores.dtype)
     seen = seen + (1 - seen) * torch.eye(tokens, dtype=scores.dtype, device=scores.device)
+    if tokens == 0:  # no score is the highest of none
+        return scores * seen
     kept = (scores - scores.max(-1, keepdim=True).values).exp() * seen
     return (kept + POLICY_EPS / tokens) / (kept.sum(-1, keepdim=True) + POLICY_EPS)
