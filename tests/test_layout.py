@@ -21,6 +21,7 @@ BUILT_ON = {
     "window_match": ("window_similarity", "window_map"),
 }
 NOT_OPS = {"__init__", "library", "counts"}
+NOT_KERNELS = {"dispatch", "pages"}
 # Registered beside the op whose gradient it is; the reference's gradients are autograd's.
 GRADIENTS = {
     "merge_backward",
@@ -42,7 +43,7 @@ def test_every_op_has_a_file_in_each_layer():
     assert names(PACKAGE / "backends/reference", ".py") - {"__init__"} == kernels - GRADIENTS
     assert names(PACKAGE / "backends/native", ".py") - {"__init__"} == kernels
     assert set(backends.TRITON_OPS) <= names(PACKAGE / "backends/triton", ".py")
-    assert names(ROOT / "csrc/cpu", ".cpp") - {"dispatch"} == (kernels - MAP_OPS) | {"maps"}
+    assert names(ROOT / "csrc/cpu", ".cpp") - NOT_KERNELS == (kernels - MAP_OPS) | {"maps"}
     assert names(ROOT / "csrc/cuda", ".cu") == (kernels - MAP_OPS - set(backends.NO_CUDA_OPS)) | {"maps"}
     tested = {
         name.removeprefix("test_").removesuffix("_packed") for name in names(ROOT / "tests/ops", ".py") - {"conftest"}
