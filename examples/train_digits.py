@@ -20,6 +20,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -81,6 +82,7 @@ class Budget(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
+    start = time.perf_counter()
     options = parse(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -105,11 +107,12 @@ def main(arguments: list[str] | None = None) -> None:
     text = markdown(rows)
     print(f"\n{text}\n\n{LEGEND}")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    report = {"device": describe(device), "torch": torch.__version__, **settings, "rows": rows}
+    seconds = round(time.perf_counter() - start)
+    report = {"device": describe(device), "torch": torch.__version__, "seconds": seconds, **settings, "rows": rows}
     (options.out / f"{options.data}.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / f"{options.data}.md").write_text(text + "\n")
     plot_accuracy(options.out / f"{options.data}.png", rows)
-    print(f"\nIn {options.out}/: {options.data}.png, .md, .json")
+    print(f"\nIn {options.out}/ after {seconds} s: {options.data}.png, .md, .json")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
