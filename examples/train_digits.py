@@ -107,12 +107,13 @@ def main(arguments: list[str] | None = None) -> None:
     text = markdown(rows)
     print(f"\n{text}\n\n{LEGEND}")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    seconds = round(time.perf_counter() - start)
-    report = {"device": describe(device), "torch": torch.__version__, "seconds": seconds, **settings, "rows": rows}
+    took = round(time.perf_counter() - start)
+    machine = {"device": describe(device), "torch": torch.__version__, "took_seconds": took}
+    report = {**settings, **machine, "rows": rows}
     (options.out / f"{options.data}.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / f"{options.data}.md").write_text(text + "\n")
     plot_accuracy(options.out / f"{options.data}.png", rows)
-    print(f"\nIn {options.out}/ after {seconds} s: {options.data}.png, .md, .json")
+    print(f"\nIn {options.out}/ after {took} s: {options.data}.png, .md, .json")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
