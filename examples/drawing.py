@@ -105,7 +105,7 @@ def plot_accuracy(path: Path, rows: list[dict[str, Any]]) -> None:
         # Around the point, another way each time: neighbours in the table are often neighbours here.
         across, side = (8, "left") if number % 4 < 2 else (-8, "right")
         point, place = (row["gflops"] * 1e3, row["accuracy"]), (across, 6 if number % 2 else -13)
-        axes.annotate(row["method"], point, place, textcoords="offset points", ha=side)
+        axes.annotate(row["method"], point, place, textcoords="offset points", ha=side, color=f"C{number}")
     axes.margins(0.15)
     axes.set(xlabel="operations an image, millions", ylabel="test accuracy, percent")
     axes.spines[["top", "right"]].set_visible(False)
