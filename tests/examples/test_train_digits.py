@@ -124,6 +124,6 @@ def test_the_readme_says_what_was_recorded(example, data):
         if row not in lookups:
             assert row["accuracy"] >= plain["accuracy"] - 1
             assert row["gflops"] <= 0.7 * plain["gflops"]
-    # On digits, LookupViT is a picture of 500 short of the plain model.
-    short = {"digits": 1, "textures": 0}[data]
+    # It shall be at or above the plain model; on digits it is still a picture of the 500 short, and must not fall back.
+    short = {"digits": 100 / 500, "textures": 0}[data] + 1e-9
     assert any(row["accuracy"] >= plain["accuracy"] - short and row["gflops"] < plain["gflops"] for row in lookups)

@@ -81,8 +81,8 @@ def test_gradcheck_of_gather_and_scatter_chained():
     assert torch.autograd.gradcheck(lambda *parts: fused(type(call)(*parts)), tuple(call))
 
 
-def scattered_twice(call):
-    """Both scatters of one gather, the second of a k that is another tensor, and their gradients."""
+def scattered_thrice(call):
+    """What is gathered, and three scatters of its weights: the second of a copy of k, the third of the first result."""
     out, lse = tk.lookup_gather(call.q, call.k, call.v)
     first = tk.lookup_scatter(call.q, call.k, call.values, lse)
     second = tk.lookup_scatter(call.q, call.k.clone(), call.values, lse)
@@ -96,7 +96,7 @@ def test_a_gather_adds_to_the_gradients_of_every_scatter():
     gathered, _, scattered = dense(exact)
     again = dense(exact._replace(values=gathered))[2]
     want = torch.autograd.grad(loss([gathered, scattered, scattered, again], 3), exact)
-    results = scattered_twice(own)
+    results = scattered_thrice(own)
     for keep in (True, True, False):  # what one pass has written over is not what the next reads
         got = torch.autograd.grad(loss(results, 3), own, retain_graph=keep)
         for mine, right in zip(got, want, strict=True):
