@@ -27,9 +27,9 @@ constexpr int kPanelRows = kLanes == 16 ? 8 : 4;
 constexpr int kPanels = 3;
 constexpr int kRowRows = kLanes == 16 ? 6 : 3;
 constexpr int kRowVectors = 4;
-// As an argument: how many vectors a tile has side by side.
+// As an argument: how many rows a tile has, or vectors side by side.
 template <int kNumber>
-using Vectors = std::integral_constant<int, kNumber>;
+using Number = std::integral_constant<int, kNumber>;
 static_assert(kQueryBlock % kPanelRows == 0 && kQueryBlock % kRowRows == 0, "blocks must be made of whole tiles");
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -130,15 +130,18 @@ template <class Sum>
 void multiply_panels(const Sum* rows, int64_t padded, const Sum* panels, int64_t d, int64_t n, Sum* out,
                      int64_t count) {
   constexpr int kWidth = Simd<Sum>::kWidth;
-  const auto columns = [&](auto vectors, int64_t j) {
-    for (int64_t m = 0; m < count; m += kPanelRows) {
-      multiply_tile<Sum, kPanelRows, vectors, Factors::by_row, false>(rows + m * padded, padded, panels + j * d, kWidth,
-                                                                      d * kWidth, d, out + m * n + j, n);
-    }
-  };
   int64_t j = 0;
-  for (; j + kPanels * kWidth <= n; j += kPanels * kWidth) columns(Vectors<kPanels>{}, j);
-  for (; j < n; j += kWidth) columns(Vectors<1>{}, j);
+  const auto columns = [&](auto tile_rows, auto vectors) {
+    for (int64_t m = 0; m < count; m += tile_rows) {
+      multiply_tile<Sum, tile_rows, vectors, Factors::by_row, false>(rows + m * padded, padded, panels + j * d, kWidth,
+                                                                     d * kWidth, d, out + m * n + j, n);
+    }
+    j += vectors * kWidth;
+  };
+  // One vector alone is slow: three and one are taken as four.
+  if (n / kWidth % kPanels == 1 && n / kWidth >= kRowVectors) columns(Number<kRowRows>{}, Number<kRowVectors>{});
+  while (j + kPanels * kWidth <= n) columns(Number<kPanelRows>{}, Number<kPanels>{});
+  while (j < n) columns(Number<kPanelRows>{}, Number<1>{});
 }
 
 // Calls `columns` with a number of vectors and the column they start at, until `padded` columns are covered.
@@ -146,8 +149,8 @@ template <class Sum, class Columns>
 void each_row_tile(int64_t padded, const Columns& columns) {
   constexpr int kWidth = Simd<Sum>::kWidth;
   int64_t c = 0;
-  for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) columns(Vectors<kRowVectors>{}, c);
-  for (; c < padded; c += kWidth) columns(Vectors<1>{}, c);
+  for (; c + kRowVectors * kWidth <= padded; c += kRowVectors * kWidth) columns(Number<kRowVectors>{}, c);
+  for (; c < padded; c += kWidth) columns(Number<1>{}, c);
 }
 
 // out (count, padded) = weights (count, n), of which `keys` columns count, times rows (keys, padded). Up to kQueryBlock
@@ -175,12 +178,13 @@ void add_outer(const Sum* weights, int64_t n, int64_t keys, const Sum* rows, int
   }
 }
 
-// e^x within two units in the last place; 0 below the smallest normal float, infinity near the largest. NaN stays NaN.
+// e^x within two units in the last place; 0 below -87.7, infinity from 88.4. NaN stays NaN.
 inline float exponential(float x) {
-  constexpr float kLowest = -87.3365f, kHighest = 88.0f;
+  // The whole powers of two nearest to these are -127 and 128, whose bits as below are those of 0 and of infinity.
+  constexpr float kLowest = -88.0f, kHighest = 89.0f;
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  const bool tiny = x<kLowest, huge = x> kHighest;
-  const float clamped = tiny ? kLowest : huge ? kHighest : x;
+  const float low = x < kLowest ? kLowest : x;
+  const float clamped = low > kHighest ? kHighest : low;
   // Adding and subtracting 1.5 * 2^23 rounds to the nearest whole number.
   constexpr float kRound = 12582912.0f;
   const float shifted = clamped * kLog2E + kRound;
@@ -198,9 +202,7 @@ inline float exponential(float x) {
   bits = (bits << 23) + 0x3f800000;  // the low bits of `shifted` are the whole number
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  float result = p * power;
-  result = x < kLowest ? 0.0f : result;
-  return x > kHighest ? HUGE_VALF : result;
+  return p * power;
 }
 
 inline double exponential(double x) { return std::exp(x); }

@@ -9,61 +9,41 @@ namespace {
 template <class Sum>
 struct ChunkGrads {
   Sum *q, *v, *lse;
-  ChunkGrads(Sum* at, const LookupShape& s) : q(at), v(at + s.queries * s.padded), lse(at + 2 * s.queries * s.padded) {}
-  static int64_t size(const LookupShape& s) { return s.queries * (2 * s.padded + 1); }
+  ChunkGrads(Sum* at, const LookupShape& s) : q(at), v(at + s.sums * s.padded), lse(at + 2 * s.sums * s.padded) {}
+  static int64_t size(const LookupShape& s) { return 2 * s.sums * s.padded + s.queries; }
 };
 
 template <class T, class Sum>
 void differentiate_chunk(const LookupScatterBackwardArgs& a, const LookupShape& s, const LookupTask& t,
                          const ChunkGrads<Sum>& grad) {
-  const int64_t block = kKeyBlock * s.padded, panel = kKeyBlock * a.channels, all = s.queries * s.padded;
   thread_local Arena arena;
-  Sum* next = arena.take<Sum>(2 * all + 3 * block + 2 * panel + kQueryBlock * (2 * kKeyBlock + s.padded));
-  const auto take = [&](int64_t values) { return std::exchange(next, next + values); };
-  Sum *queries = take(all), *values = take(all), *keys = take(block), *grads = take(block), *grad_k = take(block);
-  Sum *key_panels = take(panel), *grad_panels = take(panel);
-  Sum *weights = take(kQueryBlock * kKeyBlock), *slopes = take(kQueryBlock * kKeyBlock);
-  Sum* partial = take(kQueryBlock * s.padded);
-  const Sum scale = static_cast<Sum>(a.scale);
-  const Sum* lse = static_cast<const Sum*>(a.lse) + head_start(a, t);
+  Sum* next = arena.take<Sum>(4 * s.rows() + s.queries + 3 * s.block() + 2 * s.weights());
+  const auto take = [&](int64_t number) { return std::exchange(next, next + number); };
+  const Few<T, Sum> queries(a, s, t, a.q, a.q_strides, static_cast<Sum>(a.scale), take);
+  const Few<T, Sum> values(a, s, t, a.v, a.v_strides, Sum(1), take);
+  Sum *lse = take(s.queries), *keys = take(s.block()), *grads = take(s.block()), *grad_k = take(s.block());
+  Sum *weights = take(s.weights()), *slopes = take(s.weights());
 
-  pack_rows(strided_row<T>(a.q, a.q_strides, t, 0), a.q_strides[2], a.compressed, a.channels, s.queries, s.padded,
-            queries);
-  pack_rows(strided_row<T>(a.v, a.v_strides, t, 0), a.v_strides[2], a.compressed, a.channels, s.queries, s.padded,
-            values);
+  load_lse(a, s, t, a.lse, lse);
   clear(grad.q, ChunkGrads<Sum>::size(s));
-  each_key_block(t, [&](int64_t key, int64_t number) {
-    pack_rows(strided_row<T>(a.k, a.k_strides, t, key), a.k_strides[2], number, a.channels, kKeyBlock, s.padded, keys);
-    pack_panels(keys, kKeyBlock, a.channels, s.padded, key_panels);
-    pack_rows(strided_row<T>(a.grad_out, a.grad_out_strides, t, key), a.grad_out_strides[2], number, a.channels,
-              kKeyBlock, s.padded, grads);
-    pack_panels(grads, kKeyBlock, a.channels, s.padded, grad_panels);
-    clear(grad_k, block);
-    NextRows<T> next_keys(a, t, key, a.k, a.k_strides), next_grads(a, t, key, a.grad_out, a.grad_out_strides);
-    each_query_block(a, [&](int64_t query, int64_t count) {
-      const int64_t start = query * s.padded;
-      multiply_panels(queries + start, s.padded, key_panels, a.channels, kKeyBlock, weights, count);
-      multiply_panels(values + start, s.padded, grad_panels, a.channels, kKeyBlock, slopes, count);
-      for (int64_t m = 0; m < count; ++m) {
-        next_keys.fetch_some();
-        next_grads.fetch_some();
-        Sum *weight = weights + m * kKeyBlock, *slope = slopes + m * kKeyBlock;
-        weigh_by_lse(weight, number, scale, lse[query + m]);
-        Sum total = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t j = 0; j < number; ++j) {
-          slope[j] *= weight[j];
-          total += slope[j];
-        }
-        grad.lse[query + m] += total;
+  each_key_block(s, t, [&](int64_t key, int64_t count) {
+    pack_block<T>(a, s, t, key, count, a.k, a.k_strides, keys);
+    pack_block<T>(a, s, t, key, count, a.grad_out, a.grad_out_strides, grads);
+    multiply_panels(keys, s.padded, queries.panels, a.channels, s.queries, weights, count);
+    multiply_panels(grads, s.padded, values.panels, a.channels, s.queries, slopes, count);
+    for (int64_t j = 0; j < count; ++j) {
+      Sum *weight = weights + j * s.queries, *slope = slopes + j * s.queries, *total = grad.lse;
+      weigh_by_lse(weight, s.queries, lse);
+#pragma omp simd
+      for (int64_t m = 0; m < s.queries; ++m) {
+        slope[m] *= weight[m];
+        total[m] += slope[m];
       }
-      multiply_rows(slopes, kKeyBlock, keys, number, s.padded, partial, count);
-      add_rows(partial, count * s.padded, grad.q + start);
-      multiply_rows(weights, kKeyBlock, grads, number, s.padded, partial, count);
-      add_rows(partial, count * s.padded, grad.v + start);
-      add_outer(slopes, kKeyBlock, number, queries + start, s.padded, grad_k, count);
-    });
-    store_key_rows<T>(a, s, t, key, number, grad_k, scale, a.grad_k);
+    }
+    multiply_rows(slopes, s.queries, queries.rows, a.compressed, s.padded, grad_k, count);
+    store_key_rows<T>(a, s, t, key, count, grad_k, a.grad_k);
+    add_outer(slopes, s.queries, a.compressed, keys, s.padded, grad.q, count);
+    add_outer(weights, s.queries, a.compressed, grads, s.padded, grad.v, count);
   });
 }
 
@@ -74,9 +54,10 @@ void lookup_scatter_backward(const LookupScatterBackwardArgs& a) {
     using T = decltype(zero);
     using Sum = typename Element<T>::Sum;
     const LookupShape s = lookup_shape<Sum>(a);
-    const int64_t each = ChunkGrads<Sum>::size(s), rows = s.queries * s.padded;
-    std::vector<Sum> sums(a.images * a.heads * s.chunks * each);
-    each_chunk(a, s.chunks, [&](const LookupTask& t) {
+    const int64_t each = ChunkGrads<Sum>::size(s), rows = s.sums * s.padded;
+    Arena arena;
+    Sum* sums = arena.take<Sum>(a.images * a.heads * s.chunks * each);
+    each_chunk(a, s, [&](const LookupTask& t) {
       differentiate_chunk<T>(a, s, t, ChunkGrads<Sum>(task_sums(sums, a, s.chunks, t, each), s));
     });
     store_chunk_sums<T>(a, s, sums, each, 0, static_cast<Sum>(a.scale), a.grad_q);
