@@ -182,11 +182,11 @@ class TokenMap:
         """
         if not isinstance(after, TokenMap):
             raise TypeError(f"TokenMap.then: after must be a TokenMap, got {type(after).__name__}")
+        first, second = self.dest, after.dest
         lengths = None if self.packed is None else self.packed.lengths
         lengths_in = None if after.packed_in is None else after.packed_in.lengths
-        if self.out_shape != after.in_shape or lengths != lengths_in:
+        if self.out_shape != second.shape or lengths != lengths_in:
             raise ValueError(f"TokenMap.then: after must map {_rows(self, out=True)}, got a map of {_rows(after)}")
-        first, second = self.dest, after.dest
         if second.device != first.device:
             raise ValueError(f"TokenMap.then: after is on {after.device}, this map on {self.device}")
         if self.packed is None:

@@ -23,8 +23,9 @@ DEVICES = ("CPU", "CUDA")
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transform_level: Any = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
 _profiler_runs: Any = getattr(torch.autograd, "_profiler_enabled", None)
+_is_tracing: Any = getattr(torch._C, "_is_tracing", None)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs)
+_CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_tracing)
 
 
 def nobody_listens(tensor: Any, *, but_the_profiler: bool = False) -> bool:
@@ -41,7 +42,7 @@ def nobody_listens(tensor: Any, *, but_the_profiler: bool = False) -> bool:
         and _dispatch_modes() == 0
         and _transform_level() is None
         and (but_the_profiler or not _profiler_runs())
-        and not torch.jit.is_tracing()
+        and not _is_tracing()
     )
 
 
@@ -51,26 +52,22 @@ def register(schema: str, fake: Callable[..., Any], implementation: Callable[...
     Without an `implementation`, the backend's function of the op's name takes the other arguments as they are.
     """
     name = schema.partition("(")[0]
-    if implementation is None:
-        implementation = _by_backend(name)
+
+    def serve(*arguments: Any) -> Any:
+        return backends.implementation(arguments[-1], name)(*arguments[:-1])
+
+    direct = implementation or serve
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in DEVICES:
-        LIBRARY.impl(name, implementation, device)
+        LIBRARY.impl(name, direct, device)
     torch.library.register_fake(f"tokred::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"tokred::{name}", _no_vmap(name), lib=LIBRARY)
     overload = getattr(torch.ops.tokred, name).default
 
     def call(*arguments: Any) -> Any:
-        return (implementation if nobody_listens(arguments[0]) else overload)(*arguments)
+        return (direct if nobody_listens(arguments[0]) else overload)(*arguments)
 
     return call
-
-
-def _by_backend(name: str) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
-        return backends.implementation(arguments[-1], name)(*arguments[:-1])
-
-    return run
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:
