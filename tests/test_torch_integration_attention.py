@@ -54,6 +54,22 @@ def test_compiles_attention_and_pruning_whole(which, dynamic):
         assert counter.frame_count == 1
 
 
+def attend_to_itself(z):
+    out, worth = tk.token_attention(z, z, z, importance="mean")
+    gathered, lse = tk.lookup_gather(z, z, z)
+    return out, worth, gathered, tk.lookup_scatter(z, z, z, lse)
+
+
+def test_compiles_attention_of_a_tensor_to_itself():
+    torch._dynamo.reset()
+    z = torch.randn(2, 2, 17, 8, requires_grad=True)
+    compiled = torch.compile(attend_to_itself, fullgraph=True, backend="aot_eager")
+    got, want = compiled(z), attend_to_itself(z)
+    assert_all_equal(got, want)
+    losses = (sum(part.square().sum() for part in parts) for parts in (got, want))
+    assert_all_equal(*(torch.autograd.grad(loss, z) for loss in losses))
+
+
 def test_compiles_attention_and_pruning_with_inductor():
     torch._dynamo.reset()
     arguments = pruner_inputs(17)

@@ -79,6 +79,16 @@ def _no_vmap(name: str) -> Callable[..., Any]:
     return refuse
 
 
+def distinct(*tensors: Any) -> tuple[Any, ...]:
+    """These tensors, for an autograd.Function: while torch.compile traces, which refuses one twice, a view instead."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        tensor.view_as(tensor) if any(tensor is before for before in tensors[:place] if before is not None) else tensor
+        for place, tensor in enumerate(tensors)
+    )
+
+
 class _Once(torch.autograd.Function):
     """The identity, whose derivative is an error: what a first derivative passes through on its way out."""
 

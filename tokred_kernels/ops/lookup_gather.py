@@ -14,7 +14,7 @@ from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import nobody_listens, once, register
+from tokred_kernels.ops.library import distinct, nobody_listens, once, register
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
@@ -51,7 +51,7 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
         return reference.lookup_gather(q, k, v, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         carries = backend in _ADDS and nobody_listens(q, but_the_profiler=True) and q.requires_grad and k.requires_grad
-        out, lse, *carried = _LookupGather.apply(q, k, v, scale, backend, carries)
+        out, lse, *carried = _LookupGather.apply(*distinct(q, k, v), scale, backend, carries)
         if carried:
             setattr(lse, _CARRIED, (q, k, *carried))
     else:

@@ -13,7 +13,7 @@ from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import once, register
+from tokred_kernels.ops.library import distinct, once, register
 from tokred_kernels.ops.lookup_gather import carried, check_lookup, default_scale, heads_first
 from tokred_kernels.ops.token_attention import too_wide
 
@@ -48,7 +48,7 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float
     if backend == "reference":
         return reference.lookup_scatter(q, k, v, lse, scale)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lse)):
-        out = _LookupScatter.apply(*carried(lse, q, k), v, lse, scale, backend)
+        out = _LookupScatter.apply(*distinct(*carried(lse, q, k), v), lse, scale, backend)
     else:
         out = _lookup_scatter(q, k, v, lse, scale, backend)
     return out.transpose(1, 2)

@@ -15,7 +15,7 @@ from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.checks import check_floating, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import nobody_listens, once, register
+from tokred_kernels.ops.library import distinct, nobody_listens, once, register
 from tokred_kernels.token_map import Packing
 
 OP = "token_attention"
@@ -153,7 +153,9 @@ def _attend(
     starts = None if packed is None else packed.cu_seqlens
     longest = 0 if packed is None else max(packed.lengths, default=0)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, policy)):
-        out, worth = _TokenAttention.apply(q, k, v, bias, policy, starts, longest, scale, importance, backend)
+        out, worth = _TokenAttention.apply(
+            *distinct(q, k, v), bias, policy, starts, longest, scale, importance, backend
+        )
     else:
         out, _, _, worth = _token_attention(q, k, v, bias, policy, starts, longest, scale, importance, backend)
     return (out if packed is not None else out.transpose(1, 2)), worth
