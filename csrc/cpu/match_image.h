@@ -6,6 +6,9 @@
 #include <omp.h>
 #endif
 
+#include <atomic>
+#include <thread>
+
 #include "../common/order.h"
 #include "maps.h"
 #include "match_tile.h"
@@ -45,12 +48,19 @@ template <class T>
 Match match_image(const MatchProblem& a, const Image& image, bool parallel) {
   const Match p = prepare(a, image);
   const int32_t first_number = p.destinations > 0 ? image.partition.protected_dst : 0;
+  std::atomic<int64_t> loaded{0};
 #pragma omp parallel if (parallel)
   {
     thread_local Scratch scratch;
     float* memory = scratch.take(kPassSources * (p.channels + 1));
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < p.panels; ++panel) load_panel<T>(a, image, p, panel, memory);
+    // No barrier, and no share of its own for any thread: the system may take milliseconds to wake one, for which the
+    // others would wait. Only panels that are being loaded are waited for.
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t panel = 0; panel < p.panels; ++panel) {
+      load_panel<T>(a, image, p, panel, memory);
+      loaded.fetch_add(1, std::memory_order_release);
+    }
+    while (loaded.load(std::memory_order_acquire) < p.panels) std::this_thread::yield();
     const Pass pass{memory, memory + kPassSources * p.channels};
 #pragma omp for schedule(dynamic, 1)
     for (int64_t from = 0; from < p.sources; from += kPassSources) {
