@@ -18,6 +18,7 @@ from tokred_kernels.nn.lookupvit_block import (
     check_heads,
     check_probabilities,
 )
+from tokred_kernels.nn.lookupvit_positions import smooth_positions
 from tokred_kernels.nn.lookupvit_resize import resize_tokens
 
 OP = "nn.LookupViT"
@@ -60,9 +61,9 @@ def lookup_loss(logits: LookupLogits, labels: Tensor, *, label_smoothing: float 
 class LookupViT(nn.Module):
     """LookupViT (Koner et al., ECCV 2024), for images and for video.
 
-    Patches become lookup tokens with learned positions; compressed tokens are these, resized linearly to a smaller
-    grid, with nothing of their own to learn; `LookupViTBlock` on both; a norm and a head on the mean of each. There is
-    no class token.
+    Patches become lookup tokens with learned positions, which start as `smooth_positions`; compressed tokens are these,
+    resized linearly to a smaller grid, with nothing of their own to learn; `LookupViTBlock` on both; a norm and a head
+    on the mean of each. There is no class token.
 
     Args:
         img_size: pixels, (height, width), or (time, height, width) for video; one number for a square image.
@@ -127,7 +128,8 @@ class LookupViT(nn.Module):
         self.grids = None if grids is None else self._choices(grids)
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, self.patch_size)
-        self.pos_embed = nn.Parameter(torch.empty(1, _count(self.lookup_grid), embed_dim))
+        # Positions at random would average out where they are resized, and leave compressed tokens too alike.
+        self.pos_embed = nn.Parameter(smooth_positions(self.lookup_grid, embed_dim))
         self.blocks = nn.ModuleList(
             LookupViTBlock(
                 embed_dim,
@@ -148,8 +150,6 @@ class LookupViT(nn.Module):
         self.norm_lookup = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = _head(embed_dim, num_classes)
         self.head_lookup = _head(embed_dim, num_classes)
-        # As in the original ViT. Resizing averages positions: small ones would leave compressed tokens too alike.
-        nn.init.normal_(self.pos_embed, std=embed_dim**-0.5)
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> LookupLogits | Tensor:
         """The logits of images (B, channels, height, width), or of video (B, channels, time, height, width).
@@ -306,10 +306,3 @@ def _sizes(name: str, value: Any, rank: int) -> tuple[int, ...]:
     for size in sizes:
         check_count(OP, name, size, least=1)
     return sizes
-
-
-def _count(grid: Sequence[int]) -> int:
-    count = 1
-    for length in grid:
-        count *= length
-    return count
