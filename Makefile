@@ -4,7 +4,7 @@
 # make digits   the same: train a ViT on handwritten digits, and the same with fewer tokens by each method
 # make test     install into .venv and run the tests
 # make lint     formatters, linters, types
-# make gpu      on a machine with a GPU: build, test, sanitize, benchmark, write the results (see below)
+# make gpu      on a machine with a GPU: build, test, sanitize, tune, benchmark, write the results (see below)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 SEGMENT_ARGS ?=
 DIGITS_ARGS ?=
 
-.PHONY: demo segment digits test lint format gpu clean
+.PHONY: demo segment digits test lint format clean gpu gpu-build gpu-test gpu-sanitize gpu-tune gpu-bench
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/accelerate_vit.py $(DEMO_ARGS)
@@ -49,13 +49,30 @@ $(VENV)/installed: $(VENV)/required $(NATIVE_SOURCES)
 	touch $@
 
 # Uses $(PYTHON) as it is, with its own torch and triton: GPU machines bring theirs. Everything it writes lands in
-# benchmarks/results/, tokred_kernels/backends/verified.json and the README's table.
+# benchmarks/results/, tokred_kernels/backends/ and the README's table. Each step is for itself, where a machine is lent
+# for minutes; the tests are those of kernels, tuned or not, and come again after tuning.
 GPU_BUILD := build/gpu
-gpu:
+GPU_TESTS = $(PYTHON) -m pytest -m gpu $(shell $(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null)
+TUNED_TESTS := tests/ops/test_token_attention.py tests/ops/test_token_attention_packed.py \
+  tests/ops/test_lookup_gather.py tests/ops/test_lookup_scatter.py
+gpu: gpu-build gpu-test gpu-sanitize gpu-tune gpu-bench
+
+gpu-build:
 	TOKRED_CUDA=1 TOKRED_BUILD_DIR=$(GPU_BUILD) $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest -m gpu --junitxml=$(GPU_BUILD)/gpu-tests.xml
+
+gpu-test:
+	$(GPU_TESTS) --junitxml=$(GPU_BUILD)/gpu-tests.xml
+
+gpu-sanitize:
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/sanitize.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/sanitize.py
+
+gpu-tune:
+	$(PYTHON) benchmarks/tune.py --minutes 5
+	$(GPU_TESTS) $(TUNED_TESTS)
+	$(PYTHON) -m pytest tests/backends/test_triton_compile.py -k sm_90
+
+gpu-bench:
 	$(PYTHON) benchmarks/run.py --device cuda --suite micro --backend cuda,triton --json
 	$(PYTHON) benchmarks/run.py --device cuda --suite model --backend cuda --json
 	$(PYTHON) benchmarks/lookup_memory.py --device cuda --out docs/lookup_memory.png

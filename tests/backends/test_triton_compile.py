@@ -7,6 +7,7 @@ own process may have set: kernels are either interpreted or compiled, for the wh
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -21,9 +22,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# Shared memory that a program may have, in bytes: sm_86's and sm_89's 99 KiB for NVIDIA, so that the same configs run
-# on smaller cards, and 64 KiB on gfx942. Threads come in warps of 32 or 64.
-NVIDIA_SHARED, AMD_SHARED = 99 * 1024, 64 * 1024
+# Shared memory that a program may have, in bytes: sm_86's and sm_89's 99 KiB for NVIDIA, so that the portable configs
+# run on smaller cards (sm_120 too), 227 KiB where sm_90 and sm_100 have their own, and 64 KiB on gfx942. Threads come
+# in warps of 32 or 64.
+NVIDIA_SHARED, HOPPER_SHARED, AMD_SHARED = 99 * 1024, 227 * 1024, 64 * 1024
 # Bytes a thread: ptxas spills a register or two of its own accord, far below its limit of registers, where that gets
 # one more block onto a multiprocessor.
 SPILL_ALLOWANCE = 16
@@ -34,6 +36,8 @@ ABSENT = (
     *("bias", "policy", "starts", "grad_worth", "top", "shift", "grad_bias", "grad_policy"),
     *("out", "grad_lse", "offset", "grad_v", "to_lse", "more_parts", "row_parts", "more_out", "row_out"),
 )
+HALVES = (torch.float16, torch.bfloat16)
+EVERYTHING = ("sm_80", "gfx942")  # targets that everything is compiled for
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -66,41 +70,47 @@ def test_every_kernel_fits_and_does_not_spill(target, compiling):
     run = compiling[target].result()
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert {kernel["name"] for kernel in compiled} == {
-        *("match_kernel", "mean_kernel", "rank_kernel", "select_kernel", "window_kernel"),
-        *("merge_kernel", "merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel", "topk_kernel"),
-        *("attention_kernel", "importance_kernel", "rows_kernel", "keys_kernel", "queries_kernel"),
-        *("gather_kernel", "scatter_kernel", "lookup_queries_kernel", "lookup_keys_kernel", "combine_kernel"),
-    }
-    limit = AMD_SHARED if target.startswith("gfx") else NVIDIA_SHARED
-    assert [kernel for kernel in compiled if kernel["shared"] > limit] == []
+    kernels = {"match_kernel", "combine_kernel", *OF_TABLES, *(OTHERS if target in EVERYTHING else ())}
+    assert {kernel["name"] for kernel in compiled} == kernels
+    assert [kernel for kernel in compiled if kernel["shared"] > _shared_limit(target, kernel["name"])] == []
     assert [kernel for kernel in compiled if kernel["spilled"] > SPILL_ALLOWANCE] == []
 
 
-def _cases():
-    """(kernel, types of its tensors, constants, options, aligned) of everything to compile."""
-    from tokred_kernels.backends.triton import configs
-    from tokred_kernels.backends.triton.best_match import match_kernel, mean_kernel, rank_kernel
-    from tokred_kernels.backends.triton.bipartite_match import select_kernel
-    from tokred_kernels.backends.triton.keep_topk import topk_kernel
-    from tokred_kernels.backends.triton.merge import merge_kernel
-    from tokred_kernels.backends.triton.merge_backward import amax_backward_kernel, merge_backward_kernel
-    from tokred_kernels.backends.triton.unmerge import unmerge_kernel
-    from tokred_kernels.backends.triton.window_similarity import window_kernel
+def _shared_limit(target, name):
+    from tokred_kernels.backends.triton.configs_tables import TABLES
 
-    for dtype in configs.DTYPES:
+    if target.startswith("gfx"):
+        return AMD_SHARED
+    return HOPPER_SHARED if target in TABLES and name in OF_TABLES else NVIDIA_SHARED
+
+
+def _all_cases(target):
+    """(kernel, types of its tensors, constants, options, aligned) of everything to compile for a target."""
+    # Without tensor cores it is the same program for all of NVIDIA's, but for some lines: that is compiled for one.
+    singles = (torch.float32,) if target in EVERYTHING else ()
+    return itertools.chain(
+        _match_cases((*singles, *HALVES)),
+        _cases((torch.bfloat16,) if target == "gfx942" else (torch.float32, torch.bfloat16)) if singles else (),
+        _attention_cases(target, (*singles, *HALVES)),
+        _lookup_cases(target, (*singles, *HALVES)),
+        _combine_cases(),
+    )
+
+
+def _match_cases(dtypes):
+    """Of the match, the one kernel with products that has the same configs everywhere."""
+    from tokred_kernels.backends.triton import configs
+    from tokred_kernels.backends.triton.best_match import match_kernel
+
+    for dtype in dtypes:
         largest = max(config.block_channels for config in configs.MATCH_CONFIGS[dtype].values())
         for config in configs.MATCH_CONFIGS[dtype].values():
-            blocks = {
-                "BLOCK_SRC": config.block_src,
-                "BLOCK_DST": config.block_dst,
-                "BLOCK_CHANNELS": config.block_channels,
-            }
+            blocks = {f"BLOCK_{name.upper()}": getattr(config, f"block_{name}") for name in ("src", "dst", "channels")}
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            modes = [("", True, True), ("MEAN", True, True)]
+            modes = [("", True, True)]
             # float16 differs from bfloat16 in the product's type alone: its modes need not all be compiled.
             if dtype != torch.float16:
-                modes += [("PACKED", True, True)]
+                modes += [("MEAN", True, True), ("PACKED", True, True)]
                 if config.block_channels == largest:
                     modes += [("", False, True), ("LISTS", True, True), ("", False, False), ("PACKED", False, False)]
             for mode, one_chunk, aligned in modes:
@@ -112,6 +122,18 @@ def _cases():
                     types |= {"cu_seqlens": "*i32"}
                 yield match_kernel, types, modes_on | {"ONE_CHUNK": one_chunk} | blocks, options, aligned
 
+
+def _cases(dtypes):
+    """Of what has no products: float16 is loaded and stored as bfloat16 is, and is not compiled."""
+    from tokred_kernels.backends.triton import configs
+    from tokred_kernels.backends.triton.best_match import mean_kernel, rank_kernel
+    from tokred_kernels.backends.triton.bipartite_match import select_kernel
+    from tokred_kernels.backends.triton.keep_topk import topk_kernel
+    from tokred_kernels.backends.triton.merge import merge_kernel
+    from tokred_kernels.backends.triton.merge_backward import amax_backward_kernel, merge_backward_kernel
+    from tokred_kernels.backends.triton.unmerge import unmerge_kernel
+    from tokred_kernels.backends.triton.window_similarity import window_kernel
+
     blocks = {"BLOCK": configs.RANK_CONFIG.block, "CHUNK": configs.RANK_CONFIG.chunk}
     options = {"num_warps": configs.RANK_CONFIG.num_warps}
     types = {"score": "*fp32", "rank": "*i32"}
@@ -122,9 +144,9 @@ def _cases():
     for config in configs.WINDOW_CONFIGS.values():
         blocks = {"BLOCK_WINDOWS": config.block_windows, "BLOCK_CHANNELS": config.block_channels}
         options = {"num_warps": config.num_warps}
-        for dtype in configs.DTYPES:
+        for dtype in dtypes:
             modes = [(True, True)]
-            if config.block_channels == longest and dtype != torch.float16:
+            if config.block_channels == longest:
                 modes += [(True, False), (False, True), (False, False)]
             for one_chunk, aligned in modes:
                 types = {"x": POINTER[dtype], "score": "*fp32"} | ({} if one_chunk else {"inverse": "*fp32"})
@@ -147,11 +169,12 @@ def _cases():
             yield topk_kernel, types, {"FUSE": fuse, **blocks}, options, True
 
     for (_, dtype), config in configs.ROWS_CONFIGS.items():
+        if dtype not in dtypes:
+            continue
         blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_CHANNELS": config.block_channels}
-        unroll = {"UNROLL": config.unroll}
         options = {"num_warps": config.num_warps}
         of = POINTER[dtype]
-        all_modes = config.block_channels == 128 and dtype != torch.float16
+        all_modes = config.block_channels == 128
         views = {"members": "*i32", "begin": "*i32", "count": "*i32"}
         yield mean_kernel, {"metric": of, "mean": of}, blocks, options, True
         yield unmerge_kernel, {"y": of, "dest": "*i32", "x": of}, blocks, options, True
@@ -164,8 +187,8 @@ def _cases():
             merge_modes += [("sum", True, True, True), ("mean", True, True, False)]
         for reduce, weighted, sums, aligned in merge_modes:
             kept = types if weighted else {name: of for name, of in types.items() if name != "weight"}
-            constants = {"REDUCE": reduce, "WEIGHTED": weighted, "SUMS": sums, **blocks, **unroll}
-            yield merge_kernel, kept, constants, options, aligned
+            modes = {"REDUCE": reduce, "WEIGHTED": weighted, "SUMS": sums, "UNROLL": config.unroll}
+            yield merge_kernel, kept, modes | blocks, options, aligned
         types = dict.fromkeys(("grad_weight_sum", "weight", "weight_sum", "grad_weight"), "*fp32")
         types |= {"grad_y": of, "x": of, "y": of, "dest": "*i32", "count": "*i32", "grad_x": of}
         backward_modes = [(True, True, True, True, True)]
@@ -182,52 +205,70 @@ def _cases():
 # What attention may be asked for: bias, policy, packed, the importance that is differentiated.
 PLAIN = (False, False, False, "")
 OF_CLASS = (True, False, False, "class")
+OTHERS = (
+    *("mean_kernel", "rank_kernel", "select_kernel", "window_kernel", "topk_kernel"),
+    *("merge_kernel", "merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel"),
+)
+OF_TABLES = (
+    *("attention_kernel", "importance_kernel", "rows_kernel", "keys_kernel", "queries_kernel"),
+    *("gather_kernel", "scatter_kernel", "lookup_queries_kernel", "lookup_keys_kernel"),
+)
 
 
-def _attention_cases():
-    """The same, of token attention: each config with all that may be asked for, and some of what is less than that.
+def _table(target):
+    """The configs that attention has on a target, those of tuned.json among them."""
+    from tokred_kernels.backends.triton.configs_attention import TABLES
 
-    rows_kernel and importance_kernel have configs of others, and are compiled for the widest heads.
-    """
-    from tokred_kernels.backends.triton import configs
+    return TABLES.get(target, TABLES["portable"])
+
+
+def _attention_cases(target, dtypes):
+    """Of token attention: each config with all that may be asked for, and some of what is less than that."""
     from tokred_kernels.backends.triton.attention_rows import rows_kernel
     from tokred_kernels.backends.triton.token_attention import attention_kernel, importance_kernel
     from tokred_kernels.backends.triton.token_attention_backward import keys_kernel, queries_kernel
 
-    all_but = {policy: (True, policy, True, "mean") for policy in (False, True)}
+    table = _table(target)
     # Of heads of 64, or of fewer, whose strides nobody aligned. float16 differs where a policy scales weights.
     others = {
-        (attention_kernel, torch.bfloat16, False): [(64, True, PLAIN), (40, False, all_but[False])],
-        (attention_kernel, torch.float16, True): [(64, True, all_but[True])],
-        (importance_kernel, torch.bfloat16, False): [(64, True, OF_CLASS)],
-        (rows_kernel, torch.bfloat16, False): [(64, True, OF_CLASS)],
-        (queries_kernel, torch.bfloat16, False): [(64, True, PLAIN)],
-        (keys_kernel, torch.bfloat16, False): [(64, True, PLAIN)],
-        (keys_kernel, torch.float32, True): [(40, False, all_but[True])],
+        ("attention", torch.bfloat16): [(64, True, PLAIN), (40, False, (True, False, True, "mean"))],
+        ("attention+policy", torch.float16): [(64, True, (True, True, True, "mean"))],
+        ("rows", torch.bfloat16): [(64, True, OF_CLASS)],
+        ("keys+policy", torch.float32): [(40, False, (True, True, True, "mean"))],
     }
-    shipped = (
-        (configs.ATTENTION_CONFIGS, attention_kernel, (16, 32, 64, 128)),
-        (configs.IMPORTANCE_CONFIGS, importance_kernel, (128,)),
-        (configs.QUERIES_CONFIGS, rows_kernel, (128,)),
-        (configs.QUERIES_CONFIGS, queries_kernel, (16, 32, 64, 128)),
-        (configs.KEYS_CONFIGS, keys_kernel, (16, 32, 64, 128)),
-    )
-    for table, kernel, widths in shipped:
-        for (dtype, with_policy), by_width in table.items():
-            cases = [(width, True, all_but[with_policy]) for width in widths]
-            less = not with_policy and by_width is table[dtype, True]  # of what the same configs do with a policy
-            for channels, aligned, mode in [
-                *([] if less or dtype == torch.float16 else cases),
-                *others.get((kernel, dtype, with_policy), ()),
-            ]:
-                types, constants = _attention_arguments(POINTER[dtype], *mode)
-                yield _tiles(kernel, by_width, channels, types, constants, aligned)
+    kernels = {
+        **{"attention": attention_kernel, "importance": importance_kernel, "importance_mean": importance_kernel},
+        **{"rows": rows_kernel, "queries": queries_kernel, "keys": keys_kernel},
+    }
+    for (name, suffix), dtype in itertools.product(itertools.product(kernels, ("", "+policy")), dtypes):
+        by_width = table[name + suffix, dtype]
+        mode = (True, bool(suffix), True, "class" if name == "importance" else "mean")
+        # What has the configs that there are with a policy does less with them.
+        covered = not suffix and by_width == table[name + "+policy", dtype]
+        widths = [] if covered or _as_bfloat16(table, name + suffix, dtype) else _widths(by_width)
+        if name in ("importance", "importance_mean", "rows"):  # these hold little but where they are widest
+            widths = [width for width in widths if width >= 64]
+        cases = [(width, True, mode) for width in widths]
+        for channels, aligned, asked in [*cases, *others.get((name + suffix, dtype), ())]:
+            types, constants = _attention_arguments(POINTER[dtype], *asked)
+            yield _tiles(kernels[name], by_width, channels, types, constants, aligned)
+
+
+def _widths(by_width):
+    """Of widths with the same blocks, the two widest: those of fewer channels hold less."""
+    blocks = {width: dataclasses.replace(config, block_channels=0) for width, config in by_width.items()}
+    return [width for width in by_width if sum(blocks[w] == blocks[width] for w in by_width if w > width) < 2]
+
+
+def _as_bfloat16(table, name, dtype):
+    """Whether this is float16 with bfloat16's configs: it differs in the products' type alone."""
+    return dtype == torch.float16 and table[name, dtype] == table[name, torch.bfloat16]
 
 
 def _attention_arguments(vectors, bias, policy, packed, importance):
     """The types of the tensors, and the constants, of any of its kernels."""
     types = dict.fromkeys(("q", "k", "v", "grad_out", "out", "grad_q", "grad_k", "grad_v"), vectors)
-    types |= dict.fromkeys(("row_max", "row_sum", "worth", "delta"), "*fp32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("row_max", "row_sum", "worth", "delta", "level"), "*fp32") | {"scale": "fp32"}
     if bias:
         types |= dict.fromkeys(("bias", "grad_bias"), "*fp32")
     if policy:
@@ -251,32 +292,46 @@ def _tiles(kernel, by_width, channels, types, constants, aligned):
     return kernel, types, constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}, aligned
 
 
-def _lookup_cases():
-    """The same, of lookup attention: each config with what asks most of it, and some of what is less than that."""
-    from tokred_kernels.backends.triton import configs
+def _lookup_cases(target, dtypes):
+    """Of lookup attention: each config with what asks most of it, and some of what is less than that."""
     from tokred_kernels.backends.triton.lookup_gather import gather_kernel
     from tokred_kernels.backends.triton.lookup_gradients import lookup_keys_kernel, lookup_queries_kernel
     from tokred_kernels.backends.triton.lookup_scatter import scatter_kernel
-    from tokred_kernels.backends.triton.lookup_tiles import combine_kernel
 
-    both, half, all_widths = (torch.float32, torch.bfloat16), (torch.bfloat16,), (32, 64, 128)
+    table = _table(target)
     of_gather, of_scatter = {"GATHER": True, "LSE": True}, {"GATHER": False, "LSE": False}
     not_of_gather, not_of_scatter = ("grad_v", "to_lse"), ("out", "grad_lse", "offset")
-    for name, kernel, modes, absent, dtypes, widths, aligned in (
-        ("gather", gather_kernel, {}, (), both, all_widths, True),
-        ("gather", gather_kernel, {}, (), half, (40,), False),
-        ("scatter", scatter_kernel, {}, (), both, (128,), True),
-        ("queries", lookup_queries_kernel, of_scatter, not_of_scatter, both, all_widths, True),
-        ("queries", lookup_queries_kernel, of_gather, not_of_gather, half, (64,), True),
-        ("keys", lookup_keys_kernel, of_gather, (), both, all_widths, True),
-        ("keys", lookup_keys_kernel, of_gather, (), (torch.float16,), (40,), False),
-        ("keys", lookup_keys_kernel, of_scatter, ("offset", "grad_v"), half, (64,), True),
-    ):
-        for dtype, channels in itertools.product(dtypes, widths):
+    kernels = {
+        "gather": (gather_kernel, {}, ()),
+        "scatter": (scatter_kernel, {}, ()),
+        "scatter_queries": (lookup_queries_kernel, of_scatter, not_of_scatter),
+        "gather_queries": (lookup_queries_kernel, of_gather, not_of_gather),
+        "gather_keys": (lookup_keys_kernel, of_gather, ()),
+        "scatter_keys": (lookup_keys_kernel, of_scatter, ("offset", "grad_v")),
+    }
+    # Of what does less with the same configs, heads of 64 are compiled.
+    more = {"gather_queries": "scatter_queries", "scatter_keys": "gather_keys"}
+    unaligned = {("gather", torch.bfloat16), ("gather_keys", torch.float16)}
+    for (name, (kernel, modes, absent)), suffix, dtype in itertools.product(kernels.items(), ("", "+few"), dtypes):
+        by_width = table[name + suffix, dtype]
+        widths = [] if _as_bfloat16(table, name + suffix, dtype) else _widths(by_width)
+        if suffix and by_width == table[name, dtype]:
+            continue
+        if name in more and by_width == table[more[name] + suffix, dtype]:
+            widths = [64] if dtype == torch.bfloat16 else []
+        cases = [(width, True) for width in widths] + [(40, False)] * ((name + suffix, dtype) in unaligned)
+        for channels, aligned in cases:
             types = dict.fromkeys(("q", "k", "v", "few", "many", "out", "grad_q", "grad_k", "grad_v"), POINTER[dtype])
             types |= dict.fromkeys(("lse", "grad_lse", "offset", "to_lse"), "*fp32") | {"scale": "fp32"}
             types = {name: of for name, of in types.items() if name not in absent}
-            yield _tiles(kernel, configs.LOOKUP_CONFIGS[name, dtype], channels, types, modes, aligned)
+            yield _tiles(kernel, by_width, channels, types, modes, aligned)
+
+
+def _combine_cases():
+    """Of what adds up the splits of lookup attention."""
+    from tokred_kernels.backends.triton import configs_attention as configs
+    from tokred_kernels.backends.triton.lookup_tiles import combine_kernel
+
     for (width, config), softmax in zip(configs.COMBINE_CONFIGS.items(), (False, True, False), strict=True):
         types = dict.fromkeys(("parts", "more_parts", "row_parts", "row_out"), "*fp32")
         types |= dict.fromkeys(("out", "more_out"), "*bf16")
@@ -341,5 +396,5 @@ def _spilled(compiled):
 
 
 if __name__ == "__main__":
-    for case in itertools.chain(_cases(), _attention_cases(), _lookup_cases()):
+    for case in _all_cases(sys.argv[1]):
         print(json.dumps(_compile(sys.argv[1], *case)), flush=True)

@@ -24,9 +24,9 @@ SPLIT = (2, 2, 5, 40, 16)
 
 @pytest.fixture
 def small_splits(device, monkeypatch):
-    from tokred_kernels.backends.triton import configs
+    from tokred_kernels.backends.triton import configs_attention
 
-    monkeypatch.setattr(configs, "LOOKUP_SPLIT_KEYS", 16)
+    monkeypatch.setattr(configs_attention, "LOOKUP_SPLIT_KEYS", 16)
 
 
 def every_gradient(call):
@@ -81,13 +81,25 @@ def test_gradients_by_one_result_of_the_gather(device, shape, of_lse):
 
 @dtypes
 def test_blocks_of_other_sizes_and_many_splits(small_splits, device, dtype, monkeypatch):
-    from tokred_kernels.backends.triton import configs, lookup_gather, lookup_gradients, lookup_scatter
+    from tokred_kernels.backends.triton import lookup_gather, lookup_gradients, lookup_scatter
+    from tokred_kernels.backends.triton.configs_tables import AttentionConfig
 
     for queries, keys in ((16, 32), (32, 16)):
-        config = configs.AttentionConfig(queries, keys, 16, 4, 1)
+        config = AttentionConfig(queries, keys, 16, 4, 1)
         for module in (lookup_gather, lookup_gradients, lookup_scatter):
             monkeypatch.setattr(module, "lookup_config", lambda *_, config=config: config)
         check(drawn((1, 1, 18, 67, 9), dtype, device))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 300, 64), (1, 1, 100, 300, 64), (1, 2, 65, 130, 128)], ids=str)
+def test_blocks_of_another_architecture(device, shape, monkeypatch):
+    from tokred_kernels.backends.triton import lookup_gather, lookup_gradients, lookup_scatter
+    from tokred_kernels.backends.triton.configs_tables import PORTABLE
+
+    other = "sm_90" if device == "cpu" else PORTABLE
+    for module in (lookup_gather, lookup_gradients, lookup_scatter):
+        monkeypatch.setattr(module, "architecture_of", lambda _: other)
+    check(drawn(shape, torch.float16, device))
 
 
 def test_a_scale_of_its_own(small_splits, device):

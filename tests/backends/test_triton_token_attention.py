@@ -9,7 +9,7 @@ import torch
 from support import DTYPES
 
 import tokred_kernels as tk
-from tokred_kernels.backends.triton import configs
+from tokred_kernels.backends.triton import configs_attention
 from tokred_kernels.ops import token_attention as ops
 from tokred_kernels.ops.token_attention import token_attention
 from tokred_kernels.token_map import Packing
@@ -29,7 +29,7 @@ def some_of_all(number):
 
 
 def test_the_widest_head_is_what_the_tiles_hold():
-    assert ops.WIDEST["triton"] == configs.MAX_HEAD_WIDTH
+    assert ops.WIDEST["triton"] == configs_attention.MAX_HEAD_WIDTH
 
 
 def leaves(rows, heads, channels, dtype, device, *, sized, chosen, packed=False):
@@ -102,12 +102,13 @@ def test_gradients(device, dtype, tokens, channels):
 def test_blocks_of_other_sizes(device, importance, monkeypatch):
     from tokred_kernels.backends.triton import token_attention as forward
     from tokred_kernels.backends.triton import token_attention_backward as backward
-    from tokred_kernels.backends.triton.configs import AttentionConfig
+    from tokred_kernels.backends.triton.configs_tables import AttentionConfig
 
     narrow, wide = AttentionConfig(16, 32, 16, 4, 1), AttentionConfig(32, 16, 16, 4, 1)
     for one, other in ((narrow, wide), (wide, narrow)):
         monkeypatch.setattr(forward, "attention_config", lambda *_, config=one: config)
         monkeypatch.setattr(forward, "importance_config", lambda *_, config=other: config)
+        monkeypatch.setattr(backward, "row_terms_config", lambda *_, config=one: config)
         monkeypatch.setattr(backward, "queries_config", lambda *_, config=other: config)
         monkeypatch.setattr(backward, "keys_config", lambda *_, config=one: config)
         for sized, chosen in ((True, False), (True, True)):
@@ -115,6 +116,22 @@ def test_blocks_of_other_sizes(device, importance, monkeypatch):
             grads = torch.randn(1, 2, 37, 9), torch.randn(1, 37) * 30
             got = run("triton", tensors, importance, grads=grads)
             assert_near(got, run("reference", double(tensors), importance, grads=double(grads)), torch.float32)
+
+
+@pytest.mark.parametrize("importance", ["class", "mean"])
+def test_blocks_of_another_architecture(device, importance, monkeypatch):
+    from tokred_kernels.backends.triton import token_attention as forward
+    from tokred_kernels.backends.triton import token_attention_backward as backward
+    from tokred_kernels.backends.triton.configs_tables import PORTABLE
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "architecture_of", lambda _: "sm_90" if device == "cpu" else PORTABLE)
+    for channels, tokens in ((64, 130), (128, 3)):
+        tensors = leaves((1, tokens), 2, channels, torch.float16, device, sized=True, chosen=False)
+        grads = torch.randn(1, 2, tokens, channels).half(), torch.randn(1, tokens) * 30
+        got = run("triton", tensors, importance, grads=grads)
+        exact = run("reference", double(tensors), importance, grads=double(grads))
+        assert_near(got, exact, torch.float16, floor=30.0 / tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

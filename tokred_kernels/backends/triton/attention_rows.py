@@ -12,10 +12,12 @@ from tokred_kernels.backends.triton.attention_tiles import (
     counts_query,
     head_start,
     key_terms,
+    load_rows,
     load_tokens,
     load_vectors,
     products,
     row_softmax,
+    rows_apart,
     rows_place,
     store_rows,
     weight_share,
@@ -35,7 +37,8 @@ def rows_kernel(
     row_max,  # (rows, H)
     row_sum,  # (rows, H)
     out,  # (rows, H, d)
-    delta,  # out: (rows, H), sum_j a_ij g_ij
+    delta,  # out: (B, H, padded), or, if PACKED, (rows, H), sum_j a_ij g_ij
+    level,  # out: as delta, what makes weights of scores in base 2, but for the sum if POLICY
     top,  # out: (rows, H), the first key of highest score, if POLICY
     shift,  # out: (rows, H), the gradient of that score as what all others are taken from, if POLICY
     q_stride_b,
@@ -53,6 +56,7 @@ def rows_kernel(
     heads,
     tokens,
     blocks,
+    padded,
     scale,
     BIAS: tl.constexpr,
     POLICY: tl.constexpr,
@@ -70,7 +74,7 @@ def rows_kernel(
     score gets - sum_j ds_ij = - eps (D_i - G_i) / Z_i: what is left of a difference that cancels but for eps.
     """
     image, head, block, first, count = rows_place(starts, heads, tokens, blocks, PACKED)
-    if block * BLOCK_QUERIES >= count:
+    if PACKED and block * BLOCK_QUERIES >= count:
         return
     q = head_start(q, image, head, q_stride_b, q_stride_h, q_stride_n, first, PACKED)
     k = head_start(k, image, head, k_stride_b, k_stride_h, k_stride_n, first, PACKED)
@@ -89,7 +93,7 @@ def rows_kernel(
         if IMPORTANCE == "last" and not POLICY:
             limit = tl.where((block + 1) * BLOCK_QUERIES >= count, count, 0)
         queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-        level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
+        top_level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
         highest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
         highest_key = tl.zeros((BLOCK_QUERIES,), tl.int32)
         worth = tl.zeros((BLOCK_QUERIES,), tl.float32)  # of the row's weights
@@ -108,7 +112,7 @@ def rows_kernel(
                 values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
                 value_sum += tl.sum(values.to(tl.float32), 0)
             if IMPORTANCE != "":
-                seen = tl.exp2(scores - level[:, None])
+                seen = tl.exp2(scores - top_level[:, None])
                 if POLICY:
                     kept = load_tokens(policy, first, j, count)
                     seen = tl.where(i[:, None] == j[None, :], seen, seen * kept[None, :])
@@ -125,4 +129,10 @@ def rows_kernel(
             mean = (mean + tl.sum(grads * value_sum[None, :], 1)) / count.to(tl.float32)
             store_rows(top + at, highest_key, i, count, heads)
             store_rows(shift + at, (total - mean) * inverse * EPS, i, count, heads)
-    store_rows(delta + at, total, i, count, heads)
+    start, stride = rows_apart(image, head, first, heads, padded, PACKED)
+    own_level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
+    if not POLICY:  # with one, the sum may be so small that it has more digits than the two together would
+        own_level += tl.log2(load_rows(row_sum + at, i, count, heads, 1.0))
+    written = count if PACKED else padded
+    store_rows(level + start, own_level, i, written, stride)
+    store_rows(delta + start, total, i, written, stride)

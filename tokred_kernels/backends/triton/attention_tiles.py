@@ -12,7 +12,7 @@ from torch import Tensor
 from tokred_kernels.backends.native.token_attention import packed_strides
 from tokred_kernels.backends.reference.token_attention import POLICY_EPS
 from tokred_kernels.backends.triton import INTERPRETED, multiply_add, narrow
-from tokred_kernels.backends.triton.configs import MAX_HEAD_WIDTH, AttentionConfig
+from tokred_kernels.backends.triton.configs_attention import MAX_HEAD_WIDTH, AttentionConfig
 
 # Exponentials are of base 2, which GPUs have an instruction for; scores are scaled to match.
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -140,6 +140,27 @@ def load_rows(values, i, count, heads, other):
 def store_rows(values, row, i, count, heads):
     """Write what `load_rows` would read."""
     tl.store(values + i.to(tl.int64) * heads, row, mask=i < count)
+
+
+@triton.jit
+def rows_apart(image, head, first, heads, padded, PACKED: tl.constexpr):
+    """Where the numbers of an image's rows start, and how far apart they are.
+
+    Those of one head are beside each other, and go on to `padded`; where images are PACKED, those of one row are.
+    """
+    if PACKED:
+        start, stride = first * heads + head, heads
+    else:
+        start, stride = (image * heads + head) * padded, 1
+    return start, stride
+
+
+@triton.jit
+def load_padded(values, i, count, stride, other, PACKED: tl.constexpr):
+    """What there is one of for each of the tokens i of a head; beyond the image's `count` it must be in memory."""
+    if PACKED:
+        return load_rows(values, i, count, stride, other)
+    return tl.load(values + i)
 
 
 @triton.jit

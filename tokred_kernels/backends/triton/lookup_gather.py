@@ -22,7 +22,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_rows,
     store_vectors,
 )
-from tokred_kernels.backends.triton.configs import lookup_config, lookup_splits
+from tokred_kernels.backends.triton.configs_attention import architecture_of, lookup_config, lookup_splits
 from tokred_kernels.backends.triton.lookup_tiles import (
     combine,
     empty_heads_last,
@@ -42,9 +42,9 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     out, lse = empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if images * heads == 0:
         return out, lse
-    config = lookup_config("gather", channels, q.dtype)
+    config = lookup_config("gather", compressed, channels, q.dtype, architecture_of(q))
     blocks = triton.cdiv(compressed, config.block_queries)
-    splits, share = lookup_splits(images * heads * blocks, tokens, config.block_keys)
+    splits, share = lookup_splits(images * heads * blocks, tokens, config.block_keys, config.enough)
     parts = parts_of(splits, out, lse)
     with on_device(q):
         gather_kernel[(images * heads * blocks * splits,)](

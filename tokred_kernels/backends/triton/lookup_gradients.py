@@ -25,7 +25,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_rows,
     store_vectors,
 )
-from tokred_kernels.backends.triton.configs import lookup_config, lookup_splits
+from tokred_kernels.backends.triton.configs_attention import architecture_of, lookup_config, lookup_splits
 from tokred_kernels.backends.triton.lookup_tiles import (
     combine,
     few_place,
@@ -56,9 +56,10 @@ def differentiate_queries(
     if images * heads == 0:
         return
     tokens = k.shape[2]
-    config = lookup_config("queries", channels, q.dtype)
+    kernel = "scatter_queries" if of_gather is None else "gather_queries"
+    config = lookup_config(kernel, compressed, channels, q.dtype, architecture_of(q))
     blocks = triton.cdiv(compressed, config.block_queries)
-    splits, share = lookup_splits(images * heads * blocks, tokens, config.block_keys)
+    splits, share = lookup_splits(images * heads * blocks, tokens, config.block_keys, config.enough)
     parts = parts_of(splits, *results)
     out, grad_lse, offset = of_gather or (None, None, None)
     lookup_queries_kernel[(images * heads * blocks * splits,)](
@@ -87,7 +88,8 @@ def differentiate_keys(
     """Write the gradient of k; for the gather, by what `differentiate_queries` left, also that of v."""
     images, heads, compressed, channels = q.shape
     tokens = k.shape[2]
-    config = lookup_config("keys", channels, q.dtype)
+    kernel = "scatter_keys" if of_gather is None else "gather_keys"
+    config = lookup_config(kernel, compressed, channels, q.dtype, architecture_of(q))
     grid, blocks = shares(images, heads, tokens, config.block_keys)
     offset, grad_v = of_gather or (None, None)
     if grid[0]:

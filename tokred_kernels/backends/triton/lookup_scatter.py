@@ -21,7 +21,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     shares,
     store_vectors,
 )
-from tokred_kernels.backends.triton.configs import lookup_config
+from tokred_kernels.backends.triton.configs_attention import architecture_of, lookup_config
 from tokred_kernels.backends.triton.lookup_tiles import (
     empty_heads_last,
     load_level,
@@ -38,7 +38,7 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -
     images, heads, compressed, channels = q.shape
     tokens = k.shape[2]
     out = empty_heads_last(k)
-    config = lookup_config("scatter", channels, q.dtype)
+    config = lookup_config("scatter", compressed, channels, q.dtype, architecture_of(q))
     grid, blocks = shares(images, heads, tokens, config.block_keys)
     with on_device(q):
         if grid[0]:

@@ -21,7 +21,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_rows,
     store_vectors,
 )
-from tokred_kernels.backends.triton.configs import combine_config
+from tokred_kernels.backends.triton.configs_attention import combine_config
 
 # Weights are multiplied by this before they are rounded to float16, which has few digits for one of many thousands.
 HALF_RANGE = tl.constexpr(2.0**8)

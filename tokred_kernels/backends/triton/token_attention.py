@@ -33,7 +33,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_vectors,
     weight_share,
 )
-from tokred_kernels.backends.triton.configs import attention_config, importance_config
+from tokred_kernels.backends.triton.configs_attention import architecture_of, attention_config, importance_config
 
 # Weights are multiplied by this before they are rounded to float16, so that those of kept keys that lie far below a
 # dropped one keep all their digits: they are divided by a sum that is as small.
@@ -61,8 +61,9 @@ def token_attention(
     row_max, row_sum = (q.new_empty(layout[:-1], dtype=torch.float32) for _ in range(2))
     worth = q.new_empty(layout[:-2] if importance else (0,), dtype=torch.float32)
     modes = {"BIAS": bias is not None, "POLICY": policy is not None, "PACKED": starts is not None}
+    of = (channels, q.dtype, policy is not None, architecture_of(q))
     with on_device(q):
-        config = attention_config(channels, q.dtype, policy is not None)
+        config = attention_config(*of)
         grid, blocks = shares(images, heads, tokens, config.block_queries)
         if grid[0]:
             attention_kernel[grid](
@@ -72,7 +73,7 @@ def token_attention(
                 **modes,
                 **launch_options(config, channels),
             )
-        config = importance_config(channels, q.dtype, policy is not None)
+        config = importance_config(*of, importance)
         grid, blocks = shares(images, 1, tokens, config.block_keys)
         if importance and grid[0]:
             importance_kernel[grid](

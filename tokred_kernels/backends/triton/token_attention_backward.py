@@ -22,12 +22,13 @@ from tokred_kernels.backends.triton.attention_tiles import (
     head_strides,
     key_terms,
     launch_options,
+    load_padded,
     load_rows,
     load_tokens,
     load_vectors,
     multiply,
     products,
-    row_softmax,
+    rows_apart,
     rows_place,
     shares,
     sizes,
@@ -35,7 +36,13 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_vectors,
     weight_share,
 )
-from tokred_kernels.backends.triton.configs import AttentionConfig, keys_config, queries_config
+from tokred_kernels.backends.triton.configs_attention import (
+    AttentionConfig,
+    architecture_of,
+    keys_config,
+    queries_config,
+    row_terms_config,
+)
 
 
 def token_attention_backward(
@@ -65,12 +72,18 @@ def token_attention_backward(
     if grad_importance is not None:
         grad_importance = grad_importance.contiguous()
     grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
-    delta = torch.empty_like(row_max)
     shift = top = None
     if policy is not None:
         shift, top = torch.empty_like(row_max), row_max.new_empty(row_max.shape, dtype=torch.int32)
     of_heads = [torch.empty_like(row_max) if need else None for need in (need_bias, need_policy)]
     images, heads, tokens, channels = sizes(q, starts, longest)
+    of = (channels, q.dtype, policy is not None, architecture_of(q))
+    rows, by_query, by_key = row_terms_config(*of), queries_config(*of), keys_config(*of)
+    # Whole blocks, so that nobody need ask whether there is a row.
+    block = max(config.block_queries for config in (rows, by_query, by_key))
+    padded = triton.cdiv(tokens, block) * block
+    shape = row_max.shape if starts is not None else (images, heads, padded)
+    delta, level = (row_max.new_empty(shape) for _ in range(2))
     inputs = (q, k, v, grad_out, bias, policy, starts, grad_importance, row_max, row_sum)
     strides = [number for t in (q, k, v) for number in head_strides(t, starts)]
     strides += head_strides(grad_out if starts is not None else grad_out.transpose(1, 2), starts)
@@ -81,23 +94,24 @@ def token_attention_backward(
         "IMPORTANCE": importance if grad_importance is not None else "",
     }
 
-    def launch(kernel: Any, config: AttentionConfig, block: int, *others: Tensor | None, **more: bool) -> None:
-        grid, blocks = shares(images, heads, tokens, block)
+    def launch(
+        kernel: Any, config: AttentionConfig, share: tuple[int, int], *others: Tensor | None, **more: bool
+    ) -> None:
+        grid, blocks = shares(images, heads, *share)
         if grid[0]:
             kernel[grid](
-                *(*inputs, *others, *strides, heads, tokens, blocks, scale),
+                *(*inputs, *others, *strides, heads, tokens, blocks, padded, scale),
                 **(modes | more),
                 **launch_options(config, channels),
             )
 
     with on_device(q):
-        config = queries_config(channels, q.dtype, policy is not None)
-        launch(rows_kernel, config, config.block_queries, out, delta, top, shift)
-        launch(queries_kernel, config, config.block_queries, delta, top, shift, grad_q)
-        config = keys_config(channels, q.dtype, policy is not None)
+        of_rows = tokens if starts is not None else padded
+        launch(rows_kernel, rows, (of_rows, rows.block_queries), out, delta, level, top, shift)
+        launch(queries_kernel, by_query, (tokens, by_query.block_queries), delta, level, top, shift, grad_q)
         outputs = (grad_k, grad_v, *of_heads)
         needs = {"NEED_BIAS": need_bias, "NEED_POLICY": need_policy}
-        launch(keys_kernel, config, config.block_keys, delta, top, shift, *outputs, **needs)
+        launch(keys_kernel, by_key, (tokens, by_key.block_keys), delta, level, top, shift, *outputs, **needs)
     # Heads are summed in one order, so the result does not depend on timing.
     sums = [row_max.new_empty(0) if t is None else t.sum(-1) for t in of_heads]
     return grad_q, grad_k, grad_v, sums[0], sums[1]
@@ -115,7 +129,8 @@ def keys_kernel(
     grad_worth,  # (rows), if IMPORTANCE
     row_max,  # (rows, H)
     row_sum,  # (rows, H)
-    delta,  # (rows, H); this and the next two are from `rows_kernel`
+    delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next three are from `rows_kernel`
+    level,  # as delta
     top,  # (rows, H), if POLICY
     shift,  # (rows, H), if POLICY
     grad_k,  # out: (rows, H, d)
@@ -137,6 +152,7 @@ def keys_kernel(
     heads,
     tokens,
     blocks,
+    padded,
     scale,
     BIAS: tl.constexpr,
     POLICY: tl.constexpr,
@@ -161,6 +177,7 @@ def keys_kernel(
     v = head_start(v, image, head, v_stride_b, v_stride_h, v_stride_n, first, PACKED)
     grad_out = head_start(grad_out, image, head, g_stride_b, g_stride_h, g_stride_n, first, PACKED)
     at = first * heads + head
+    row, stride_row = rows_apart(image, head, first, heads, padded, PACKED)
     j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
     values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
@@ -177,15 +194,17 @@ def keys_kernel(
     for start in range(0, count, BLOCK_QUERIES):
         i = start + tl.arange(0, BLOCK_QUERIES)
         queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-        level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
-        mean = load_rows(delta + at, i, count, heads, 0.0)
+        levels = load_padded(level + row, i, count, stride_row, float("inf"), PACKED)
+        mean = load_padded(delta + row, i, count, stride_row, 0.0, PACKED)
         dots = products(keys, queries)
-        seen = tl.exp2(dots * (scale * LOG2_E) + terms[:, None] - level[None, :])
+        weights = tl.exp2(dots * (scale * LOG2_E) + terms[:, None] - levels[None, :])
+        if POLICY:
+            inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
+            weights *= inverse[None, :]
         grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(values, grads)
         if IMPORTANCE != "":
             reached += tl.where(counts_query(i, count, IMPORTANCE)[None, :], worth[:, None], 0.0)
-        weights = seen * inverse[None, :]
         moved = weights * (reached - mean[None, :])
         if POLICY:
             own = i[None, :] == j[:, None]
@@ -221,7 +240,8 @@ def queries_kernel(
     grad_worth,  # (rows), if IMPORTANCE
     row_max,  # (rows, H)
     row_sum,  # (rows, H)
-    delta,  # (rows, H); this and the next two are from `rows_kernel`
+    delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next three are from `rows_kernel`
+    level,  # as delta
     top,  # (rows, H), if POLICY
     shift,  # (rows, H), if POLICY
     grad_q,  # out: (rows, H, d)
@@ -240,6 +260,7 @@ def queries_kernel(
     heads,
     tokens,
     blocks,
+    padded,
     scale,
     BIAS: tl.constexpr,
     POLICY: tl.constexpr,
@@ -259,12 +280,14 @@ def queries_kernel(
     v = head_start(v, image, head, v_stride_b, v_stride_h, v_stride_n, first, PACKED)
     grad_out = head_start(grad_out, image, head, g_stride_b, g_stride_h, g_stride_n, first, PACKED)
     at = first * heads + head
+    row, stride_row = rows_apart(image, head, first, heads, padded, PACKED)
     i = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
     grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
-    level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
-    mean = load_rows(delta + at, i, count, heads, 0.0)
+    levels = load_padded(level + row, i, count, stride_row, float("inf"), PACKED)
+    mean = load_padded(delta + row, i, count, stride_row, 0.0, PACKED)
     if POLICY:
+        inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
         highest = load_rows(top + at, i, count, heads, -1)
         shifts = load_rows(shift + at, i, count, heads, 0.0)
     if IMPORTANCE != "":
@@ -276,13 +299,15 @@ def queries_kernel(
         keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
         terms = key_terms(bias, first, j, count, BIAS)
         dots = products(queries, keys)
-        seen = tl.exp2(dots * (scale * LOG2_E) + terms[None, :] - level[:, None])
+        weights = tl.exp2(dots * (scale * LOG2_E) + terms[None, :] - levels[:, None])
+        if POLICY:
+            weights *= inverse[:, None]
         values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(grads, values)
         if IMPORTANCE != "":
             worth = load_tokens(grad_worth, first, j, count)
             reached += share[:, None] * worth[None, :]
-        moved = seen * inverse[:, None] * (reached - mean[:, None])
+        moved = weights * (reached - mean[:, None])
         if POLICY:
             kept = load_tokens(policy, first, j, count)
             moved = tl.where(i[:, None] == j[None, :], moved, moved * kept[None, :])

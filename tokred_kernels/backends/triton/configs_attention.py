@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""Which blocks token and lookup attention take: pure functions of architecture, shape and dtype.
+
+What `benchmarks/tune.py` has measured stands in tuned.json beside this file, and goes before the tables.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.backends.triton.configs import RowsConfig
+from tokred_kernels.backends.triton.configs_tables import (
+    ENOUGH_PROGRAMS,
+    FEW_SUFFIX,
+    POLICY_SUFFIX,
+    PORTABLE,
+    TABLES,
+    AttentionConfig,
+    ByWidth,
+)
+from tokred_kernels.backends.triton.configs_tuned import apply, read
+
+MAX_HEAD_WIDTH = 128
+FEW = 64  # compressed tokens up to which lookup attention has configs of their own
+
+# Lookup attention has few queries, so that few programs would take them all: the keys are split until there are enough
+# programs. A split of fewer keys, or a sum of more splits, takes longer than it saves.
+LOOKUP_SPLIT_KEYS = 128
+LOOKUP_SPLITS = 64
+
+TUNED = Path(__file__).parent / "tuned.json"
+if TUNED.exists():
+    apply(read(TUNED), TABLES)
+
+# Rows of what splits leave: 16 bytes a thread of each, and several splits at once.
+COMBINE_CONFIGS = {width: RowsConfig(512 // width, width, 4, 4) for width in (32, 64, 128)}
+
+
+def architecture_of(tensor: Tensor) -> str:
+    """The architecture that configs for kernels on this tensor are for: "sm_90", say, or "gfx942"."""
+    return gpu_architecture(tensor.device.index) if tensor.is_cuda else PORTABLE
+
+
+@functools.cache
+def gpu_architecture(index: int) -> str:
+    """That of a GPU, by its number."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def attention_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
+    """For attention by heads of `channels`, at most MAX_HEAD_WIDTH."""
+    return choose("attention+policy" if policy else "attention", channels, dtype, architecture)
+
+
+def importance_config(
+    channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE, importance: str = "mean"
+) -> AttentionConfig:
+    """For the importance of keys: the mean over all queries, or what one query makes of them."""
+    name = "importance_mean" if importance == "mean" else "importance"
+    return choose(name + POLICY_SUFFIX if policy else name, channels, dtype, architecture)
+
+
+def row_terms_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
+    """For what all gradients need of each row."""
+    return choose("rows+policy" if policy else "rows", channels, dtype, architecture)
+
+
+def queries_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
+    """For the gradients of queries."""
+    return choose("queries+policy" if policy else "queries", channels, dtype, architecture)
+
+
+def keys_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
+    """For the gradients of keys and values."""
+    return choose("keys+policy" if policy else "keys", channels, dtype, architecture)
+
+
+def lookup_config(
+    kernel: str, compressed: int, channels: int, dtype: torch.dtype, architecture: str = PORTABLE
+) -> AttentionConfig:
+    """For one of LOOKUP_KERNELS, of `compressed` queries a head: forward, and gradients of queries or of keys."""
+    return choose(kernel + FEW_SUFFIX if compressed <= FEW else kernel, channels, dtype, architecture)
+
+
+def choose(kernel: str, channels: int, dtype: torch.dtype, architecture: str) -> AttentionConfig:
+    """The narrowest blocks of one of KERNELS that hold a head of `channels`."""
+    table = TABLES.get(architecture) or TABLES[PORTABLE]
+    return _narrowest(table[kernel, dtype], channels)
+
+
+def lookup_splits(programs: int, tokens: int, block: int, enough: int = ENOUGH_PROGRAMS) -> tuple[int, int]:
+    """Into how many splits to part `tokens` for `programs` that would each take all, and how many a split has.
+
+    Whole blocks, but in the last split, which has at least one token. `enough` is how many programs there need be.
+    """
+    wanted = min(-(-enough // max(programs, 1)), LOOKUP_SPLITS, tokens // LOOKUP_SPLIT_KEYS)
+    share = -(-tokens // max(wanted, 1) // block) * block
+    return -(-tokens // share), share
+
+
+def combine_config(channels: int) -> RowsConfig:
+    """For adding up what splits leave."""
+    return COMBINE_CONFIGS[min(width for width in COMBINE_CONFIGS if width >= channels)]
+
+
+def _narrowest(by_width: ByWidth, channels: int) -> AttentionConfig:
+    return by_width[min(width for width in by_width if width >= channels)]
