@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+TEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 SEGMENT_ARGS ?=
 DIGITS_ARGS ?=
@@ -24,8 +25,9 @@ segment: $(VENV)/installed
 digits: $(VENV)/installed
 	$(BIN)/python examples/train_digits.py $(DIGITS_ARGS)
 
+# A file at a time in each process, so that what a file builds for its tests is built once; threads that wait, sleep.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

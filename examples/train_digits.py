@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokred_kernels as tk
+from tokred_kernels.nn.lookupvit_positions import smooth_positions
 from tokred_kernels.patch.timm_import import import_timm
 
 METHODS = ("none", "tome", "dynamicvit", "evit", "diffrate", "lookupvit")
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         row.update(speed)
     text = markdown(rows)
     print(f"\n{text}\n\n{LEGEND}")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
     took = round(time.perf_counter() - start)
     machine = {"device": describe(device), "torch": torch.__version__, "took_seconds": took}
     report = {**settings, **machine, "rows": rows}
@@ -122,6 +123,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", choices=SOURCES, default="digits", help="what is classified (%(default)s)")
     parser.add_argument("--width", type=positive, default=64, help="channels of the transformer (%(default)s)")
     parser.add_argument("--depth", type=positive, default=6, help="its blocks (%(default)s)")
+    parser.add_argument(
+        "--positions", choices=("random", "waves"), default="random", help="what the ViT's begin as (%(default)s)"
+    )
     parser.add_argument("--epochs", type=positive, default=30, help="of training with all tokens (%(default)s)")
     parser.add_argument("--tuning", type=positive, default=10, help="epochs of fine-tuning (%(default)s)")
     parser.add_argument("--search", type=positive, default=100, help="steps of DiffRate's search (%(default)s)")
@@ -142,7 +146,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make(options: argparse.Namespace, classes: int, device: torch.device) -> nn.Module:
-    """A ViT from its seed. Its weights begin larger than timm's, which are made for longer training."""
+    """A ViT from its seed. Its weights begin larger than timm's, which are made for longer training.
+
+    Positions begin at random, as a ViT's do, or, to compare with equal starts, as the waves that LookupViT's begin as.
+    """
     torch.manual_seed(options.seed)
     model = import_timm().models.vision_transformer.VisionTransformer(
         img_size=SIDE,
@@ -158,6 +165,8 @@ def make(options: argparse.Namespace, classes: int, device: torch.device) -> nn.
             nn.init.xavier_uniform_(layer.weight)
     for learned in (model.pos_embed, model.cls_token):
         nn.init.normal_(learned, std=POSITION_STD)
+    if options.positions == "waves":
+        model.pos_embed.data[:, 1:] = smooth_positions(model.patch_embed.grid_size, options.width)
     return model.to(device)
 
 
