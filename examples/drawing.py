@@ -100,15 +100,41 @@ def plot_accuracy(path: Path, rows: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     first = rows[0]["accuracy"]
     axes.axhspan(first - 1, first, color="0.94", label="within a point of the plain model")
-    for number, row in enumerate(rows):
-        axes.plot(row["gflops"] * 1e3, row["accuracy"], "o", color=f"C{number}", markersize=8)
-        # Around the point, another way each time: neighbours in the table are often neighbours here.
-        across, side = (8, "left") if number % 4 < 2 else (-8, "right")
-        point, place = (row["gflops"] * 1e3, row["accuracy"]), (across, 6 if number % 2 else -13)
-        axes.annotate(row["method"], point, place, textcoords="offset points", ha=side, color=f"C{number}")
+    points = [(row["gflops"] * 1e3, row["accuracy"]) for row in rows]
+    for number, point in enumerate(points):
+        axes.plot(*point, "o", color=f"C{number}", markersize=8)
     axes.margins(0.15)
     axes.set(xlabel="operations an image, millions", ylabel="test accuracy, percent")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
+    label_points(axes, points, [row["method"] for row in rows])
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def label_points(axes: Any, points: list[tuple[float, float]], labels: list[str]) -> None:
+    """Write beside each point, in its colour, where no other point or label is."""
+    from matplotlib.transforms import Bbox  # noqa: PLC0415
+
+    axes.figure.canvas.draw()  # from here on places on paper are known
+    size = 5  # of a point, as it is drawn, in each direction
+    middles = axes.transData.transform(points)
+    taken = [Bbox.from_extents(x - size, y - size, x + size, y + size) for x, y in middles]
+    for number, (point, text) in enumerate(zip(points, labels, strict=True)):
+        written = []
+        for across, up in ((8, -13), (8, 6), (-8, -13), (-8, 6), (8, -26), (-8, -26), (8, 19), (-8, 19)):
+            label = axes.annotate(
+                text,
+                point,
+                (across, up),
+                textcoords="offset points",
+                ha="left" if across > 0 else "right",
+                color=f"C{number}",
+            )
+            written.append(label)
+            others = taken[:number] + taken[number + 1 :]
+            if not label.get_window_extent().count_overlaps(others):
+                break
+        for label in written[:-1]:
+            label.remove()
+        taken.append(written[-1].get_window_extent())
