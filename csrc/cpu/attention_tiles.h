@@ -124,8 +124,8 @@ inline void multiply_tile(const Sum* factors, int64_t factor_stride, const Sum* 
   }
 }
 
-// out (count, n) = rows (count, d) panels^T, n a multiple of kWidth. Up to kQueryBlock rows are read and written: as
-// many as whole tiles have.
+// out (count, n) = rows (count, d) panels^T, n a multiple of kWidth. As many rows are
+// read and written as whole tiles of either kind have.
 template <class Sum>
 void multiply_panels(const Sum* rows, int64_t padded, const Sum* panels, int64_t d, int64_t n, Sum* out,
                      int64_t count) {
@@ -153,8 +153,8 @@ void each_row_tile(int64_t padded, const Columns& columns) {
   for (; c < padded; c += kWidth) columns(Number<1>{}, c);
 }
 
-// out (count, padded) = weights (count, n), of which `keys` columns count, times rows (keys, padded). Up to kQueryBlock
-// rows of weights are read.
+// out (count, padded) = weights (count, n), of which `keys` columns count, times rows (keys, padded). As many rows of
+// weights are read, and of out written, as whole tiles have.
 template <class Sum>
 void multiply_rows(const Sum* weights, int64_t n, const Sum* rows, int64_t keys, int64_t padded, Sum* out,
                    int64_t count) {

@@ -180,7 +180,7 @@ void weigh_by_lse(Sum* row, int64_t queries, const Sum* lse) {
   for (int64_t m = 0; m < queries; ++m) row[m] = exponential(row[m] - lse[m]);
 }
 
-// The sums over chunks of rows (queries, padded), for each head: stored times `factor` as (B, M, H, d).
+// The sums over chunks of rows (sums, padded), for each head: stored times `factor` as (B, M, H, d).
 template <class T, class Sum>
 void store_chunk_sums(const LookupProblem& a, const LookupShape& s, Sum* sums, int64_t each, int64_t offset, Sum factor,
                       void* to) {

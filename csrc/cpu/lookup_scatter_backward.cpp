@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 // The gradients of lookup attention's scatter; the equations are in args.h.
-#include "lookup_head.h"
+#include "lookup_gradients.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
 
-// What a chunk leaves: its share of grad_q and grad_v, (queries, padded) each, and of - grad_lse.
+// What a chunk leaves: its share of grad_q and grad_v, (sums, padded) each, and of - grad_lse.
 template <class Sum>
 struct ChunkGrads {
   Sum *q, *v, *lse;
@@ -16,34 +16,25 @@ struct ChunkGrads {
 template <class T, class Sum>
 void differentiate_chunk(const LookupScatterBackwardArgs& a, const LookupShape& s, const LookupTask& t,
                          const ChunkGrads<Sum>& grad) {
+  using Gradients = LookupGradients<T, Sum>;
   thread_local Arena arena;
-  Sum* next = arena.take<Sum>(4 * s.rows() + s.queries + 3 * s.block() + 2 * s.weights());
+  Sum* next = arena.take<Sum>(Gradients::size(s));
   const auto take = [&](int64_t number) { return std::exchange(next, next + number); };
-  const Few<T, Sum> queries(a, s, t, a.q, a.q_strides, static_cast<Sum>(a.scale), take);
-  const Few<T, Sum> values(a, s, t, a.v, a.v_strides, Sum(1), take);
-  Sum *lse = take(s.queries), *keys = take(s.block()), *grads = take(s.block()), *grad_k = take(s.block());
-  Sum *weights = take(s.weights()), *slopes = take(s.weights());
+  const Gradients g(a, s, t, a.v, a.v_strides, a.lse, take);
 
-  load_lse(a, s, t, a.lse, lse);
+  const int64_t queries = s.queries;
+  Sum* total = grad.lse;
+  const auto slope_of = [=](const Sum* weight, Sum* slope) {
+#pragma omp simd
+    for (int64_t m = 0; m < queries; ++m) {
+      slope[m] *= weight[m];
+      total[m] += slope[m];
+    }
+  };
   clear(grad.q, ChunkGrads<Sum>::size(s));
   each_key_block(s, t, [&](int64_t key, int64_t count) {
-    pack_block<T>(a, s, t, key, count, a.k, a.k_strides, keys);
-    pack_block<T>(a, s, t, key, count, a.grad_out, a.grad_out_strides, grads);
-    multiply_panels(keys, s.padded, queries.panels, a.channels, s.queries, weights, count);
-    multiply_panels(grads, s.padded, values.panels, a.channels, s.queries, slopes, count);
-    for (int64_t j = 0; j < count; ++j) {
-      Sum *weight = weights + j * s.queries, *slope = slopes + j * s.queries, *total = grad.lse;
-      weigh_by_lse(weight, s.queries, lse);
-#pragma omp simd
-      for (int64_t m = 0; m < s.queries; ++m) {
-        slope[m] *= weight[m];
-        total[m] += slope[m];
-      }
-    }
-    multiply_rows(slopes, s.queries, queries.rows, a.compressed, s.padded, grad_k, count);
-    store_key_rows<T>(a, s, t, key, count, grad_k, a.grad_k);
-    add_outer(slopes, s.queries, a.compressed, keys, s.padded, grad.q, count);
-    add_outer(weights, s.queries, a.compressed, grads, s.padded, grad.v, count);
+    g.differentiate_scores(a, s, t, key, count, a.grad_out, a.grad_out_strides, slope_of, grad.q, a.grad_k);
+    add_outer(g.weights, s.queries, a.compressed, g.many, s.padded, grad.v, count);
   });
 }
 
