@@ -86,8 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("tuning needs a GPU: torch sees no CUDA device here")
     from tokred_kernels.backends.triton import configs_attention, configs_tuned  # noqa: PLC0415  (needs triton)
 
+    tuned = options.tuned or configs_attention.TUNED
     try:
-        known = configs_tuned.read(options.tuned) if options.tuned.exists() else {}
+        known = configs_tuned.read(tuned) if tuned.exists() else {}
     except ValueError as error:
         parser.error(str(error))
     architecture = configs_attention.gpu_architecture(torch.cuda.current_device())
@@ -114,14 +115,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"written: {path}")
     winners = winning(rows)
     if winners:
-        configs_tuned.write(options.tuned, known | winners)
-        print(f"written: {options.tuned}")
+        configs_tuned.write(tuned, known | winners)
+        print(f"written: {tuned}")
     print(summary(rows))
     return 0 if stopped is None else 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    from_here = Path(__file__).resolve().parents[1] / "tokred_kernels" / "backends" / "triton" / "tuned.json"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default=",".join((*ATTENTION, *LOOKUP)), help="default: %(default)s")
     parser.add_argument("--variant", default="plain", help=f"some of {', '.join(VARIANTS)} (default: %(default)s)")
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=5, help="to stop after, with what there is (%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compile (default: all)")
     parser.add_argument("--json", type=Path, help="default: in benchmarks/results/")
-    parser.add_argument("--tuned", type=Path, default=from_here, help="where winners go (%(default)s)")
+    parser.add_argument("--tuned", type=Path, help="where winners go (default: where the kernels read them)")
     return parser
 
 

@@ -79,12 +79,12 @@ def _no_vmap(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def distinct(*tensors: Any) -> tuple[Any, ...]:
+def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """These tensors, for an autograd.Function: while torch.compile traces, which refuses one twice, a view instead."""
     if not torch.compiler.is_compiling():
         return tensors
     return tuple(
-        tensor.view_as(tensor) if any(tensor is before for before in tensors[:place] if before is not None) else tensor
+        tensor.view_as(tensor) if any(tensor is before for before in tensors[:place]) else tensor
         for place, tensor in enumerate(tensors)
     )
 

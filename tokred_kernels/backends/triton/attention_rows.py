@@ -85,6 +85,7 @@ def rows_kernel(
     grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
     outs = load_vectors(out + at * CHANNELS, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
     total = tl.sum(grads * outs, 1)
+    own_level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
 
     if POLICY or IMPORTANCE != "":
         limit = count
@@ -93,7 +94,6 @@ def rows_kernel(
         if IMPORTANCE == "last" and not POLICY:
             limit = tl.where((block + 1) * BLOCK_QUERIES >= count, count, 0)
         queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-        top_level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
         highest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
         highest_key = tl.zeros((BLOCK_QUERIES,), tl.int32)
         worth = tl.zeros((BLOCK_QUERIES,), tl.float32)  # of the row's weights
@@ -112,7 +112,7 @@ def rows_kernel(
                 values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
                 value_sum += tl.sum(values.to(tl.float32), 0)
             if IMPORTANCE != "":
-                seen = tl.exp2(scores - top_level[:, None])
+                seen = tl.exp2(scores - own_level[:, None])
                 if POLICY:
                     kept = load_tokens(policy, first, j, count)
                     seen = tl.where(i[:, None] == j[None, :], seen, seen * kept[None, :])
@@ -130,7 +130,6 @@ def rows_kernel(
             store_rows(top + at, highest_key, i, count, heads)
             store_rows(shift + at, (total - mean) * inverse * EPS, i, count, heads)
     start, stride = rows_apart(image, head, first, heads, padded, PACKED)
-    own_level = load_rows(row_max + at, i, count, heads, float("inf")) * LOG2_E
     if not POLICY:  # with one, the sum may be so small that it has more digits than the two together would
         own_level += tl.log2(load_rows(row_sum + at, i, count, heads, 1.0))
     written = count if PACKED else padded

@@ -56,7 +56,7 @@ def gpu_architecture(index: int) -> str:
 
 def attention_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
     """For attention by heads of `channels`, at most MAX_HEAD_WIDTH."""
-    return choose("attention+policy" if policy else "attention", channels, dtype, architecture)
+    return choose(_of("attention", policy), channels, dtype, architecture)
 
 
 def importance_config(
@@ -64,22 +64,22 @@ def importance_config(
 ) -> AttentionConfig:
     """For the importance of keys: the mean over all queries, or what one query makes of them."""
     name = "importance_mean" if importance == "mean" else "importance"
-    return choose(name + POLICY_SUFFIX if policy else name, channels, dtype, architecture)
+    return choose(_of(name, policy), channels, dtype, architecture)
 
 
 def row_terms_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
     """For what all gradients need of each row."""
-    return choose("rows+policy" if policy else "rows", channels, dtype, architecture)
+    return choose(_of("rows", policy), channels, dtype, architecture)
 
 
 def queries_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
     """For the gradients of queries."""
-    return choose("queries+policy" if policy else "queries", channels, dtype, architecture)
+    return choose(_of("queries", policy), channels, dtype, architecture)
 
 
 def keys_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
     """For the gradients of keys and values."""
-    return choose("keys+policy" if policy else "keys", channels, dtype, architecture)
+    return choose(_of("keys", policy), channels, dtype, architecture)
 
 
 def lookup_config(
@@ -108,6 +108,10 @@ def lookup_splits(programs: int, tokens: int, block: int, enough: int = ENOUGH_P
 def combine_config(channels: int) -> RowsConfig:
     """For adding up what splits leave."""
     return COMBINE_CONFIGS[min(width for width in COMBINE_CONFIGS if width >= channels)]
+
+
+def _of(kernel: str, policy: bool) -> str:
+    return kernel + POLICY_SUFFIX if policy else kernel
 
 
 def _narrowest(by_width: ByWidth, channels: int) -> AttentionConfig:
