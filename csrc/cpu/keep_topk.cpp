@@ -12,17 +12,16 @@ namespace tokred::cpu {
 namespace {
 
 // Fewer tokens than this in all are not worth a second thread.
-constexpr int64_t kSerialTokens = 2048;
+constexpr int64_t kSerialTokens = 1024;
 
 }  // namespace
 
 void keep_topk(const KeepTopkArgs& a) {
   const int64_t slots = int64_t{a.first} + a.k + a.fuse;
   const int64_t candidates = a.tokens - a.first;
-  const auto before = [](uint64_t x, uint64_t y) { return x > y; };
 #pragma omp parallel if (a.images * a.tokens > kSerialTokens)
   {
-    std::vector<uint64_t> keys(candidates);
+    std::vector<uint64_t> keys(2 * candidates);
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < a.images; ++b) {
       const float* score = a.score + b * a.stride + a.first;
@@ -30,12 +29,11 @@ void keep_topk(const KeepTopkArgs& a) {
         const float value = std::isnan(score[n]) ? -INFINITY : score[n];
         keys[n] = pack_candidate(value, static_cast<int32_t>(n));
       }
-      if (a.k < candidates) std::nth_element(keys.begin(), keys.begin() + a.k, keys.end(), before);
-      std::sort(keys.begin(), keys.begin() + a.k, before);
+      const uint64_t* sorted = sort_candidates(keys.data(), candidates, keys.data() + candidates);
       int32_t* dest = a.dest + b * a.tokens;
       for (int32_t n = 0; n < a.first; ++n) dest[n] = n;
       std::fill(dest + a.first, dest + a.tokens, a.fuse ? a.first + a.k : -1);
-      for (int32_t place = 0; place < a.k; ++place) dest[a.first + candidate_index(keys[place])] = a.first + place;
+      for (int32_t place = 0; place < a.k; ++place) dest[a.first + candidate_index(sorted[place])] = a.first + place;
       invert_image(dest, b * a.tokens, a.tokens, slots, a.members + b * a.tokens, a.begin + b * slots,
                    a.count + b * slots);
     }

@@ -20,7 +20,7 @@ namespace {
 // Multiply-adds below which all images are matched by one thread.
 constexpr int64_t kSerialProducts = 400 * 1000;
 // The same for one image whose sources several threads would share: they wait for each other twice.
-constexpr int64_t kSerialImage = 8 * 1000 * 1000;
+constexpr int64_t kSerialImage = 4 * 1000 * 1000;
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -84,10 +84,17 @@ void match_images(const MatchProblem& a, Finish&& finish) {
 #endif
     const bool by_image = a.images >= threads;
     const bool parallel = by_image ? products * a.images > kSerialProducts : products > kSerialImage;
-#pragma omp parallel for schedule(dynamic, 1) if (by_image && parallel)
-    for (int64_t b = 0; b < a.images; ++b) {
+    const auto match = [&](int64_t b, bool inside) {
       const Image image = image_of(a, b);
-      finish(image, match_image<T>(a, image, !by_image && parallel));
+      finish(image, match_image<T>(a, image, inside));
+    };
+    // Two loops, not one with an `if` clause: a parallel region inside another, even one of a single thread, does not
+    // get the pool's threads but new ones at every call.
+    if (by_image && parallel) {
+#pragma omp parallel for schedule(dynamic, 1)
+      for (int64_t b = 0; b < a.images; ++b) match(b, false);
+    } else {
+      for (int64_t b = 0; b < a.images; ++b) match(b, parallel);
     }
   });
 }

@@ -9,10 +9,10 @@
 TOKRED_KERNELS_BEGIN
 namespace {
 
-// y = x / 1: what the mean over one member comes to, whatever its weight, unless that is 0, infinite or NaN.
-template <class Sum>
-bool cancels(Sum weight) {
-  return weight != 0 && std::isfinite(weight);
+// Whether one member's result is that member: its mean, unless the weight is 0, infinite or NaN; its sum, if that is 1.
+template <Reduce kReduce, class Sum>
+bool is_copy(Sum weight) {
+  return kReduce == Reduce::mean ? weight != 0 && std::isfinite(weight) : weight == 1;
 }
 
 template <class T, Reduce kReduce>
@@ -29,7 +29,7 @@ void reduce_row(const MergeArgs& a, int64_t row) {
   for (int32_t m = 0; m < count; ++m) total += weight ? weight[members[m]] : Sum(1);
   if (a.weight_sum) static_cast<Sum*>(a.weight_sum)[row] = total;
 
-  if (count == 1 && (!weight || (kReduce == Reduce::mean && cancels(total)))) {
+  if (count == 1 && (!weight || is_copy<kReduce>(total))) {
     std::memcpy(y, x + members[0] * a.x_stride, a.channels * sizeof(T));
     return;
   }

@@ -32,7 +32,7 @@ def keep_attentive(
     token_map = keep_topk(importance, k, num_prefix=num_prefix, fuse=fuse)
     if token_map.num_out == num_prefix + k:
         return merge(x, token_map, reduce="sum"), token_map
-    weight = torch.where(token_map.dest == num_prefix + k, importance, 1.0)
+    weight = importance.masked_fill(token_map.dest != num_prefix + k, 1.0)
     return merge(x, token_map, reduce="sum", weight=weight), token_map
 
 
