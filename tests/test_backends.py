@@ -257,7 +257,7 @@ for tokens, channels in ((33000, 64), (53000, 40)):
 
 
 @pytest.mark.parametrize("code", [ISA_CODE, SELECTOR_CODE, ATTENTION_CODE], ids=["movers", "selectors", "attention"])
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
 def test_every_instruction_set_gives_the_same(isa, code):
     result = run(code, TOKRED_CPU_ISA=isa)
     if f"TOKRED_CPU_ISA={isa}: this machine and build have" in result.stderr:

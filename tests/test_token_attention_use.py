@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dense_attention import ALL_DTYPES, KERNELS, TERMS, accumulator, drawn
 
 import tokred_kernels as tk
+from tokred_kernels.backends import native
 
 terms = pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 dtypes = pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -101,7 +102,8 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("which", ["auto", "cpu"])
 @dtypes
-def test_plain_attention_is_torchs(counted, which, dtype):
+def test_plain_attention_is_torchs(counted, which, dtype, monkeypatch):
+    monkeypatch.setattr(native, "AMX", False)
     call = drawn((2, 3, 33, 16), dtype)
     with tk.use_backend(which):
         out, own = tk.token_attention(*call[:3]), tk.token_attention(*call[:3], scale=0.3)
@@ -119,7 +121,8 @@ def test_plain_attention_is_torchs_on_a_gpu(counted):
 
 @pytest.mark.parametrize("which", ["auto", "cpu"])
 @dtypes
-def test_sizes_alone_are_torchs_bias(counted, which, dtype):
+def test_sizes_alone_are_torchs_bias(counted, which, dtype, monkeypatch):
+    monkeypatch.setattr(native, "AMX", False)
     call = drawn((2, 3, 33, 16), dtype, ("size",))
     mask = call.size.to(accumulator(dtype)).log()[:, None, None, :].to(dtype)
     with tk.use_backend(which):
@@ -127,6 +130,17 @@ def test_sizes_alone_are_torchs_bias(counted, which, dtype):
     assert len(counted) == 1
     assert torch.equal(counted[0]["attn_mask"], mask)
     assert torch.equal(out, F.scaled_dot_product_attention(*call[:3], attn_mask=mask))
+
+
+@pytest.mark.parametrize("which", ["auto", "cpu"])
+def test_with_tiles_bfloat16_is_ours(counted, which, monkeypatch):
+    monkeypatch.setattr(native, "AMX", True)
+    with tk.use_backend(which):
+        for names in ((), ("size",)):
+            drawn((2, 3, 33, 16), torch.bfloat16, names).run()
+            assert not counted
+        drawn((2, 3, 33, 16), torch.float16).run()
+    assert len(counted) == 1
 
 
 def test_torchs_attention_is_not_asked_for_what_it_lacks(counted):

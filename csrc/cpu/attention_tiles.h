@@ -32,8 +32,6 @@ template <int kNumber>
 using Number = std::integral_constant<int, kNumber>;
 static_assert(kQueryBlock % kPanelRows == 0 && kQueryBlock % kRowRows == 0, "blocks must be made of whole tiles");
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 // Memory for the vectors, one per thread, grown and never shrunk, so that calls do not allocate.
 class Arena {
  public:

@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Picks, once, the widest instruction set that this machine has and the build knows.
+#if defined(TOKRED_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -22,9 +27,16 @@
   F(lookup_scatter, LookupScatterArgs)                    \
   F(lookup_scatter_backward, LookupScatterBackwardArgs)
 
+// Those of them that have AMX tiles.
+#define TOKRED_TILE_KERNELS(F)  \
+  F(bipartite_match, MatchArgs) \
+  F(best_match, BestMatchArgs)  \
+  F(token_attention, TokenAttentionArgs)
+
 #define TOKRED_DECLARE(op, Args) void op(const Args&);
 #define TOKRED_MEMBER(op, Args) void (*op)(const Args&);
 #define TOKRED_ENTRY(op, Args) isa::op,
+#define TOKRED_REPLACE(op, Args) set.op = amx::op;
 #define TOKRED_CALL(op, Args) \
   void op(const Args& args) { kernels().op(args); }
 
@@ -51,6 +63,11 @@ TOKRED_SET(baseline)
 TOKRED_SET(avx2)
 TOKRED_SET(avx512)
 #endif
+#if defined(TOKRED_AMX)
+namespace tokred::cpu::amx {
+TOKRED_TILE_KERNELS(TOKRED_DECLARE)
+}
+#endif
 
 namespace tokred::cpu {
 namespace {
@@ -72,17 +89,39 @@ bool has_avx512() {
 #endif
 }
 
+#if defined(TOKRED_AMX)
+// Linux lends the tiles, whose state is large, to processes that ask.
+bool has_amx() {
+  constexpr int kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+}
+
+Kernels amx_kernels() {
+  Kernels set = avx512_kernels();
+  set.name = "amx";
+  TOKRED_TILE_KERNELS(TOKRED_REPLACE)
+  return set;
+}
+#else
+bool has_amx() { return false; }
+#endif
+
 Kernels choose() {
   // For tests and comparisons: the name of one instruction set.
   const char* wish = std::getenv("TOKRED_CPU_ISA");
   const auto fits = [&](const char* name, bool has) { return has && (!wish || !std::strcmp(wish, name)); };
+#if defined(TOKRED_AMX)
+  if (fits("amx", has_amx())) return amx_kernels();
+#endif
 #if defined(__x86_64__)
   if (fits("avx512", has_avx512())) return avx512_kernels();
   if (fits("avx2", has_avx2())) return avx2_kernels();
 #endif
   if (fits("baseline", true)) return baseline_kernels();
   throw std::invalid_argument(std::string("TOKRED_CPU_ISA=") + wish + ": this machine and build have baseline" +
-                              (has_avx2() ? ", avx2" : "") + (has_avx512() ? ", avx512" : ""));
+                              (has_avx2() ? ", avx2" : "") + (has_avx512() ? ", avx512" : "") +
+                              (has_amx() ? ", amx" : ""));
 }
 
 const Kernels& kernels() {

@@ -90,6 +90,8 @@ void with_element(DType dtype, Function&& function) {
   throw std::invalid_argument("tokred_kernels: unknown dtype code");
 }
 
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // Below this much data a second thread costs more than it saves.
 constexpr int64_t kSerialBytes = 100 * 1024;
 

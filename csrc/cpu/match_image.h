@@ -12,6 +12,9 @@
 #include "../common/order.h"
 #include "maps.h"
 #include "match_tile.h"
+#if defined(__AMX_BF16__)
+#include "match_amx.h"
+#endif
 #include "scratch.h"
 
 namespace tokred::cpu::TOKRED_ISA {
@@ -22,21 +25,32 @@ constexpr int64_t kSerialProducts = 400 * 1000;
 // The same for one image whose sources several threads would share: they wait for each other twice.
 constexpr int64_t kSerialImage = 4 * 1000 * 1000;
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// What scores elements of a type.
+template <class T>
+struct ScoresOf {
+  using Type = VectorScores<T>;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct ScoresOf<BFloat16> {
+  using Type = TileScores;
+};
+#endif
 
 // Room for the match of one image.
+template <class Scores>
 Match prepare(const MatchProblem& a, const Image& image) {
   Match p;
   p.channels = a.channels;
   p.sources = image.partition.num_src;
   p.destinations = std::max(image.partition.num_dst - image.partition.protected_dst, 0);
   p.panels = (p.destinations + kLanes - 1) / kLanes;
-  const int64_t destinations = p.panels * kLanes;
+  const int64_t destinations = p.panels * kLanes, panels = p.panels * Scores::panel_size(p.channels);
   const int64_t sources = round_up(p.sources, kLanes);  // keeps what follows aligned
 
   thread_local Scratch scratch;
-  p.destination = scratch.take(destinations * (p.channels + 1) + 7 * sources);
-  p.inverse_dst = p.destination + destinations * p.channels;
+  p.destination = scratch.take(panels + destinations + 7 * sources);
+  p.inverse_dst = p.destination + panels;
   p.score = p.inverse_dst + destinations;
   p.partner = reinterpret_cast<int32_t*>(p.score + sources);
   p.rank = p.partner + sources;
@@ -46,26 +60,31 @@ Match prepare(const MatchProblem& a, const Image& image) {
 
 template <class T>
 Match match_image(const MatchProblem& a, const Image& image, bool parallel) {
-  const Match p = prepare(a, image);
+  using Scores = typename ScoresOf<T>::Type;
+  const Match p = prepare<Scores>(a, image);
   const int32_t first_number = p.destinations > 0 ? image.partition.protected_dst : 0;
   std::atomic<int64_t> loaded{0};
 #pragma omp parallel if (parallel)
   {
     thread_local Scratch scratch;
-    float* memory = scratch.take(kPassSources * (p.channels + 1));
+    float* memory = scratch.take(Scores::pass_size(p.channels));
     // No barrier, and no share of its own for any thread: the system may take milliseconds to wake one, for which the
     // others would wait. Only panels that are being loaded are waited for.
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t panel = 0; panel < p.panels; ++panel) {
-      load_panel<T>(a, image, p, panel, memory);
+      Scores::load_panel(a, image, p, panel, memory);
       loaded.fetch_add(1, std::memory_order_release);
     }
     while (loaded.load(std::memory_order_acquire) < p.panels) std::this_thread::yield();
-    const Pass pass{memory, memory + kPassSources * p.channels};
+    [[maybe_unused]] const typename Scores::Means means;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t from = 0; from < p.sources; from += kPassSources) {
-      load_pass<T>(a, image, p, from, pass);
-      best_of_pass(p, first_number, from, pass);
+      Best best[kPassSources];
+      Scores::best_of_pass(a, image, p, from, memory, best);
+      for (int64_t i = from; i < std::min(from + kPassSources, p.sources); ++i) {
+        best_of_lanes(best[i - from], p.score[i], p.partner[i]);
+        p.partner[i] += first_number;
+      }
     }
   }
   return p;
@@ -83,7 +102,8 @@ void match_images(const MatchProblem& a, Finish&& finish) {
     const int threads = 1;
 #endif
     const bool by_image = a.images >= threads;
-    const bool parallel = by_image ? products * a.images > kSerialProducts : products > kSerialImage;
+    const bool parallel =
+        by_image ? products * a.images > kSerialProducts : products > kSerialImage * ScoresOf<T>::Type::kSpeed;
     const auto match = [&](int64_t b, bool inside) {
       const Image image = image_of(a, b);
       finish(image, match_image<T>(a, image, inside));

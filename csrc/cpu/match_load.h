@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What a match reads: one image's destinations in panels for the tiles, and its sources, a pass at a time.
+// What a match reads and finds: one image's tokens, one at a time, and where its results go.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,8 @@
 namespace tokred::cpu::TOKRED_ISA {
 namespace {
 
-// A register tile: kTileSources rows times kTilePanels vectors of destinations. With AVX-512 24 of 32 registers hold
-// scores, with 16 registers 12 do; the rest are the loaded destinations and one broadcast source.
-constexpr int kTileSources = kLanes == 16 ? 8 : 4;
-constexpr int kTilePanels = 3;
-// Sources, in tiles, that share the panels they fetch: measured, 32 beat 8 and 16, and 64 was no better.
+// Sources that share the destinations they fetch: measured, 32 beat 8 and 16, and 64 was no better.
 constexpr int kPassSources = 32;
-constexpr int kPassTiles = kPassSources / kTileSources;
 
 // One image of a MatchProblem: where it lies, and its own partition.
 struct Image {
@@ -37,7 +32,7 @@ Image image_of(const MatchProblem& a, int64_t number) {
 struct Match {
   int64_t channels, sources, destinations;  // destinations: those that may be joined
   int64_t panels;                           // of kLanes destinations
-  float* destination;                       // (panel, D, lane)
+  float* destination;                       // (panel): of each as the scores want it
   float* inverse_dst;                       // (panel, lane): NaN where there is none, so that it never wins
   float* score;                             // (sources): the highest
   int32_t* partner;                         // (sources): the number of the destination that has it
@@ -63,40 +58,27 @@ void load_token(const MatchProblem& a, const Image& image, int64_t token, float*
   for (int64_t d = 0; d < a.channels; ++d) out[d] = static_cast<float>(E::load(E::store(out[d] / heads)));
 }
 
+// Destination j as floats; returns the inverse of its norm. Where there is none: zeros, and NaN, so that it never wins.
 template <class T>
-void load_panel(const MatchProblem& a, const Image& image, const Match& p, int64_t panel, float* row) {
-  float* out = p.destination + panel * p.channels * kLanes;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t j = panel * kLanes + lane;
-    if (j < p.destinations) {
-      const int32_t number = static_cast<int32_t>(j) + image.partition.protected_dst;
-      load_token<T>(a, image, destination_token(image.partition, image.number, number), row);
-      p.inverse_dst[j] = inverse_norm(squared_norm(row, p.channels));
-      for (int64_t d = 0; d < p.channels; ++d) out[d * kLanes + lane] = row[d];
-    } else {
-      p.inverse_dst[j] = std::numeric_limits<float>::quiet_NaN();
-      for (int64_t d = 0; d < p.channels; ++d) out[d * kLanes + lane] = 0;
-    }
+float load_destination(const MatchProblem& a, const Image& image, const Match& p, int64_t j, float* row) {
+  if (j >= p.destinations) {
+    std::fill(row, row + p.channels, 0.0f);
+    return std::numeric_limits<float>::quiet_NaN();
   }
+  const int32_t number = static_cast<int32_t>(j) + image.partition.protected_dst;
+  load_token<T>(a, image, destination_token(image.partition, image.number, number), row);
+  return inverse_norm(squared_norm(row, p.channels));
 }
 
-// The sources of a pass.
-struct Pass {
-  float* source;   // (kPassSources, D)
-  float* inverse;  // (kPassSources)
-};
-
-// Loads the sources from `from` on; where there are too few, the rest are zero.
+// Source i as floats; returns the inverse of its norm. Where there is none all are 0.
 template <class T>
-void load_pass(const MatchProblem& a, const Image& image, const Match& p, int64_t from, const Pass& pass) {
-  const int64_t number = std::min<int64_t>(kPassSources, p.sources - from);
-  for (int64_t m = 0; m < number; ++m) {
-    float* row = pass.source + m * p.channels;
-    load_token<T>(a, image, source_token(image.partition, image.number, static_cast<int32_t>(from + m)), row);
-    pass.inverse[m] = inverse_norm(squared_norm(row, p.channels));
+float load_source(const MatchProblem& a, const Image& image, const Match& p, int64_t i, float* row) {
+  if (i >= p.sources) {
+    std::fill(row, row + p.channels, 0.0f);
+    return 0;
   }
-  std::fill(pass.source + number * p.channels, pass.source + kPassSources * p.channels, 0.0f);
-  std::fill(pass.inverse + number, pass.inverse + kPassSources, 0.0f);
+  load_token<T>(a, image, source_token(image.partition, image.number, static_cast<int32_t>(i)), row);
+  return inverse_norm(squared_norm(row, p.channels));
 }
 
 }  // namespace

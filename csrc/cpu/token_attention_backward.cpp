@@ -83,9 +83,10 @@ void differentiate_row(const TokenAttentionBackwardArgs& a, const HeadShape& s, 
     for (int64_t j = 0; j < keys; ++j) grad[j] = row[j] * (grad[j] - mean);
   } else {
     const Sum least = static_cast<Sum>(kPolicyEps) / static_cast<Sum>(s.tokens);
+    // Not the score that equals `highest`: the forward may have added the products in another order.
     int64_t top = 0;
-    for (int64_t j = s.tokens - 1; j >= 0; --j) {
-      if (row[j] * scale + bias[j] == highest) top = j;
+    for (int64_t j = 1; j < s.tokens; ++j) {
+      if (row[j] * scale + bias[j] > row[top] * scale + bias[top]) top = j;
     }
     Sum mean = 0;
 #pragma omp simd reduction(+ : mean)

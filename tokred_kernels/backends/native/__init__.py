@@ -19,6 +19,9 @@ try:  # after torch, so that the module's OpenMP is torch's own, and one thread 
 except ImportError as error:  # a source tree that was never built still has the reference; show_config tells
     FAILURE = str(error)
 
+# Whether products of bfloat16 are done in AMX tiles on the CPU.
+AMX = MODULE is not None and MODULE.cpu.instruction_set() == "amx"
+
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 # A result on the CPU of so many bytes is asked for in large pages. As numpy has it: below, the pages may not fill.
 LARGE_BYTES = 4 << 20
