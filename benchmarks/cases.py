@@ -157,6 +157,7 @@ class ModelCase:
 AT_LEAST_15 = (Target("speedup_published", 15),)
 AT_LEAST_50 = (Target("speedup_published", 50),)
 AT_LEAST_6 = (Target("speedup_published", 6),)
+AS_TORCHS = (Target("times_fused", 1),)
 OVERHEAD = (Target("median_us", 60),)
 
 DEIT_S = (8, 197, 384)
@@ -169,6 +170,7 @@ TINY = (1, 8, 8)
 
 LOOKUP = (2, 4096, 768)  # LookupViT-B at 1024 x 1024
 WORKING_TENTH = Target("working_share_published", 0.1)
+BF16 = "bfloat16"
 NO_SLOWER = (Target("speedup_published", 1),)
 ADAPTIVE = "adaptive_bipartite_match"
 
@@ -177,6 +179,7 @@ CPU_CASES = (
     Case("bipartite_match", "vit_large_384", VIT_L_384, 23, "cpu"),
     Case("bipartite_match", "sd_unet_64", UNET_64, 2048, "cpu", metric_dim=320),
     Case("bipartite_match", "deit_small", DEIT_S, 16, "cpu", heads=6),
+    Case("bipartite_match", "vit_large_384", VIT_L_384, 23, "cpu", BF16),
     Case("kth_bipartite_match", "deit_small", DEIT_S, 4, "cpu", quick=True),
     Case("random_bipartite_match", "deit_small", DEIT_S, 16, "cpu", quick=True),
     Case("merge", "deit_small", DEIT_S, 16, "cpu", quick=True),
@@ -184,7 +187,7 @@ CPU_CASES = (
     Case("merge_wavg", "deit_small", DEIT_S, 16, "cpu", quick=True, quick_compile=True, targets=AT_LEAST_15),
     Case("merge_wavg", "vit_base", VIT_B, 16, "cpu", quick=True, targets=AT_LEAST_15),
     Case("merge_wavg", "vit_large_384", VIT_L_384, 23, "cpu", quick=True, targets=(Target("times_clone", 2),)),
-    Case("merge_wavg", "deit_small", DEIT_S, 16, "cpu", dtype="bfloat16"),
+    Case("merge_wavg", "deit_small", DEIT_S, 16, "cpu", BF16),
     Case("merge_wavg", "deit_small", DEIT_S, 16, "cpu", training=True, quick=True),
     Case("unmerge", "deit_small", DEIT_S, 16, "cpu", quick=True, targets=AT_LEAST_6),
     Case("unmerge", "vit_base", VIT_B, 16, "cpu", quick=True, targets=AT_LEAST_6),
@@ -204,7 +207,7 @@ CPU_CASES = (
         targets=(Target("speedup_published", 60),),
     ),
     Case("window_merge", "segmenter_small_512", SEGMENTER_S, 36, "cpu", window=(4, 4)),
-    Case("window_merge", "segmenter_small_512", SEGMENTER_S, 144, "cpu", dtype="bfloat16"),
+    Case("window_merge", "segmenter_small_512", SEGMENTER_S, 144, "cpu", BF16),
     Case(ADAPTIVE, "deit_tiny", (1, 197, 192), 36, "cpu", metric_dim=192, quick=True, targets=NO_SLOWER),
     Case(ADAPTIVE, "vit_small_patch32", (1, 50, 384), 8, "cpu", metric_dim=384, quick=True, targets=NO_SLOWER),
     Case(ADAPTIVE, "deit_small", DEIT_S, 34, "cpu", metric_dim=384, quick=True, targets=NO_SLOWER),
@@ -222,10 +225,13 @@ CPU_CASES = (
         targets=(Target("speedup_published", 1.3), Target("peak_share_published", 0.25)),
     ),
     Case("grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cpu", metric_dim=320),
+    Case(
+        "grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cpu", BF16, metric_dim=320, quick=True, targets=NO_SLOWER
+    ),
     Case("importance_match", "deit_small", DEIT_S, 67, "cpu", quick=True),
     Case("importance_match", "deit_small", DEIT_S, 67, "cpu", heads=6),
     Case("keep_topk", "deit_small", DEIT_S, 58, "cpu", quick=True, targets=(Target("speedup_published", 3),)),
-    Case("keep_topk", "vit_base", VIT_B, 58, "cpu", dtype="bfloat16"),
+    Case("keep_topk", "vit_base", VIT_B, 58, "cpu", BF16),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="policy"),
     Case(
         "token_attention",
@@ -242,6 +248,19 @@ CPU_CASES = (
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="size"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="class", quick=True),
     Case("token_attention", "vit_base_384", (2, 577, 768), 0, "cpu", heads=12, variant="size+class"),
+    Case("token_attention", "deit_small", DEIT_S, 0, "cpu", BF16, heads=6, variant="policy", training=True),
+    Case(
+        "token_attention",
+        "deit_small",
+        DEIT_S,
+        0,
+        "cpu",
+        BF16,
+        heads=6,
+        variant="size+class",
+        quick=True,
+        targets=AS_TORCHS,
+    ),
     Case("lookup_gather", "lookupvit_base", LOOKUP, 100, "cpu", heads=12),
     Case(
         "lookup_scatter",
@@ -264,12 +283,24 @@ CPU_CASES = (
         quick=True,
         targets=(Target("speedup_published", 2), WORKING_TENTH),
     ),
+    Case("lookup_scatter", "lookupvit_base", LOOKUP, 100, "cpu", BF16, heads=12, quick=True, targets=NO_SLOWER),
+    Case(
+        "lookup_scatter",
+        "lookupvit_base",
+        LOOKUP,
+        100,
+        "cpu",
+        BF16,
+        heads=12,
+        training=True,
+        quick=True,
+        targets=NO_SLOWER,
+    ),
     Case("then", "deit_small", DEIT_S, 16, "cpu", quick=True, targets=AT_LEAST_50),
     Case("then", "vit_large_384", VIT_L_384, 23, "cpu", quick=True, targets=AT_LEAST_50),
     Case("invert", "deit_small", DEIT_S, 16, "cpu", quick=True),
 )
 
-BF16 = "bfloat16"
 DEIT_S_64 = (64, 197, 384)
 VIT_L_384_256 = (256, 577, 1024)
 GPU_MERGE = (Target("speedup_published", 10), Target("speedup_compiled", 3), Target("median_us", 25))
@@ -384,6 +415,8 @@ MODEL_CASES = (
     ModelCase("deit_small_patch16_224", 4, 16, "cpu", quick=True),
     ModelCase("deit_small_patch16_224", 8, 8, "cpu"),
     ModelCase("vit_base_patch16_224", 8, 16, "cpu"),
+    ModelCase("deit_small_patch16_224", 8, 8, "cpu", BF16),
+    ModelCase("vit_base_patch16_224", 8, 16, "cpu", BF16),
     ModelCase("deit_small_patch16_224", 64, 16, "cuda", BF16, quick=True),
     ModelCase("vit_base_patch16_224", 64, 16, "cuda", BF16),
     ModelCase("vit_large_patch16_224", 64, 8, "cuda", BF16, quick=True, targets=(Target("flops_efficiency", 0.9),)),

@@ -41,14 +41,22 @@ class Tiles {
 };
 
 // Tile numbers must be constants: 0 to 3 sum, 4 and 5 hold rows of a, 6 and 7 panels of b.
-template <bool kTwoRows, bool kTwoPanels>
+template <bool kAdds, bool kTwoRows, bool kTwoPanels>
 inline void multiply_amx_tile(const BFloat16* a, int64_t a_stride, const uint32_t* b, int64_t panel_words,
                               int64_t steps, float* out, int64_t out_stride) {
   const int64_t a_bytes = a_stride * sizeof(*a), out_bytes = out_stride * sizeof(float);
-  _tile_zero(0);
-  if constexpr (kTwoPanels) _tile_zero(1);
-  if constexpr (kTwoRows) _tile_zero(2);
-  if constexpr (kTwoRows && kTwoPanels) _tile_zero(3);
+  float *right = out + kTileColumns, *below = out + kTileRows * out_stride, *across = below + kTileColumns;
+  if constexpr (kAdds) {
+    _tile_loadd(0, out, out_bytes);
+    if constexpr (kTwoPanels) _tile_loadd(1, right, out_bytes);
+    if constexpr (kTwoRows) _tile_loadd(2, below, out_bytes);
+    if constexpr (kTwoRows && kTwoPanels) _tile_loadd(3, across, out_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (kTwoPanels) _tile_zero(1);
+    if constexpr (kTwoRows) _tile_zero(2);
+    if constexpr (kTwoRows && kTwoPanels) _tile_zero(3);
+  }
   for (int64_t step = 0; step < steps; step += kTileSteps, b += kTileWords) {
     _tile_loadd(4, a + step, a_bytes);
     _tile_loadd(6, b, kTileColumns * sizeof(*b));
@@ -64,13 +72,14 @@ inline void multiply_amx_tile(const BFloat16* a, int64_t a_stride, const uint32_
     }
   }
   _tile_stored(0, out, out_bytes);
-  if constexpr (kTwoPanels) _tile_stored(1, out + kTileColumns, out_bytes);
-  if constexpr (kTwoRows) _tile_stored(2, out + kTileRows * out_stride, out_bytes);
-  if constexpr (kTwoRows && kTwoPanels) _tile_stored(3, out + kTileRows * out_stride + kTileColumns, out_bytes);
+  if constexpr (kTwoPanels) _tile_stored(1, right, out_bytes);
+  if constexpr (kTwoRows) _tile_stored(2, below, out_bytes);
+  if constexpr (kTwoRows && kTwoPanels) _tile_stored(3, across, out_bytes);
 }
 
-// out (rows, columns) = a (rows, steps) b (steps, columns): whole tiles of all three, so that `rows` is a multiple of
-// kTileRows, `columns` of kTileColumns, and `steps` of kTileSteps. Needs Tiles.
+// out (rows, columns) = a (rows, steps) b (steps, columns), or with kAdds += it: whole tiles of all three, so that
+// `rows` is a multiple of kTileRows, `columns` of kTileColumns, and `steps` of kTileSteps. Needs Tiles.
+template <bool kAdds = false>
 inline void multiply_amx(const BFloat16* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t steps,
                          int64_t columns, float* out, int64_t out_stride) {
   const int64_t panel_words = steps / 2 * kTileColumns;
@@ -80,9 +89,10 @@ inline void multiply_amx(const BFloat16* a, int64_t a_stride, int64_t rows, cons
     const bool two_panels = column + kTileColumns < columns;
     for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
       const bool two_rows = row + kTileRows < rows;
-      const auto multiply = two_rows     ? two_panels ? multiply_amx_tile<true, true> : multiply_amx_tile<true, false>
-                            : two_panels ? multiply_amx_tile<false, true>
-                                         : multiply_amx_tile<false, false>;
+      const auto multiply =
+          two_rows     ? two_panels ? multiply_amx_tile<kAdds, true, true> : multiply_amx_tile<kAdds, true, false>
+          : two_panels ? multiply_amx_tile<kAdds, false, true>
+                       : multiply_amx_tile<kAdds, false, false>;
       multiply(a + row * a_stride, a_stride, panel, panel_words, steps, out + row * out_stride + column, out_stride);
     }
   }
@@ -147,6 +157,31 @@ inline void pack_amx_transposed(const BFloat16* from, int64_t stride, int64_t n,
   }
 }
 
+// Rows (n, d) at a stride as columns: row c gets value c of each, zeros behind the n up to `rows`, a multiple of
+// kTileSteps and the stride of what is written. So many channels are as fill whole tiles of steps.
+inline void pack_amx_columns(const BFloat16* from, int64_t stride, int64_t n, int64_t d, int64_t rows, BFloat16* to) {
+  alignas(64) uint16_t evens[32], odds[32];
+  for (int i = 0; i < 32; ++i) evens[i] = 2 * i, odds[i] = 2 * i + 1;
+  const __m512i even = _mm512_load_si512(evens), odd = _mm512_load_si512(odds);
+  for (int64_t first = 0; first < rows; first += kTileSteps) {
+    for (int64_t c = 0; c < d; c += kTileSteps) {
+      __m512i halves[2][16];
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 16; ++i) {
+          const int64_t row = first + 16 * half + i;
+          halves[half][i] = row < n ? load_steps(from + row * stride + c, d - c) : _mm512_setzero_si512();
+        }
+        transpose_words(halves[half]);
+      }
+      for (int i = 0; i < 16; ++i) {
+        BFloat16* column = to + (c + 2 * i) * rows + first;
+        _mm512_store_si512(column, _mm512_permutex2var_epi16(halves[0][i], even, halves[1][i]));
+        _mm512_store_si512(column + rows, _mm512_permutex2var_epi16(halves[0][i], odd, halves[1][i]));
+      }
+    }
+  }
+}
+
 // Rows (n, d) at a stride as the panels of themselves: `steps` rows are its steps, zeros behind the n.
 inline void pack_amx_panels(const BFloat16* from, int64_t stride, int64_t n, int64_t d, int64_t steps, uint32_t* to) {
   const int64_t panel_words = steps / 2 * kTileColumns;
@@ -165,6 +200,21 @@ inline void pack_amx_panels(const BFloat16* from, int64_t stride, int64_t n, int
       uint32_t* word = to + c / kTileColumns * panel_words + step / 2 * kTileColumns;
       _mm512_store_si512(word, _mm512_permutex2var_epi16(even, low, odd));
       if (c + kTileColumns < d) _mm512_store_si512(word + panel_words, _mm512_permutex2var_epi16(even, high, odd));
+    }
+  }
+}
+
+// Rows of floats (n, columns), rounded, as the panels of themselves: `steps` rows are its steps, zeros behind the n.
+inline void round_amx_panels(const float* from, int64_t n, int64_t columns, int64_t steps, uint32_t* to) {
+  alignas(64) uint16_t side_by_side[32];
+  for (int i = 0; i < 16; ++i) side_by_side[2 * i] = i, side_by_side[2 * i + 1] = 16 + i;
+  const __m512i interleave = _mm512_load_si512(side_by_side);
+  for (int64_t step = 0; step < steps; step += 2) {
+    for (int64_t c = 0; c < columns; c += kTileColumns) {
+      const __m512 even = step < n ? _mm512_load_ps(from + step * columns + c) : _mm512_setzero_ps();
+      const __m512 odd = step + 1 < n ? _mm512_load_ps(from + (step + 1) * columns + c) : _mm512_setzero_ps();
+      const __m512i pairs = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+      _mm512_store_si512(to + c / kTileColumns * (steps / 2 * kTileColumns) + step / 2 * kTileColumns, pairs);
     }
   }
 }

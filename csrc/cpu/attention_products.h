@@ -96,7 +96,7 @@ class TileProducts {
 
  private:
   static int64_t depth(const HeadShape& s) { return round_up(s.channels, kTileSteps); }
-  static int64_t steps(const HeadShape& s) { return round_up(s.tokens, kTileSteps); }
+  static int64_t steps(const HeadShape& s) { return round_up(s.keys, kTileSteps); }
   static int64_t rows(int64_t count) { return round_up(count, kTileRows); }
 
   Tiles tiles_;

@@ -28,10 +28,15 @@
   F(lookup_scatter_backward, LookupScatterBackwardArgs)
 
 // Those of them that have AMX tiles.
-#define TOKRED_TILE_KERNELS(F)  \
-  F(bipartite_match, MatchArgs) \
-  F(best_match, BestMatchArgs)  \
-  F(token_attention, TokenAttentionArgs)
+#define TOKRED_TILE_KERNELS(F)                            \
+  F(bipartite_match, MatchArgs)                           \
+  F(best_match, BestMatchArgs)                            \
+  F(token_attention, TokenAttentionArgs)                  \
+  F(token_attention_backward, TokenAttentionBackwardArgs) \
+  F(lookup_gather, LookupGatherArgs)                      \
+  F(lookup_gather_backward, LookupGatherBackwardArgs)     \
+  F(lookup_scatter, LookupScatterArgs)                    \
+  F(lookup_scatter_backward, LookupScatterBackwardArgs)
 
 #define TOKRED_DECLARE(op, Args) void op(const Args&);
 #define TOKRED_MEMBER(op, Args) void (*op)(const Args&);

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "lookup_head.h"
+#include "lookup_products.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
@@ -17,55 +17,66 @@ struct ChunkSums {
   static int64_t size(const LookupShape& s) { return s.sums * s.padded + 2 * s.queries; }
 };
 
-// From scores (count, queries) to e^(s - highest), in place, with what the chunk has so far seen from the new highest.
+// From scores (count, queries), to be multiplied by `factor`, to e^(s - highest), in place, with what the chunk has so
+// far seen from the new highest: `shrink` says how much smaller it is now.
 template <class Sum>
-void weigh_by_highest(const LookupProblem& a, const LookupShape& s, int64_t count, Sum* scores, Sum* shrink,
+void weigh_by_highest(const LookupShape& s, int64_t count, Sum* scores, Sum factor, Sum* shrink,
                       const ChunkSums<Sum>& so_far) {
   Sum *highest = so_far.highest, *sum = so_far.sum;
   std::copy_n(highest, s.queries, shrink);
   for (int64_t j = 0; j < count; ++j) {
     const Sum* row = scores + j * s.queries;
 #pragma omp simd
-    for (int64_t m = 0; m < s.queries; ++m) highest[m] = row[m] > highest[m] ? row[m] : highest[m];
+    for (int64_t m = 0; m < s.queries; ++m) {
+      const Sum score = row[m] * factor;
+      highest[m] = score > highest[m] ? score : highest[m];
+    }
   }
 #pragma omp simd
   for (int64_t m = 0; m < s.queries; ++m) {
     shrink[m] = exponential(shrink[m] - highest[m]);
     sum[m] *= shrink[m];
   }
-  for (int64_t m = 0; m < a.compressed; ++m) {
-    Sum* out = so_far.out + m * s.padded;
-#pragma omp simd
-    for (int64_t c = 0; c < s.padded; ++c) out[c] *= shrink[m];
-  }
   for (int64_t j = 0; j < count; ++j) {
     Sum* row = scores + j * s.queries;
 #pragma omp simd
     for (int64_t m = 0; m < s.queries; ++m) {
-      row[m] = exponential(row[m] - highest[m]);
+      row[m] = exponential(row[m] * factor - highest[m]);
       sum[m] += row[m];
     }
   }
 }
 
 template <class T, class Sum>
-void gather_chunk(const LookupGatherArgs& a, const LookupShape& s, const LookupTask& t, const ChunkSums<Sum>& sums) {
+void gather_chunk(const LookupGatherArgs& a, const LookupShape& s, const LookupTask& t, const ChunkSums<Sum>& so_far) {
+  using Products = typename LookupOf<T>::Type;
+  using Keys = typename Products::template Block<true, false>;
+  using Values = typename Products::template Block<false, true>;
+  using Sums = typename Products::Sums;
   thread_local Arena arena;
-  Sum* next = arena.take<Sum>(2 * s.rows() + s.queries + 2 * s.block() + s.weights());
+  Sum* next = arena.take<Sum>(Products::Few::size(s) + Products::size(s) + Keys::size(s) + Values::size(s) +
+                              Sums::size(s) + s.queries + s.weights());
   const auto take = [&](int64_t values) { return std::exchange(next, next + values); };
-  const Few<T, Sum> queries(a, s, t, a.q, a.q_strides, static_cast<Sum>(a.scale), take);
-  Sum *shrink = take(s.queries), *keys = take(s.block()), *values = take(s.block()), *weights = take(s.weights());
+  const typename Products::Few queries(a, s, t, a.q, a.q_strides, a.scale, take);
+  const Products products(s, take);
+  const Keys keys(s, take);
+  const Values values(s, take);
+  const Sums sums(s, so_far.out, take);
+  Sum *shrink = take(s.queries), *weights = take(s.weights());
+  const Sum factor = Products::score_factor(a);
 
-  clear(sums.out, s.sums * s.padded);
-  clear(sums.sum, s.queries);
-  std::fill(sums.highest, sums.highest + s.queries, -std::numeric_limits<Sum>::infinity());
+  [[maybe_unused]] const typename Products::Means means;
+  clear(so_far.sum, s.queries);
+  std::fill(so_far.highest, so_far.highest + s.queries, -std::numeric_limits<Sum>::infinity());
   each_key_block(s, t, [&](int64_t key, int64_t count) {
-    pack_block<T>(a, s, t, key, count, a.k, a.k_strides, keys);
-    pack_block<T>(a, s, t, key, count, a.v, a.v_strides, values);
-    multiply_panels(keys, s.padded, queries.panels, a.channels, s.queries, weights, count);
-    weigh_by_highest(a, s, count, weights, shrink, sums);
-    add_outer(weights, s.queries, a.compressed, values, s.padded, sums.out, count);
+    keys.load(a, s, t, key, count, a.k, a.k_strides);
+    values.load(a, s, t, key, count, a.v, a.v_strides);
+    products.score(a, s, keys, queries, count, weights);
+    weigh_by_highest(s, count, weights, factor, shrink, so_far);
+    sums.shrink(a, s, shrink);
+    products.reduce(a, s, weights, values, count, sums);
   });
+  sums.finish(a, s);
 }
 
 // The chunks of a head, each seen from the highest of them all.
@@ -98,7 +109,7 @@ void lookup_gather(const LookupGatherArgs& a) {
   with_element(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     using Sum = typename Element<T>::Sum;
-    const LookupShape s = lookup_shape<Sum>(a);
+    const LookupShape s = lookup_shape<typename LookupOf<T>::Type>(a);
     const int64_t each = ChunkSums<Sum>::size(s);
     Arena arena;
     Sum* all = arena.take<Sum>(a.images * a.heads * s.chunks * each);

@@ -7,30 +7,32 @@ namespace {
 
 template <class T, class Sum>
 void differentiate_chunk(const LookupGatherBackwardArgs& a, const LookupShape& s, const LookupTask& t, Sum* grad_q) {
-  using Gradients = LookupGradients<T, Sum>;
+  using Gradients = LookupGradients<T, false>;
   thread_local Arena arena;
   Sum* next = arena.take<Sum>(Gradients::size(s) + s.queries);
   const auto take = [&](int64_t number) { return std::exchange(next, next + number); };
-  const Gradients g(a, s, t, a.grad_out, a.grad_out_strides, a.lse, take);
+  const Gradients g(a, s, t, a.grad_out, a.grad_out_strides, a.lse, grad_q, take);
   Sum* offsets = take(s.queries);
 
   clear(offsets, s.queries);
   for (int64_t m = 0; m < a.compressed; ++m) {
     const T* out = result_row<const T>(const_cast<void*>(a.out), a, a.compressed, t, m);
+    const T* grad_out = strided_row<T>(a.grad_out, a.grad_out_strides, t, m);
     if (a.grad_lse) offsets[m] = static_cast<const Sum*>(a.grad_lse)[head_start(a, t) + m];
-    for (int64_t c = 0; c < a.channels; ++c) offsets[m] -= g.few.rows[m * s.padded + c] * Element<T>::load(out[c]);
+    for (int64_t c = 0; c < a.channels; ++c) offsets[m] -= Element<T>::load(grad_out[c]) * Element<T>::load(out[c]);
   }
   const int64_t queries = s.queries;
+  const Sum factor = Gradients::Products::score_factor(a);
   const auto slope_of = [=](const Sum* weight, Sum* slope) {
 #pragma omp simd
-    for (int64_t m = 0; m < queries; ++m) slope[m] = weight[m] * (slope[m] + offsets[m]);
+    for (int64_t m = 0; m < queries; ++m) slope[m] = weight[m] * (slope[m] + offsets[m]) * factor;
   };
-  clear(grad_q, s.sums * s.padded);
   each_key_block(s, t, [&](int64_t key, int64_t count) {
-    g.differentiate_scores(a, s, t, key, count, a.v, a.v_strides, slope_of, grad_q, a.grad_k, a.onto_k);
-    multiply_rows(g.weights, s.queries, g.few.rows, a.compressed, s.padded, g.grad, count);
+    g.differentiate_scores(a, s, t, key, count, a.v, a.v_strides, slope_of, a.grad_k, a.onto_k);
+    g.products.expand(a, s, g.weights, g.few, count, g.grad);
     store_key_rows<T>(a, s, t, key, count, g.grad, a.grad_v);
   });
+  g.sums_q.finish(a, s);
 }
 
 }  // namespace
@@ -39,13 +41,14 @@ void lookup_gather_backward(const LookupGatherBackwardArgs& a) {
   with_element(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     using Sum = typename Element<T>::Sum;
-    const LookupShape s = lookup_shape<Sum>(a);
+    using Products = typename LookupOf<T>::Type;
+    const LookupShape s = lookup_shape<Products>(a);
     const int64_t each = s.sums * s.padded;
     Arena arena;
     Sum* sums = arena.take<Sum>(a.images * a.heads * s.chunks * each);
     each_chunk(a, s,
                [&](const LookupTask& t) { differentiate_chunk<T>(a, s, t, task_sums(sums, a, s.chunks, t, each)); });
-    store_chunk_sums<T>(a, s, sums, each, 0, static_cast<Sum>(a.scale), a.grad_q);
+    store_chunk_sums<T>(a, s, sums, each, 0, Products::sum_factor(a), a.grad_q);
   });
 }
 

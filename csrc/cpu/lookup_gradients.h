@@ -2,28 +2,45 @@
 // What the gradients of lookup attention's gather and scatter have in common: scores, and what they are made of.
 #pragma once
 
-#include "lookup_head.h"
+#include "lookup_products.h"
 
 namespace tokred::cpu::TOKRED_ISA {
 namespace {
 
 // A task's memory. `few` belongs to queries and `many` to keys: of the gather the gradient of its output and v, of the
-// scatter v and the gradient of its output.
-template <class T, class Sum>
+// scatter v and the gradient of its output, which is reduced besides.
+template <class T, bool kReduced>
 struct LookupGradients {
-  Few<T, Sum> queries, few;
-  Sum *lse, *keys, *many, *grad, *weights, *slopes;
+  using Sum = typename Element<T>::Sum;
+  using Products = typename LookupOf<T>::Type;
+  using Few = typename Products::Few;
+  using Keys = typename Products::template Block<true, true>;
+  using Many = typename Products::template Block<true, kReduced>;
+  using Sums = typename Products::Sums;
 
-  static int64_t size(const LookupShape& s) { return 4 * s.rows() + s.queries + 3 * s.block() + 2 * s.weights(); }
+  Few queries, few;
+  Products products;
+  Keys keys;
+  Many many;
+  Sums sums_q;
+  Sum *lse, *grad, *weights, *slopes;
+  typename Products::Means means;
+
+  static int64_t size(const LookupShape& s) {
+    return 2 * Few::size(s) + Products::size(s) + Keys::size(s) + Many::size(s) + Sums::size(s) + s.queries +
+           s.block() + 2 * s.weights();
+  }
 
   template <class Take>
   LookupGradients(const LookupProblem& a, const LookupShape& s, const LookupTask& t, const void* few_data,
-                  const int64_t (&few_strides)[3], const void* lse_data, const Take& take)
-      : queries(a, s, t, a.q, a.q_strides, static_cast<Sum>(a.scale), take),
-        few(a, s, t, few_data, few_strides, Sum(1), take),
+                  const int64_t (&few_strides)[3], const void* lse_data, Sum* grad_q, const Take& take)
+      : queries(a, s, t, a.q, a.q_strides, a.scale, take),
+        few(a, s, t, few_data, few_strides, 1, take),
+        products(s, take),
+        keys(s, take),
+        many(s, take),
+        sums_q(s, grad_q, take),
         lse(take(s.queries)),
-        keys(take(s.block())),
-        many(take(s.block())),
         grad(take(s.block())),
         weights(take(s.weights())),
         slopes(take(s.weights())) {
@@ -35,18 +52,19 @@ struct LookupGradients {
   template <class Slope>
   void differentiate_scores(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t key,
                             int64_t count, const void* many_data, const int64_t (&many_strides)[3], const Slope& slope,
-                            Sum* grad_q, void* grad_k, bool onto_k = false) const {
-    pack_block<T>(a, s, t, key, count, a.k, a.k_strides, keys);
-    pack_block<T>(a, s, t, key, count, many_data, many_strides, many);
-    multiply_panels(keys, s.padded, queries.panels, a.channels, s.queries, weights, count);
-    multiply_panels(many, s.padded, few.panels, a.channels, s.queries, slopes, count);
+                            void* grad_k, bool onto_k = false) const {
+    keys.load(a, s, t, key, count, a.k, a.k_strides);
+    many.load(a, s, t, key, count, many_data, many_strides);
+    products.score(a, s, keys, queries, count, weights);
+    products.score(a, s, many, few, count, slopes);
+    const Sum factor = Products::score_factor(a);
     for (int64_t j = 0; j < count; ++j) {
-      weigh_by_lse(weights + j * s.queries, s.queries, lse);
+      weigh_by_lse(weights + j * s.queries, s.queries, factor, lse);
       slope(weights + j * s.queries, slopes + j * s.queries);
     }
-    multiply_rows(slopes, s.queries, queries.rows, a.compressed, s.padded, grad, count);
+    products.expand(a, s, slopes, queries, count, grad);
     store_key_rows<T>(a, s, t, key, count, grad, grad_k, onto_k);
-    add_outer(slopes, s.queries, a.compressed, keys, s.padded, grad_q, count);
+    products.reduce(a, s, slopes, keys, count, sums_q);
   }
 };
 

@@ -19,12 +19,8 @@
 namespace tokred::cpu::TOKRED_ISA {
 namespace {
 
-// Keys of a block: whole tiles of every kind, and few enough that what belongs to a block stays in the cache, of whose
-// weights there are so many bytes at most.
-constexpr int64_t kTileKeys = std::lcm(kPanelRows, kRowRows);
-constexpr int64_t kMostKeys = 144;
+// The bytes that the weights of a block of keys take at most, so that what belongs to it stays in the cache.
 constexpr int64_t kWeightBytes = 192 << 10;
-static_assert(kMostKeys % kTileKeys == 0, "blocks must be made of whole tiles");
 // Keys of a chunk, before they are rounded up to whole blocks.
 constexpr int64_t kMostOfChunk = 2048;
 
@@ -42,12 +38,14 @@ struct LookupShape {
   int64_t weights() const { return keys * queries + round_up(kRowRows, kLanes); }
 };
 
-template <class Sum>
+template <class Products>
 LookupShape lookup_shape(const LookupProblem& a) {
+  using Sum = typename Products::Sum;
   constexpr int64_t kWidth = Simd<Sum>::kWidth;
   const int64_t queries = round_up(a.compressed, kWidth);
-  const int64_t fitting = kWeightBytes / static_cast<int64_t>(sizeof(Sum)) / queries / kTileKeys * kTileKeys;
-  const int64_t keys = std::clamp(fitting, kTileKeys, kMostKeys);
+  const int64_t fitting =
+      kWeightBytes / static_cast<int64_t>(sizeof(Sum)) / queries / Products::kTileKeys * Products::kTileKeys;
+  const int64_t keys = std::clamp(fitting, Products::kTileKeys, Products::kMostKeys);
   const int64_t tasks = (a.tokens + kMostOfChunk - 1) / kMostOfChunk;
   const int64_t chunk = round_up((a.tokens + tasks - 1) / tasks, keys);
   return {queries, round_up(a.compressed, kRowRows), round_up(a.channels, kWidth), keys,
@@ -81,28 +79,6 @@ void each_key_block(const LookupShape& s, const LookupTask& t, const Work& work)
 template <class T>
 const T* strided_row(const void* data, const int64_t (&strides)[3], const LookupTask& t, int64_t row) {
   return static_cast<const T*>(data) + t.image * strides[0] + t.head * strides[1] + row * strides[2];
-}
-
-// What belongs to the queries of a head, (M, d), times `factor`, as rows and as panels.
-template <class T, class Sum>
-struct Few {
-  Sum *rows, *panels;
-
-  template <class Take>
-  Few(const LookupProblem& a, const LookupShape& s, const LookupTask& t, const void* data, const int64_t (&strides)[3],
-      Sum factor, const Take& take)
-      : rows(take(s.rows())), panels(take(s.rows())) {
-    pack_rows(strided_row<T>(data, strides, t, 0), strides[2], a.compressed, a.channels, s.queries, s.padded, rows);
-    for (int64_t i = 0; i < s.rows(); ++i) rows[i] *= factor;
-    pack_panels(rows, s.queries, a.channels, s.padded, panels);
-  }
-};
-
-// A block of the rows of a tensor (B, H, N, d), zeros behind the last.
-template <class T, class Sum>
-void pack_block(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t first, int64_t count,
-                const void* data, const int64_t (&strides)[3], Sum* to) {
-  pack_rows(strided_row<T>(data, strides, t, first), strides[2], count, a.channels, s.keys, s.padded, to);
 }
 
 // A row of (B, rows, H, d), contiguous: how results lie. The next row is H d further.
@@ -173,11 +149,11 @@ void load_lse(const LookupProblem& a, const LookupShape& s, const LookupTask& t,
   std::fill(to + a.compressed, to + s.queries, std::numeric_limits<Sum>::infinity());
 }
 
-// From scores of a key to its weights exp(s - lse), in place.
+// From scores of a key, to be multiplied by `factor`, to its weights exp(s - lse), in place.
 template <class Sum>
-void weigh_by_lse(Sum* row, int64_t queries, const Sum* lse) {
+void weigh_by_lse(Sum* row, int64_t queries, Sum factor, const Sum* lse) {
 #pragma omp simd
-  for (int64_t m = 0; m < queries; ++m) row[m] = exponential(row[m] - lse[m]);
+  for (int64_t m = 0; m < queries; ++m) row[m] = exponential(row[m] * factor - lse[m]);
 }
 
 // The sums over chunks of rows (sums, padded), for each head: stored times `factor` as (B, M, H, d).

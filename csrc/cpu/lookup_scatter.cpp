@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Lookup attention, scatter: a block of lookup tokens gets its rows from all compressed tokens, weights made anew.
-#include "lookup_head.h"
+#include "lookup_products.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
@@ -8,21 +8,26 @@ namespace {
 template <class T>
 void scatter_chunk(const LookupScatterArgs& a, const LookupShape& s, const LookupTask& t) {
   using Sum = typename Element<T>::Sum;
+  using Products = typename LookupOf<T>::Type;
+  using Keys = typename Products::template Block<true, false>;
   thread_local Arena arena;
-  Sum* next = arena.take<Sum>(4 * s.rows() + s.queries + 2 * s.block() + s.weights());
+  Sum* next = arena.take<Sum>(2 * Products::Few::size(s) + Products::size(s) + Keys::size(s) + s.queries + s.block() +
+                              s.weights());
   const auto take = [&](int64_t values) { return std::exchange(next, next + values); };
-  const Few<T, Sum> queries(a, s, t, a.q, a.q_strides, static_cast<Sum>(a.scale), take);
-  const Few<T, Sum> values(a, s, t, a.v, a.v_strides, Sum(1), take);
-  Sum *lse = take(s.queries), *keys = take(s.block()), *out = take(s.block()), *weights = take(s.weights());
+  const typename Products::Few queries(a, s, t, a.q, a.q_strides, a.scale, take);
+  const typename Products::Few values(a, s, t, a.v, a.v_strides, 1, take);
+  const Products products(s, take);
+  const Keys keys(s, take);
+  Sum *lse = take(s.queries), *out = take(s.block()), *weights = take(s.weights());
+  const Sum factor = Products::score_factor(a);
 
+  [[maybe_unused]] const typename Products::Means means;
   load_lse(a, s, t, a.lse, lse);
   each_key_block(s, t, [&](int64_t key, int64_t count) {
-    pack_block<T>(a, s, t, key, count, a.k, a.k_strides, keys);
-    multiply_panels(keys, s.padded, queries.panels, a.channels, s.queries, weights, count);
-    for (int64_t j = 0; j < count; ++j) {
-      weigh_by_lse(weights + j * s.queries, s.queries, lse);
-    }
-    multiply_rows(weights, s.queries, values.rows, a.compressed, s.padded, out, count);
+    keys.load(a, s, t, key, count, a.k, a.k_strides);
+    products.score(a, s, keys, queries, count, weights);
+    for (int64_t j = 0; j < count; ++j) weigh_by_lse(weights + j * s.queries, s.queries, factor, lse);
+    products.expand(a, s, weights, values, count, out);
     store_key_rows<T>(a, s, t, key, count, out, a.out);
   });
 }
@@ -32,7 +37,7 @@ void scatter_chunk(const LookupScatterArgs& a, const LookupShape& s, const Looku
 void lookup_scatter(const LookupScatterArgs& a) {
   with_element(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const LookupShape s = lookup_shape<typename Element<T>::Sum>(a);
+    const LookupShape s = lookup_shape<typename LookupOf<T>::Type>(a);
     each_chunk(a, s, [&](const LookupTask& t) { scatter_chunk<T>(a, s, t); });
   });
 }

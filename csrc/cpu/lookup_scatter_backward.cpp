@@ -16,26 +16,32 @@ struct ChunkGrads {
 template <class T, class Sum>
 void differentiate_chunk(const LookupScatterBackwardArgs& a, const LookupShape& s, const LookupTask& t,
                          const ChunkGrads<Sum>& grad) {
-  using Gradients = LookupGradients<T, Sum>;
+  using Gradients = LookupGradients<T, true>;
+  using Sums = typename Gradients::Sums;
   thread_local Arena arena;
-  Sum* next = arena.take<Sum>(Gradients::size(s));
+  Sum* next = arena.take<Sum>(Gradients::size(s) + Sums::size(s));
   const auto take = [&](int64_t number) { return std::exchange(next, next + number); };
-  const Gradients g(a, s, t, a.v, a.v_strides, a.lse, take);
+  const Gradients g(a, s, t, a.v, a.v_strides, a.lse, grad.q, take);
+  const Sums sums_v(s, grad.v, take);
 
   const int64_t queries = s.queries;
+  const Sum factor = Gradients::Products::score_factor(a);
   Sum* total = grad.lse;
   const auto slope_of = [=](const Sum* weight, Sum* slope) {
 #pragma omp simd
     for (int64_t m = 0; m < queries; ++m) {
       slope[m] *= weight[m];
       total[m] += slope[m];
+      slope[m] *= factor;
     }
   };
-  clear(grad.q, ChunkGrads<Sum>::size(s));
+  clear(grad.lse, s.queries);
   each_key_block(s, t, [&](int64_t key, int64_t count) {
-    g.differentiate_scores(a, s, t, key, count, a.grad_out, a.grad_out_strides, slope_of, grad.q, a.grad_k);
-    add_outer(g.weights, s.queries, a.compressed, g.many, s.padded, grad.v, count);
+    g.differentiate_scores(a, s, t, key, count, a.grad_out, a.grad_out_strides, slope_of, a.grad_k);
+    g.products.reduce(a, s, g.weights, g.many, count, sums_v);
   });
+  g.sums_q.finish(a, s);
+  sums_v.finish(a, s);
 }
 
 }  // namespace
@@ -44,14 +50,15 @@ void lookup_scatter_backward(const LookupScatterBackwardArgs& a) {
   with_element(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     using Sum = typename Element<T>::Sum;
-    const LookupShape s = lookup_shape<Sum>(a);
+    using Products = typename LookupOf<T>::Type;
+    const LookupShape s = lookup_shape<Products>(a);
     const int64_t each = ChunkGrads<Sum>::size(s), rows = s.sums * s.padded;
     Arena arena;
     Sum* sums = arena.take<Sum>(a.images * a.heads * s.chunks * each);
     each_chunk(a, s, [&](const LookupTask& t) {
       differentiate_chunk<T>(a, s, t, ChunkGrads<Sum>(task_sums(sums, a, s.chunks, t, each), s));
     });
-    store_chunk_sums<T>(a, s, sums, each, 0, static_cast<Sum>(a.scale), a.grad_q);
+    store_chunk_sums<T>(a, s, sums, each, 0, Products::sum_factor(a), a.grad_q);
     store_chunk_sums<T>(a, s, sums, each, rows, Sum(1), a.grad_v);
     for (int64_t pair = 0; pair < a.images * a.heads; ++pair) {
       LookupTask t{pair / a.heads, pair % a.heads, 0, 0, 0};
