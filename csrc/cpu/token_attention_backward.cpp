@@ -61,10 +61,18 @@ void differentiate_row(const TokenAttentionBackwardArgs& a, const HeadShape& s, 
     for (int64_t j = 0; j < keys; ++j) grad[j] = row[j] * (grad[j] - mean);
   } else {
     const Sum least = static_cast<Sum>(kPolicyEps) / static_cast<Sum>(s.tokens);
-    // Not the score that equals `highest`: the forward may have added the products in another order.
-    int64_t top = 0;
-    for (int64_t j = 1; j < s.tokens; ++j) {
-      if (row[j] * scale + bias[j] > row[top] * scale + bias[top]) top = j;
+    // Found anew: the forward may have added the products in another order, and its highest be none of these.
+    Sum greatest = -std::numeric_limits<Sum>::infinity();
+#pragma omp simd reduction(max : greatest)
+    for (int64_t j = 0; j < keys; ++j) {
+      const Sum score = row[j] * scale + bias[j];
+      greatest = score > greatest ? score : greatest;
+    }
+    int32_t top = static_cast<int32_t>(s.tokens - 1);
+#pragma omp simd reduction(min : top)
+    for (int32_t j = 0; j < static_cast<int32_t>(keys); ++j) {
+      const int32_t candidate = row[j] * scale + bias[j] == greatest ? j : top;
+      top = candidate < top ? candidate : top;
     }
     Sum mean = 0;
 #pragma omp simd reduction(+ : mean)
