@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Products of bfloat16 in AMX tiles, sums in float32: some five times the rate of the vectors.
+// Products of bfloat16 in AMX tiles, sums in float32: some four times the rate of vectors.
 // A product is out (rows, columns) = a (rows, steps) b (steps, columns). a lies in rows; b in panels of kTileColumns
 // columns, where a word has two steps of a column: (panel, pair of steps, column).
 #pragma once
