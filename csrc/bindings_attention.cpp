@@ -110,11 +110,16 @@ void bind_lookup_ops(py::module_ m) {
         });
   m.def("lookup_gather_backward",
         [](const py::tuple& problem, double scale, const py::tuple& v, const py::tuple& grad_out, Address grad_lse,
-           Address out, Address lse, Address grad_q, Address grad_k, Address grad_v, bool onto_k, Address stream) {
+           Address out, Address lse, Address grad_q, Address grad_k, Address grad_v, const py::object& scatter_v,
+           const py::object& scatter_grad, Address stream) {
           auto a = lookup_args<LookupGatherBackwardArgs>(problem, scale);
           read_strided(v, a.v, a.v_strides), read_strided(grad_out, a.grad_out, a.grad_out_strides);
           a.grad_lse = pointer(grad_lse), a.out = pointer(out), a.lse = pointer(lse);
-          a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v), a.onto_k = onto_k;
+          a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v);
+          if (!scatter_v.is_none()) {
+            read_strided(scatter_v.cast<py::tuple>(), a.scatter_v, a.scatter_v_strides);
+            read_strided(scatter_grad.cast<py::tuple>(), a.scatter_grad, a.scatter_grad_strides);
+          }
           py::gil_scoped_release without_gil;
           Device::lookup_gather_backward(a, stream);
         });

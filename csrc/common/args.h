@@ -284,7 +284,12 @@ struct LookupGatherBackwardArgs : LookupProblem {
   const void* out;                 // (B, M, H, d), dtype, contiguous
   const void* lse;                 // (B, H, M), acc
   void *grad_q, *grad_k, *grad_v;  // (B, M, H, d), (B, N, H, d) and again, dtype, contiguous
-  bool onto_k;                     // add to what grad_k holds; on the CPU alone
+  // Of a scatter by the same weights, whose share of ds, A (scatter_v scatter_grad^T), and so of grad_q and grad_k, is
+  // added here; or null. On the CPU alone.
+  const void* scatter_v;  // (B, H, M, d)
+  int64_t scatter_v_strides[3];
+  const void* scatter_grad;  // (B, H, N, d)
+  int64_t scatter_grad_strides[3];
 };
 
 // out = A^T v.
@@ -296,7 +301,7 @@ struct LookupScatterArgs : LookupProblem {
 };
 
 // With g the gradient of out, ds = A (v g^T): grad_q = ds k scale, grad_k = ds^T q scale, grad_v = A g,
-// grad_lse = - sum over n of ds.
+// grad_lse = - sum over n of ds, which is - v . grad_v. On the CPU grad_q and grad_k may be null, both: not asked for.
 struct LookupScatterBackwardArgs : LookupProblem {
   const void* v;
   int64_t v_strides[3];

@@ -47,23 +47,22 @@ struct LookupGradients {
     load_lse(a, s, t, lse_data, lse);
   }
 
-  // Of a block of keys: its weights, and the gradients of its scores, from which it stores grad_k and adds to grad_q.
-  // slope(weight, slope) makes these gradients, of one key, of the products of few and many.
-  template <class Slope>
-  void differentiate_scores(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t key,
-                            int64_t count, const void* many_data, const int64_t (&many_strides)[3], const Slope& slope,
-                            void* grad_k, bool onto_k = false) const {
+  // Of a block of keys: its weights, and the products of few and many as slopes.
+  void score(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t key, int64_t count,
+             const void* many_data, const int64_t (&many_strides)[3]) const {
     keys.load(a, s, t, key, count, a.k, a.k_strides);
     many.load(a, s, t, key, count, many_data, many_strides);
     products.score(a, s, keys, queries, count, weights);
     products.score(a, s, many, few, count, slopes);
     const Sum factor = Products::score_factor(a);
-    for (int64_t j = 0; j < count; ++j) {
-      weigh_by_lse(weights + j * s.queries, s.queries, factor, lse);
-      slope(weights + j * s.queries, slopes + j * s.queries);
-    }
+    for (int64_t j = 0; j < count; ++j) weigh_by_lse(weights + j * s.queries, s.queries, factor, lse);
+  }
+
+  // With the gradients of the block's scores as slopes: stores grad_k and adds to grad_q.
+  void spread(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t key, int64_t count,
+              void* grad_k) const {
     products.expand(a, s, slopes, queries, count, grad);
-    store_key_rows<T>(a, s, t, key, count, grad, grad_k, onto_k);
+    store_key_rows<T>(a, s, t, key, count, grad, grad_k);
     products.reduce(a, s, slopes, keys, count, sums_q);
   }
 };

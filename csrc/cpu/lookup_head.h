@@ -98,26 +98,19 @@ inline int64_t head_start(const LookupProblem& a, const LookupTask& t) {
   return (t.image * a.heads + t.head) * a.compressed;
 }
 
-// Rows of `padded` sums times `factor` to rows of results a stride apart; `onto` adds to what is there.
+// Rows of `padded` sums times `factor` to rows of results a stride apart.
 template <class T, class Sum>
-void store_rows(const Sum* from, int64_t padded, int64_t count, int64_t channels, Sum factor, T* to, int64_t stride,
-                bool onto = false) {
-  using E = Element<T>;
+void store_rows(const Sum* from, int64_t padded, int64_t count, int64_t channels, Sum factor, T* to, int64_t stride) {
   for (int64_t i = 0; i < count; ++i, from += padded, to += stride) {
-    if (onto) {
 #pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) to[c] = E::store(from[c] * factor + E::load(to[c]));
-    } else {
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) to[c] = E::store(from[c] * factor);
-    }
+    for (int64_t c = 0; c < channels; ++c) to[c] = Element<T>::store(from[c] * factor);
   }
 }
 
-// Rows `first` on of a result (B, N, H, d), from rows of `padded` sums; `onto` adds to what is there.
+// Rows `first` on of a result (B, N, H, d), from rows of `padded` sums.
 template <class T, class Sum>
 void store_key_rows(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t first, int64_t count,
-                    const Sum* from, void* result, bool onto = false) {
+                    const Sum* from, void* result) {
   T* to = result_row<T>(result, a, a.tokens, t, first);
   const int64_t stride = a.heads * a.channels;
   if constexpr (std::is_same_v<T, float>) {
@@ -126,15 +119,13 @@ void store_key_rows(const LookupProblem& a, const LookupShape& s, const LookupTa
     if (large && aligned && a.channels % kLanes == 0) {
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t c = 0; c < a.channels; c += kLanes) {
-          FloatVector value = *reinterpret_cast<const FloatVector*>(from + i * s.padded + c);
-          if (onto) value += *reinterpret_cast<const FloatVector*>(to + i * stride + c);
-          stream_vector(value, to + i * stride + c);
+          stream_vector(*reinterpret_cast<const FloatVector*>(from + i * s.padded + c), to + i * stride + c);
         }
       }
       return stream_end();
     }
   }
-  store_rows(from, s.padded, count, a.channels, Sum(1), to, stride, onto);
+  store_rows(from, s.padded, count, a.channels, Sum(1), to, stride);
 }
 
 template <class Sum>

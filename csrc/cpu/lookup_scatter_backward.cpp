@@ -24,24 +24,57 @@ void differentiate_chunk(const LookupScatterBackwardArgs& a, const LookupShape& 
   const Gradients g(a, s, t, a.v, a.v_strides, a.lse, grad.q, take);
   const Sums sums_v(s, grad.v, take);
 
-  const int64_t queries = s.queries;
   const Sum factor = Gradients::Products::score_factor(a);
   Sum* total = grad.lse;
-  const auto slope_of = [=](const Sum* weight, Sum* slope) {
-#pragma omp simd
-    for (int64_t m = 0; m < queries; ++m) {
-      slope[m] *= weight[m];
-      total[m] += slope[m];
-      slope[m] *= factor;
-    }
-  };
-  clear(grad.lse, s.queries);
+  clear(total, s.queries);
   each_key_block(s, t, [&](int64_t key, int64_t count) {
-    g.differentiate_scores(a, s, t, key, count, a.grad_out, a.grad_out_strides, slope_of, a.grad_k);
+    g.score(a, s, t, key, count, a.grad_out, a.grad_out_strides);
+    for (int64_t j = 0; j < count; ++j) {
+      const Sum* weight = g.weights + j * s.queries;
+      Sum* slope = g.slopes + j * s.queries;
+#pragma omp simd
+      for (int64_t m = 0; m < s.queries; ++m) {
+        slope[m] *= weight[m];
+        total[m] += slope[m];
+        slope[m] *= factor;
+      }
+    }
+    g.spread(a, s, t, key, count, a.grad_k);
     g.products.reduce(a, s, g.weights, g.many, count, sums_v);
   });
   g.sums_q.finish(a, s);
   sums_v.finish(a, s);
+}
+
+// The same without grad_q and grad_k.
+template <class T, class Sum>
+void average_chunk(const LookupScatterBackwardArgs& a, const LookupShape& s, const LookupTask& t, Sum* grad_v) {
+  using Products = typename LookupOf<T>::Type;
+  using Keys = typename Products::template Block<true, false>;
+  using Many = typename Products::template Block<false, true>;
+  using Sums = typename Products::Sums;
+  thread_local Arena arena;
+  Sum* next = arena.take<Sum>(Products::Few::size(s) + Products::size(s) + Keys::size(s) + Many::size(s) +
+                              Sums::size(s) + s.queries + s.weights());
+  const auto take = [&](int64_t number) { return std::exchange(next, next + number); };
+  const typename Products::Few queries(a, s, t, a.q, a.q_strides, a.scale, take);
+  const Products products(s, take);
+  const Keys keys(s, take);
+  const Many many(s, take);
+  const Sums sums(s, grad_v, take);
+  Sum *lse = take(s.queries), *weights = take(s.weights());
+  const Sum factor = Products::score_factor(a);
+
+  [[maybe_unused]] const typename Products::Means means;
+  load_lse(a, s, t, a.lse, lse);
+  each_key_block(s, t, [&](int64_t key, int64_t count) {
+    keys.load(a, s, t, key, count, a.k, a.k_strides);
+    many.load(a, s, t, key, count, a.grad_out, a.grad_out_strides);
+    products.score(a, s, keys, queries, count, weights);
+    for (int64_t j = 0; j < count; ++j) weigh_by_lse(weights + j * s.queries, s.queries, factor, lse);
+    products.reduce(a, s, weights, many, count, sums);
+  });
+  sums.finish(a, s);
 }
 
 }  // namespace
@@ -55,17 +88,28 @@ void lookup_scatter_backward(const LookupScatterBackwardArgs& a) {
     const int64_t each = ChunkGrads<Sum>::size(s), rows = s.sums * s.padded;
     Arena arena;
     Sum* sums = arena.take<Sum>(a.images * a.heads * s.chunks * each);
+    const auto grads_of = [&](const LookupTask& t) {
+      return ChunkGrads<Sum>(task_sums(sums, a, s.chunks, t, each), s);
+    };
     each_chunk(a, s, [&](const LookupTask& t) {
-      differentiate_chunk<T>(a, s, t, ChunkGrads<Sum>(task_sums(sums, a, s.chunks, t, each), s));
+      if (a.grad_q) {
+        differentiate_chunk<T>(a, s, t, grads_of(t));
+      } else {
+        average_chunk<T>(a, s, t, grads_of(t).v);
+      }
     });
-    store_chunk_sums<T>(a, s, sums, each, 0, Products::sum_factor(a), a.grad_q);
+    if (a.grad_q) store_chunk_sums<T>(a, s, sums, each, 0, Products::sum_factor(a), a.grad_q);
     store_chunk_sums<T>(a, s, sums, each, rows, Sum(1), a.grad_v);
     for (int64_t pair = 0; pair < a.images * a.heads; ++pair) {
       LookupTask t{pair / a.heads, pair % a.heads, 0, 0, 0};
+      const Sum* grad_v = grads_of(t).v;  // of all chunks now
       for (int64_t m = 0; m < a.compressed; ++m) {
         Sum total = 0;
-        for (t.chunk = 0; t.chunk < s.chunks; ++t.chunk) {
-          total += ChunkGrads<Sum>(task_sums(sums, a, s.chunks, t, each), s).lse[m];
+        if (a.grad_q) {
+          for (t.chunk = 0; t.chunk < s.chunks; ++t.chunk) total += grads_of(t).lse[m];
+        } else {
+          const T* v = strided_row<T>(a.v, a.v_strides, t, m);
+          for (int64_t c = 0; c < a.channels; ++c) total += Element<T>::load(v[c]) * grad_v[m * s.padded + c];
         }
         static_cast<Sum*>(a.grad_lse)[head_start(a, t) + m] = -total;
       }

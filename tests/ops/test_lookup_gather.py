@@ -114,6 +114,27 @@ def test_a_scatter_alone_reaches_the_gather():
     assert len(seen) == 1 and torch.equal(seen[0], own.k.grad)
 
 
+def test_a_pass_for_values_alone_leaves_nothing_for_the_next():
+    own = drawn((2, 2, 5, 40, 16)).leaves()
+    exact = own.exact()
+    (gathered, _, scattered), (right, _, spread) = fused(own), dense(exact)
+    for result, want, of in ((scattered, spread, "values"), (gathered, right, "k"), (scattered, spread, "q")):
+        (got,) = torch.autograd.grad(loss([result], 3), getattr(own, of), retain_graph=True)
+        assert_close(got, torch.autograd.grad(loss([want], 3), getattr(exact, of), retain_graph=True)[0])
+
+
+def test_a_scatter_of_another_scale_has_weights_of_its_own():
+    own = drawn((2, 2, 5, 40, 16)).leaves()
+    exact = own.exact()
+    out, lse = tk.lookup_gather(own.q, own.k, own.v)
+    other = tk.lookup_scatter(own.q, own.k, own.values, lse, scale=0.1)
+    right, right_lse, _ = dense(exact)
+    weights = (exact.q @ exact.k.transpose(-2, -1) * 0.1 - right_lse[..., None]).exp()
+    want = torch.autograd.grad(loss([right, weights.transpose(-2, -1) @ exact.values], 3), exact)
+    for mine, wanted in zip(torch.autograd.grad(loss([out, other], 3), own), want, strict=True):
+        assert_close(mine, wanted)
+
+
 def test_first_derivatives_that_keep_a_graph():
     own = drawn((1, 2, 3, 9, 8)).leaves()
 

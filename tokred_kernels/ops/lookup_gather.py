@@ -18,8 +18,8 @@ from tokred_kernels.ops.library import distinct, nobody_listens, once, register
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
-# Whose kernel adds its gradient of k to that of a scatter, and what an lse carries so that it comes to that.
-_ADDS = ("cpu",)
+# Whose kernel takes over what a scatter by the same weights gives q and k, and what an lse carries so that it does.
+TAKES_OVER = ("cpu",)
 _CARRIED = "_tokred_carried"
 
 
@@ -50,10 +50,11 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        carries = backend in _ADDS and nobody_listens(q, but_the_profiler=True) and q.requires_grad and k.requires_grad
+        listens = not nobody_listens(q, but_the_profiler=True)
+        carries = backend in TAKES_OVER and not listens and q.requires_grad and k.requires_grad
         out, lse, *carried = _LookupGather.apply(*distinct(q, k, v), scale, backend, carries)
         if carried:
-            setattr(lse, _CARRIED, (q, k, *carried))
+            setattr(lse, _CARRIED, (q, k, scale, *carried))
     else:
         out, lse = _lookup_gather(q, k, v, scale, backend)
     return out.transpose(1, 2), lse
@@ -79,13 +80,18 @@ def check_lookup(op: str, q: Any, k: Any, v: Any, of_v: Any) -> None:
         check_same_device(op, name, value, "q", q)
 
 
-def carried(lse: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k by way of the gather of these that made `lse`, where it can add to the gradients of a scatter.
+def carried(lse: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """q and k by way of the gather of these that made `lse`: for one scatter, None for all others.
 
-    Its gradient of k then lands in the one memory that the scatter's has taken; autograd would add two.
+    That scatter leaves their gradients to the gather. It hands over its v as the gradient of q and that of its result
+    as the gradient of k, whose shapes these have; and the gather makes the weights, and the gradients of the scores,
+    once for both.
     """
     found = getattr(lse, _CARRIED, None)
-    return found[2:] if found is not None and found[0] is q and found[1] is k else (q, k)
+    if found is None or found[0] is not q or found[1] is not k or found[2] != scale:
+        return None
+    delattr(lse, _CARRIED)
+    return found[3:]
 
 
 def default_scale(q: Tensor) -> float:
@@ -114,26 +120,22 @@ class _LookupGather(torch.autograd.Function):
         ctx: Any,
         grad_out: Tensor | None,
         grad_lse: Tensor | None,
-        onto_q: Tensor | None = None,
-        onto_k: Tensor | None = None,
+        scatter_v: Tensor | None = None,
+        scatter_grad: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        anchor: Any = next(g for g in (grad_out, grad_lse, onto_k, onto_q) if g is not None)
+        came = [g for g in (grad_out, grad_lse, scatter_v, scatter_grad) if g is not None]
+        anchor = next((g for g in came if g.requires_grad), came[0])
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         arguments = grad_out, grad_lse, q, k, v, out, lse, ctx.scale
-        first_only = not torch.is_grad_enabled()
         with torch.no_grad():
-            # What a scatter has just made, for nobody else, and lies as results do, may be written over.
-            if first_only and onto_k is not None and onto_k.transpose(1, 2).is_contiguous():
-                kernel = backends.implementation(ctx.backend, "lookup_gather_backward")
-                grads, onto_k = kernel(*arguments, onto_k=onto_k.transpose(1, 2)), None
-            else:
+            if scatter_v is None:
                 grads = _lookup_gather_backward(*arguments, ctx.backend)
-        results: list[Tensor | None] = []
-        for gradient, onto, need in zip(grads, (onto_q, onto_k, None), ctx.needs_input_grad[:3], strict=True):
-            own = once(OP, heads_first(gradient), anchor) if need else None
-            results.append(own if own is None or onto is None else own + onto)
-        return (*results, None, None, None)
+            else:
+                kernel = backends.implementation(ctx.backend, "lookup_gather_backward")
+                grads = kernel(*arguments, scattered=(scatter_v, scatter_grad))
+        needs = zip(map(heads_first, grads), ctx.needs_input_grad[:3], strict=True)
+        return (*(once(OP, g, anchor) if need else None for g, need in needs), None, None, None)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:

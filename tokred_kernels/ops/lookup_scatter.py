@@ -14,7 +14,7 @@ from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import distinct, once, register
-from tokred_kernels.ops.lookup_gather import carried, check_lookup, default_scale, heads_first
+from tokred_kernels.ops.lookup_gather import TAKES_OVER, carried, check_lookup, default_scale, heads_first
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"
@@ -48,7 +48,9 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float
     if backend == "reference":
         return reference.lookup_scatter(q, k, v, lse, scale)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lse)):
-        out = _LookupScatter.apply(*distinct(*carried(lse, q, k), v), lse, scale, backend)
+        by_gather = carried(lse, q, k, scale) if backend in TAKES_OVER else None
+        q, k = by_gather or (q, k)
+        out = _LookupScatter.apply(*distinct(q, k, v), lse, scale, backend, by_gather is not None)
     else:
         out = _lookup_scatter(q, k, v, lse, scale, backend)
     return out.transpose(1, 2)
@@ -67,18 +69,31 @@ def _check_lse(q: Tensor, lse: Any) -> None:
 
 class _LookupScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str, by_gather: bool
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, lse)
-        ctx.scale, ctx.backend = scale, backend
+        ctx.scale, ctx.backend, ctx.by_gather = scale, backend, by_gather
         return _lookup_scatter(q, k, v, lse, scale, backend)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse = ctx.saved_tensors
+        arguments = grad_out, q, k, v, lse, ctx.scale
+        needs = ctx.needs_input_grad[:4]
         with torch.no_grad():
-            *grads, grad_lse = _lookup_scatter_backward(grad_out, q, k, v, lse, ctx.scale, ctx.backend)
-        needs = zip((*map(heads_first, grads), grad_lse), ctx.needs_input_grad[:4], strict=True)
-        return (*(once(OP, g, grad_out) if need else None for g, need in needs), None, None)
+            if ctx.by_gather:
+                kernel = backends.implementation(ctx.backend, "lookup_scatter_backward")
+                _, _, grad_v, grad_lse = kernel(*arguments, of_v_alone=True)
+            else:
+                *grads, grad_v, grad_lse = _lookup_scatter_backward(*arguments, ctx.backend)
+        own = heads_first(grad_v), grad_lse
+        if ctx.by_gather:  # see `carried`
+            of_weights = [t if need else None for t, need in zip((v, grad_out.transpose(1, 2)), needs[:2], strict=True)]
+        else:
+            of_weights = [once(OP, heads_first(g), grad_out) if n else None for g, n in zip(grads, needs, strict=False)]
+        rest = (once(OP, g, grad_out) if need else None for g, need in zip(own, needs[2:], strict=True))
+        return (*of_weights, *rest, None, None, None)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str) -> Tensor:

@@ -20,21 +20,23 @@ def lookup_gather_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    onto_k: Tensor | None = None,
+    scattered: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.lookup_gather`: gradients as results lie, heads last; `grad_out` and `out` come as (B, M, H, d).
 
-    On the CPU k's is added to `onto_k`, (B, N, H, d) contiguous, where that is given.
+    On the CPU `scattered` may be the v (B, H, M, d) of a scatter by the same weights and the gradient of its result, as
+    (B, H, N, d): what these give q and k is added.
     """
     q, k, v = (inner_dense(t) for t in (q, k, v))
     grad_out = inner_dense(grad_out.transpose(1, 2))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_k = room(k, heads_last(k)) if onto_k is None else onto_k
-    grads = room(q, heads_last(q)), grad_k, room(v, heads_last(v))
+    grads = room(q, heads_last(q)), room(k, heads_last(k)), room(v, heads_last(v))
+    dense = (None, None) if scattered is None else tuple(inner_dense(t) for t in scattered)
     kernels(q).lookup_gather_backward(
         *(lookup_problem(q, k), scale, strided(v), strided(grad_out)),
         *(address(grad_lse), out.data_ptr(), lse.data_ptr()),
         *(g.data_ptr() for g in grads),
-        *(onto_k is not None, stream(q)),
+        *(None if t is None else strided(t) for t in dense),
+        stream(q),
     )
     return grads
