@@ -156,6 +156,7 @@ class ModelCase:
 
 AT_LEAST_15 = (Target("speedup_published", 15),)
 AT_LEAST_50 = (Target("speedup_published", 50),)
+AT_LEAST_60 = (Target("speedup_published", 60),)
 AT_LEAST_6 = (Target("speedup_published", 6),)
 AS_TORCHS = (Target("times_fused", 1),)
 OVERHEAD = (Target("median_us", 60),)
@@ -170,6 +171,10 @@ TINY = (1, 8, 8)
 
 LOOKUP = (2, 4096, 768)  # LookupViT-B at 1024 x 1024
 WORKING_TENTH = Target("working_share_published", 0.1)
+SCATTER = (Target("speedup_published", 1.3), WORKING_TENTH)
+TRAINED = (Target("speedup_published", 2), WORKING_TENTH)
+GRID = (Target("speedup_published", 1.3), Target("peak_share_published", 0.25))
+POLICY = (Target("speedup_published", 2), Target("peak_share_published", 1 / 3))
 BF16 = "bfloat16"
 NO_SLOWER = (Target("speedup_published", 1),)
 ADAPTIVE = "adaptive_bipartite_match"
@@ -197,15 +202,7 @@ CPU_CASES = (
     Case("bipartite_merge", "vit_base", VIT_B, 16, "cpu"),
     Case("bipartite_merge", "tiny", TINY, 2, "cpu", metric_dim=8, host=True, quick=True, targets=OVERHEAD),
     Case("window_match", "segmenter_small_512", SEGMENTER_S, 144, "cpu", quick=True),
-    Case(
-        "window_merge",
-        "segmenter_small_512",
-        SEGMENTER_S,
-        144,
-        "cpu",
-        quick=True,
-        targets=(Target("speedup_published", 60),),
-    ),
+    Case("window_merge", "segmenter_small_512", SEGMENTER_S, 144, "cpu", quick=True, targets=AT_LEAST_60),
     Case("window_merge", "segmenter_small_512", SEGMENTER_S, 36, "cpu", window=(4, 4)),
     Case("window_merge", "segmenter_small_512", SEGMENTER_S, 144, "cpu", BF16),
     Case(ADAPTIVE, "deit_tiny", (1, 197, 192), 36, "cpu", metric_dim=192, quick=True, targets=NO_SLOWER),
@@ -214,16 +211,7 @@ CPU_CASES = (
     Case(ADAPTIVE, "segmenter_small_512", SEGMENTER_S_LATER, 112, "cpu", metric_dim=384, quick=True, targets=NO_SLOWER),
     Case(ADAPTIVE, "vit_small_384x512", (8, 769, 384), 140, "cpu", metric_dim=384, quick=True, targets=NO_SLOWER),
     Case(ADAPTIVE, "vit_base_512", (2, 1025, 768), 194, "cpu", metric_dim=768, quick=True, targets=NO_SLOWER),
-    Case(
-        "grid_bipartite_match",
-        "sd_unet_64",
-        (1, 4096, 320),
-        2048,
-        "cpu",
-        metric_dim=320,
-        quick=True,
-        targets=(Target("speedup_published", 1.3), Target("peak_share_published", 0.25)),
-    ),
+    Case("grid_bipartite_match", "sd_unet_64", (1, 4096, 320), 2048, "cpu", metric_dim=320, quick=True, targets=GRID),
     Case("grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cpu", metric_dim=320),
     Case(
         "grid_bipartite_match", "sd_unet_64", UNET_64, 2048, "cpu", BF16, metric_dim=320, quick=True, targets=NO_SLOWER
@@ -243,7 +231,7 @@ CPU_CASES = (
         variant="policy",
         training=True,
         quick=True,
-        targets=(Target("speedup_published", 2), Target("peak_share_published", 1 / 3)),
+        targets=POLICY,
     ),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="size"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="class", quick=True),
@@ -262,27 +250,8 @@ CPU_CASES = (
         targets=AS_TORCHS,
     ),
     Case("lookup_gather", "lookupvit_base", LOOKUP, 100, "cpu", heads=12),
-    Case(
-        "lookup_scatter",
-        "lookupvit_base",
-        LOOKUP,
-        100,
-        "cpu",
-        heads=12,
-        quick=True,
-        targets=(Target("speedup_published", 1.3), WORKING_TENTH),
-    ),
-    Case(
-        "lookup_scatter",
-        "lookupvit_base",
-        LOOKUP,
-        100,
-        "cpu",
-        heads=12,
-        training=True,
-        quick=True,
-        targets=(Target("speedup_published", 2), WORKING_TENTH),
-    ),
+    Case("lookup_scatter", "lookupvit_base", LOOKUP, 100, "cpu", heads=12, quick=True, targets=SCATTER),
+    Case("lookup_scatter", "lookupvit_base", LOOKUP, 100, "cpu", heads=12, training=True, quick=True, targets=TRAINED),
     Case("lookup_scatter", "lookupvit_base", LOOKUP, 100, "cpu", BF16, heads=12, quick=True, targets=NO_SLOWER),
     Case(
         "lookup_scatter",
