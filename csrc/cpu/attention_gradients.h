@@ -38,8 +38,8 @@ class VectorGradients {
     pack_panels(keys_, s.keys, s.channels, s.padded, value_panels_);
     pack_rows(keys.first, keys.stride, s.tokens, s.channels, s.keys, s.padded, keys_);
     pack_panels(keys_, s.keys, s.channels, s.padded, key_panels_);
-    std::memset(static_cast<void*>(grad_keys_), 0, s.keys * s.padded * sizeof(Sum));
-    std::memset(static_cast<void*>(grad_values_), 0, s.keys * s.padded * sizeof(Sum));
+    clear(grad_keys_, s.keys * s.padded);
+    clear(grad_values_, s.keys * s.padded);
   }
 
   // Of a block of queries: scores = q k^T and grads = grad_out v^T, (kQueries, keys) both.
@@ -101,9 +101,9 @@ class TileGradients {
     pack_amx_transposed(keys.first, keys.stride, s.tokens, s.channels, s.keys, turned_keys_);
     pack_amx_transposed(values.first, values.stride, s.tokens, s.channels, s.keys, turned_values_);
     pack_amx_panels(keys.first, keys.stride, s.tokens, s.channels, steps(s), keys_);
-    std::memset(static_cast<void*>(rounded_), 0, kQueries * steps(s) * sizeof(BFloat16));
-    std::memset(static_cast<void*>(grad_keys_), 0, s.keys * stride(s) * sizeof(float));
-    std::memset(static_cast<void*>(grad_values_), 0, s.keys * stride(s) * sizeof(float));
+    clear(rounded_, kQueries * steps(s));
+    clear(grad_keys_, s.keys * stride(s));
+    clear(grad_values_, s.keys * stride(s));
   }
 
   void score(HeadRows<BFloat16> queries, HeadRows<BFloat16> grad_out, int64_t count, float* scores,

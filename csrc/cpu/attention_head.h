@@ -88,11 +88,12 @@ RowStatistics<Sum> exponentiate(const Args& a, const HeadShape& s, Sum* row, con
 // From e_ij to weights, in place, but for the factor of the row that it returns.
 template <class Sum, class Args>
 Sum weigh(const Args& a, const HeadShape& s, Sum* row, const Sum* policy, int64_t query, Sum sum) {
-  if (!a.policy) return 1 / sum;
-  const Sum least = static_cast<Sum>(kPolicyEps) / static_cast<Sum>(s.tokens), own = row[query];
+  if (a.policy) {
+    const Sum least = static_cast<Sum>(kPolicyEps) / static_cast<Sum>(s.tokens), own = row[query];
 #pragma omp simd
-  for (int64_t j = 0; j < s.keys; ++j) row[j] = row[j] * policy[j] + least;
-  row[query] = own + least;
+    for (int64_t j = 0; j < s.keys; ++j) row[j] = row[j] * policy[j] + least;
+    row[query] = own + least;
+  }
   return 1 / sum;
 }
 

@@ -80,7 +80,7 @@ class TileProducts {
         out_(reinterpret_cast<float*>(weights_ + kQueries * steps(s))) {
     pack_amx_transposed(keys.first, keys.stride, s.tokens, s.channels, s.keys, key_panels_);
     pack_amx_panels(values.first, values.stride, s.tokens, s.channels, steps(s), value_panels_);
-    std::memset(static_cast<void*>(weights_), 0, kQueries * steps(s) * sizeof(BFloat16));
+    clear(weights_, kQueries * steps(s));
   }
 
   void score(HeadRows<BFloat16> queries, int64_t count, float* scores) const {

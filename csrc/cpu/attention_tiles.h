@@ -54,6 +54,20 @@ class Arena {
   std::size_t size_ = 0;
 };
 
+template <class Sum>
+void clear(Sum* values, int64_t number) {
+  std::memset(static_cast<void*>(values), 0, number * sizeof(Sum));
+}
+
+// Rows of `padded` sums times `factor` to rows of results a stride apart.
+template <class T, class Sum>
+void store_rows(const Sum* from, int64_t padded, int64_t count, int64_t channels, Sum factor, T* to, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i, from += padded, to += stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) to[c] = Element<T>::store(from[c] * factor);
+  }
+}
+
 // Rows (n, d) of T at a stride, as rows of `padded` sums, zeros behind the d and behind the n up to `rows`.
 template <class T, class Sum>
 void pack_rows(const T* from, int64_t stride, int64_t n, int64_t d, int64_t rows, int64_t padded, Sum* to) {

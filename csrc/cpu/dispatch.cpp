@@ -12,22 +12,7 @@
 
 #include "ops.h"
 
-// Every op that is compiled once per instruction set, with what it takes.
-#define TOKRED_KERNELS(F)                                 \
-  F(bipartite_match, MatchArgs)                           \
-  F(best_match, BestMatchArgs)                            \
-  F(window_similarity, WindowSimilarityArgs)              \
-  F(merge, MergeArgs)                                     \
-  F(merge_backward, MergeBackwardArgs)                    \
-  F(unmerge, UnmergeArgs)                                 \
-  F(token_attention, TokenAttentionArgs)                  \
-  F(token_attention_backward, TokenAttentionBackwardArgs) \
-  F(lookup_gather, LookupGatherArgs)                      \
-  F(lookup_gather_backward, LookupGatherBackwardArgs)     \
-  F(lookup_scatter, LookupScatterArgs)                    \
-  F(lookup_scatter_backward, LookupScatterBackwardArgs)
-
-// Those of them that have AMX tiles.
+// Every op that is compiled once per instruction set, with what it takes: those that have AMX tiles,
 #define TOKRED_TILE_KERNELS(F)                            \
   F(bipartite_match, MatchArgs)                           \
   F(best_match, BestMatchArgs)                            \
@@ -37,6 +22,14 @@
   F(lookup_gather_backward, LookupGatherBackwardArgs)     \
   F(lookup_scatter, LookupScatterArgs)                    \
   F(lookup_scatter_backward, LookupScatterBackwardArgs)
+
+// and all.
+#define TOKRED_KERNELS(F)                    \
+  TOKRED_TILE_KERNELS(F)                     \
+  F(window_similarity, WindowSimilarityArgs) \
+  F(merge, MergeArgs)                        \
+  F(merge_backward, MergeBackwardArgs)       \
+  F(unmerge, UnmergeArgs)
 
 #define TOKRED_DECLARE(op, Args) void op(const Args&);
 #define TOKRED_MEMBER(op, Args) void (*op)(const Args&);

@@ -8,21 +8,21 @@
 TOKRED_KERNELS_BEGIN
 namespace {
 
-// What a chunk leaves: of each query the sum of e^(s - highest) v, its highest score and the sum of e^(s - highest).
+// What a chunk leaves: of each query the sum of e^(s - highest) v, its highest score and the sum of e^(s - highest);
+// and by how much the last block shrank what came before.
 template <class Sum>
 struct ChunkSums {
-  Sum *out, *highest, *sum;
+  Sum *out, *highest, *sum, *shrink;
   ChunkSums(Sum* at, const LookupShape& s)
-      : out(at), highest(at + s.sums * s.padded), sum(at + s.sums * s.padded + s.queries) {}
-  static int64_t size(const LookupShape& s) { return s.sums * s.padded + 2 * s.queries; }
+      : out(at), highest(at + s.sums * s.padded), sum(highest + s.queries), shrink(sum + s.queries) {}
+  static int64_t size(const LookupShape& s) { return s.sums * s.padded + 3 * s.queries; }
 };
 
 // From scores (count, queries), to be multiplied by `factor`, to e^(s - highest), in place, with what the chunk has so
 // far seen from the new highest: `shrink` says how much smaller it is now.
 template <class Sum>
-void weigh_by_highest(const LookupShape& s, int64_t count, Sum* scores, Sum factor, Sum* shrink,
-                      const ChunkSums<Sum>& so_far) {
-  Sum *highest = so_far.highest, *sum = so_far.sum;
+void weigh_by_highest(const LookupShape& s, int64_t count, Sum* scores, Sum factor, const ChunkSums<Sum>& so_far) {
+  Sum *highest = so_far.highest, *sum = so_far.sum, *shrink = so_far.shrink;
   std::copy_n(highest, s.queries, shrink);
   for (int64_t j = 0; j < count; ++j) {
     const Sum* row = scores + j * s.queries;
@@ -49,34 +49,13 @@ void weigh_by_highest(const LookupShape& s, int64_t count, Sum* scores, Sum fact
 
 template <class T, class Sum>
 void gather_chunk(const LookupGatherArgs& a, const LookupShape& s, const LookupTask& t, const ChunkSums<Sum>& so_far) {
-  using Products = typename LookupOf<T>::Type;
-  using Keys = typename Products::template Block<true, false>;
-  using Values = typename Products::template Block<false, true>;
-  using Sums = typename Products::Sums;
-  thread_local Arena arena;
-  Sum* next = arena.take<Sum>(Products::Few::size(s) + Products::size(s) + Keys::size(s) + Values::size(s) +
-                              Sums::size(s) + s.queries + s.weights());
-  const auto take = [&](int64_t values) { return std::exchange(next, next + values); };
-  const typename Products::Few queries(a, s, t, a.q, a.q_strides, a.scale, take);
-  const Products products(s, take);
-  const Keys keys(s, take);
-  const Values values(s, take);
-  const Sums sums(s, so_far.out, take);
-  Sum *shrink = take(s.queries), *weights = take(s.weights());
-  const Sum factor = Products::score_factor(a);
-
-  [[maybe_unused]] const typename Products::Means means;
+  const Sum factor = LookupOf<T>::Type::score_factor(a);
   clear(so_far.sum, s.queries);
   std::fill(so_far.highest, so_far.highest + s.queries, -std::numeric_limits<Sum>::infinity());
-  each_key_block(s, t, [&](int64_t key, int64_t count) {
-    keys.load(a, s, t, key, count, a.k, a.k_strides);
-    values.load(a, s, t, key, count, a.v, a.v_strides);
-    products.score(a, s, keys, queries, count, weights);
-    weigh_by_highest(s, count, weights, factor, shrink, so_far);
-    sums.shrink(a, s, shrink);
-    products.reduce(a, s, weights, values, count, sums);
+  reduce_chunk<T>(a, s, t, a.v, a.v_strides, so_far.out, [&](int64_t count, Sum* scores, const auto& sums) {
+    weigh_by_highest(s, count, scores, factor, so_far);
+    sums.shrink(a, s, so_far.shrink);
   });
-  sums.finish(a, s);
 }
 
 // The chunks of a head, each seen from the highest of them all.

@@ -98,15 +98,6 @@ inline int64_t head_start(const LookupProblem& a, const LookupTask& t) {
   return (t.image * a.heads + t.head) * a.compressed;
 }
 
-// Rows of `padded` sums times `factor` to rows of results a stride apart.
-template <class T, class Sum>
-void store_rows(const Sum* from, int64_t padded, int64_t count, int64_t channels, Sum factor, T* to, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i, from += padded, to += stride) {
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) to[c] = Element<T>::store(from[c] * factor);
-  }
-}
-
 // Rows `first` on of a result (B, N, H, d), from rows of `padded` sums.
 template <class T, class Sum>
 void store_key_rows(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t first, int64_t count,
@@ -126,11 +117,6 @@ void store_key_rows(const LookupProblem& a, const LookupShape& s, const LookupTa
     }
   }
   store_rows(from, s.padded, count, a.channels, Sum(1), to, stride);
-}
-
-template <class Sum>
-void clear(Sum* values, int64_t number) {
-  std::memset(static_cast<void*>(values), 0, number * sizeof(Sum));
 }
 
 // The lse of the queries; infinity behind the last one, so that weights are 0 there.

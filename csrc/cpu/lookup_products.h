@@ -116,5 +116,36 @@ struct LookupOf<BFloat16> {
 };
 #endif
 
+// Onto sums (M, d) of a chunk: of each block of keys the weights, which weigh(count, scores, sums) makes of the scores
+// in place, times the rows of `data`.
+template <class T, class Sum, class Weigh>
+void reduce_chunk(const LookupProblem& a, const LookupShape& s, const LookupTask& t, const void* data,
+                  const int64_t (&strides)[3], Sum* to, const Weigh& weigh) {
+  using Products = typename LookupOf<T>::Type;
+  using Keys = typename Products::template Block<true, false>;
+  using Many = typename Products::template Block<false, true>;
+  using Sums = typename Products::Sums;
+  thread_local Arena arena;
+  Sum* next = arena.take<Sum>(Products::Few::size(s) + Products::size(s) + Keys::size(s) + Many::size(s) +
+                              Sums::size(s) + s.weights());
+  const auto take = [&](int64_t values) { return std::exchange(next, next + values); };
+  const typename Products::Few queries(a, s, t, a.q, a.q_strides, a.scale, take);
+  const Products products(s, take);
+  const Keys keys(s, take);
+  const Many many(s, take);
+  const Sums sums(s, to, take);
+  Sum* weights = take(s.weights());
+
+  [[maybe_unused]] const typename Products::Means means;
+  each_key_block(s, t, [&](int64_t key, int64_t count) {
+    keys.load(a, s, t, key, count, a.k, a.k_strides);
+    many.load(a, s, t, key, count, data, strides);
+    products.score(a, s, keys, queries, count, weights);
+    weigh(count, weights, sums);
+    products.reduce(a, s, weights, many, count, sums);
+  });
+  sums.finish(a, s);
+}
+
 }  // namespace
 }  // namespace tokred::cpu::TOKRED_ISA

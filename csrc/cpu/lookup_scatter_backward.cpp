@@ -46,35 +46,15 @@ void differentiate_chunk(const LookupScatterBackwardArgs& a, const LookupShape& 
   sums_v.finish(a, s);
 }
 
-// The same without grad_q and grad_k.
+// The same without grad_q and grad_k; the room of grad_lse has lse.
 template <class T, class Sum>
-void average_chunk(const LookupScatterBackwardArgs& a, const LookupShape& s, const LookupTask& t, Sum* grad_v) {
-  using Products = typename LookupOf<T>::Type;
-  using Keys = typename Products::template Block<true, false>;
-  using Many = typename Products::template Block<false, true>;
-  using Sums = typename Products::Sums;
-  thread_local Arena arena;
-  Sum* next = arena.take<Sum>(Products::Few::size(s) + Products::size(s) + Keys::size(s) + Many::size(s) +
-                              Sums::size(s) + s.queries + s.weights());
-  const auto take = [&](int64_t number) { return std::exchange(next, next + number); };
-  const typename Products::Few queries(a, s, t, a.q, a.q_strides, a.scale, take);
-  const Products products(s, take);
-  const Keys keys(s, take);
-  const Many many(s, take);
-  const Sums sums(s, grad_v, take);
-  Sum *lse = take(s.queries), *weights = take(s.weights());
-  const Sum factor = Products::score_factor(a);
-
-  [[maybe_unused]] const typename Products::Means means;
-  load_lse(a, s, t, a.lse, lse);
-  each_key_block(s, t, [&](int64_t key, int64_t count) {
-    keys.load(a, s, t, key, count, a.k, a.k_strides);
-    many.load(a, s, t, key, count, a.grad_out, a.grad_out_strides);
-    products.score(a, s, keys, queries, count, weights);
-    for (int64_t j = 0; j < count; ++j) weigh_by_lse(weights + j * s.queries, s.queries, factor, lse);
-    products.reduce(a, s, weights, many, count, sums);
+void average_chunk(const LookupScatterBackwardArgs& a, const LookupShape& s, const LookupTask& t,
+                   const ChunkGrads<Sum>& grad) {
+  const Sum factor = LookupOf<T>::Type::score_factor(a);
+  load_lse(a, s, t, a.lse, grad.lse);
+  reduce_chunk<T>(a, s, t, a.grad_out, a.grad_out_strides, grad.v, [&](int64_t count, Sum* scores, const auto&) {
+    for (int64_t j = 0; j < count; ++j) weigh_by_lse(scores + j * s.queries, s.queries, factor, grad.lse);
   });
-  sums.finish(a, s);
 }
 
 }  // namespace
@@ -95,7 +75,7 @@ void lookup_scatter_backward(const LookupScatterBackwardArgs& a) {
       if (a.grad_q) {
         differentiate_chunk<T>(a, s, t, grads_of(t));
       } else {
-        average_chunk<T>(a, s, t, grads_of(t).v);
+        average_chunk<T>(a, s, t, grads_of(t));
       }
     });
     if (a.grad_q) store_chunk_sums<T>(a, s, sums, each, 0, Products::sum_factor(a), a.grad_q);

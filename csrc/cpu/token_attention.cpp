@@ -26,11 +26,11 @@ void attend_head(const TokenAttentionArgs& a, int64_t image, int64_t head) {
   load_key_terms(a, rows, s, bias, policy);
 
   const HeadRows<T> q = head_of(a.q, a.q_strides);
-  if (a.partial) std::memset(static_cast<void*>(importance), 0, s.keys * sizeof(Sum));
+  if (a.partial) clear(importance, s.keys);
   for (int64_t first = 0; first < s.tokens; first += Products::kQueries) {
     const int64_t count = std::min(Products::kQueries, s.tokens - first);
     products.score({q.first + first * q.stride, q.stride}, count, scores);
-    if (a.partial) std::memset(static_cast<void*>(block_importance), 0, s.keys * sizeof(Sum));
+    if (a.partial) clear(block_importance, s.keys);
     Sum factors[Products::kQueries];
     for (int64_t m = 0; m < count; ++m) {
       Sum* row = scores + m * s.keys;

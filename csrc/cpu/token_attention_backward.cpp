@@ -31,8 +31,8 @@ struct KeyTerms {
     const Sum* grad = static_cast<const Sum*>(a.grad_importance);
     const Sum share = Sum(1) / static_cast<Sum>(a.heads * (a.importance == Importance::mean ? rows.count : 1));
     for (int64_t j = 0; j < s.keys; ++j) grad_importance[j] = grad && j < s.tokens ? grad[rows.first + j] * share : 0;
-    std::memset(static_cast<void*>(grad_bias), 0, s.keys * sizeof(Sum));
-    std::memset(static_cast<void*>(grad_policy), 0, s.keys * sizeof(Sum));
+    clear(grad_bias, s.keys);
+    clear(grad_policy, s.keys);
   }
 };
 
@@ -100,14 +100,6 @@ void differentiate_row(const TokenAttentionBackwardArgs& a, const HeadShape& s, 
   }
 #pragma omp simd
   for (int64_t j = 0; j < keys; ++j) grad_bias[j] += grad[j];
-}
-
-template <class T, class Sum>
-void store_rows(const Sum* from, int64_t padded, int64_t count, int64_t channels, Sum factor, T* to, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) {
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) to[i * stride + c] = Element<T>::store(from[i * padded + c] * factor);
-  }
 }
 
 template <class T>

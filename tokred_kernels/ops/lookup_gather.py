@@ -50,8 +50,8 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        listens = not nobody_listens(q, but_the_profiler=True)
-        carries = backend in TAKES_OVER and not listens and q.requires_grad and k.requires_grad
+        alone = nobody_listens(q, but_the_profiler=True)
+        carries = backend in TAKES_OVER and alone and q.requires_grad and k.requires_grad
         out, lse, *carried = _LookupGather.apply(*distinct(q, k, v), scale, backend, carries)
         if carried:
             setattr(lse, _CARRIED, (q, k, scale, *carried))
