@@ -91,7 +91,7 @@ def write_plot(path: Path, rows: list[dict[str, Any]], title: str, axis: str) ->
 
 
 def plot_accuracy(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Accuracy against operations, a point for each row; the first is the plain model's."""
+    """Accuracy against operations, a point for each row, a line over all its seeds; the first is the plain model's."""
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("Agg")
@@ -101,8 +101,9 @@ def plot_accuracy(path: Path, rows: list[dict[str, Any]]) -> None:
     first = rows[0]["accuracy"]
     axes.axhspan(first - 1, first, color="0.94", label="within a point of the plain model")
     points = [(row["gflops"] * 1e3, row["accuracy"]) for row in rows]
-    for number, point in enumerate(points):
+    for number, (point, row) in enumerate(zip(points, rows, strict=True)):
         axes.plot(*point, "o", color=f"C{number}", markersize=8)
+        axes.vlines(point[0], min(row["accuracies"]), max(row["accuracies"]), color=f"C{number}", alpha=0.5)
     axes.margins(0.15)
     axes.set(xlabel="operations an image, millions", ylabel="test accuracy, percent")
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,14 +2,15 @@
 """A small ViT on handwritten digits, and the same with fewer tokens by each method: how good, how fast.
 
     python examples/train_digits.py
-    python examples/train_digits.py --method evit
+    python examples/train_digits.py --method evit --seeds 5
 
 Trains a vision transformer on scikit-learn's scans, a patch for each of their 64 pixels, with all its tokens. Every
 method then starts from there, as its paper does: ToMe is put in, and nothing trained; EViT and DynamicViT are
 fine-tuned; DiffRate searches how many tokens each block keeps, its weights as they are, and is fine-tuned then. The
 model with all tokens is trained as much longer as the others are fine-tuned. LookupViT, another model, is trained from
-its own beginnings by the same schedule, and tested with each of its compressed grids. Prints a table, and writes it
-into --out, with a plot of accuracy against operations and the figures as JSON.
+its own beginnings by the same schedule, and tested with each of its compressed grids. --seeds 5 does all of that five
+times, and gives the mean. Prints a table, and writes it into --out, with a plot of accuracy against operations and the
+figures as JSON.
 """
 
 from __future__ import annotations
@@ -18,11 +19,9 @@ import argparse
 import copy
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +31,8 @@ import torch.nn.functional as F
 from accelerate_vit import _positive as positive
 from accelerate_vit import choose_device, describe
 from drawing import plot_accuracy
-from measuring import in_turns
 from pictures import SIDE, SOURCES, Pictures, load, varied
+from scores import LEGEND, Variant, evaluate, markdown, over_seeds, timings
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -51,7 +50,6 @@ LEARNING_RATE, FINE_TUNING_RATE = 2e-3, 5e-4
 WEIGHT_DECAY = 0.05
 SMOOTHING = 0.1  # of labels
 WARM_UP = 0.1  # of all steps
-ROUNDS = 9  # of timing
 FEWER = 0.32  # of the operations: what DiffRate is asked to save; the others are set to save as much, or nearly
 QUICK: dict[str, Any] = {"epochs": 1, "tuning": 1, "width": 32, "depth": 3, "search": 4, "seconds": 1}
 
@@ -64,15 +62,6 @@ DYNAMICVIT_KEEP = (0.75, 0.53)
 GRIDS = ((2, 2), (3, 3), (4, 4), (5, 5))  # of LookupViT's compressed tokens; one is drawn for each step
 RATIO_WEIGHT, DISTILLATION_WEIGHT = 2.0, 0.5  # of the losses, as DynamicViT has them
 SEARCH_RATE = 0.05  # more than published, for fewer steps
-
-
-class Variant(NamedTuple):
-    """A row of the table: a model, or one way to run it."""
-
-    name: str
-    forward: Callable[[Tensor], Tensor]
-    tokens: tuple[float, ...]
-    gflops: float
 
 
 class Budget(NamedTuple):
@@ -90,21 +79,19 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"--out {options.out}: cannot write there ({error.strerror})") from None
     device = choose_device(options.device)
-    data = load(options.data, options.seed, device)
-    print(
-        f"{len(data.train)} {options.data} to train on, {len(data.test)} to test, {TOKENS} tokens, {describe(device)}"
-    )
-
-    begun = make(options, data.classes, device)
-    train(begun, data, options, Budget(options.epochs, LEARNING_RATE), "training")
-    methods = METHODS if options.method == ALL else tuple(dict.fromkeys(("none", options.method)))
-    found = []
-    for method in methods:
-        model = PREPARE[method](copy.deepcopy(begun), begun, data, options)
-        found += variants(method, model)
-    rows = [evaluate(variant, data) for variant in found]
-    for row, speed in zip(rows, timings(found, data, options), strict=True):
-        row.update(speed)
+    runs: list[list[dict[str, Any]]] = []
+    speeds: list[dict[str, float]] = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        own = argparse.Namespace(**{**vars(options), "seed": seed})
+        data = load(own.data, seed, device)
+        print(
+            f"seed {seed}: {len(data.train)} {own.data} to train on, {len(data.test)} to test, {TOKENS} tokens, "
+            f"{describe(device)}"
+        )
+        found = prepared(data, own)
+        runs.append([evaluate(variant, data) for variant in found])
+        speeds = speeds or timings(found, data.test[: own.batch], own.seconds)
+    rows = [{**row, **speed} for row, speed in zip(over_seeds(runs), speeds, strict=True)]
     text = markdown(rows)
     print(f"\n{text}\n\n{LEGEND}")
     settings = {name: value for name, value in vars(options).items() if name != "out"}
@@ -131,7 +118,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", type=positive, default=100, help="steps of DiffRate's search (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, help="digits at once (%(default)s)")
     parser.add_argument("--seconds", type=positive, default=20, help="of timing, at most (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first one (%(default)s)")
+    parser.add_argument("--seeds", type=positive, default=1, help="how many, one after another (%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU when there is one)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where to write (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and an epoch: to see whether it runs")
@@ -143,6 +131,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if len(set(stages(options.depth))) < len(STAGES):
         parser.error(f"--depth must be at least 3, for two blocks that reduce tokens, got {options.depth}")
     return options
+
+
+def prepared(data: Pictures, options: argparse.Namespace) -> list[Variant]:
+    """The rows of the plain model and of every method that is asked for, trained from one seed."""
+    begun = make(options, data.classes, data.train.device)
+    train(begun, data, options, Budget(options.epochs, LEARNING_RATE), "training")
+    methods = METHODS if options.method == ALL else tuple(dict.fromkeys(("none", options.method)))
+    return [
+        variant
+        for method in methods
+        for variant in variants(method, PREPARE[method](copy.deepcopy(begun), begun, data, options))
+    ]
 
 
 def make(options: argparse.Namespace, classes: int, device: torch.device) -> nn.Module:
@@ -219,7 +219,7 @@ def diffrate(model: nn.Module, begun: nn.Module, data: Pictures, options: argpar
     target = (1 - FEWER) * tk.flops.count(model).gflops
     batches = list(shuffled(data, options, 0))
     found = tk.diffrate_search(model.eval(), batches, target, steps=options.search, lr=SEARCH_RATE)
-    found.save(options.out / "diffrate.json")
+    found.save(options.out / f"diffrate-{options.seed}.json")
     tk.unpatch(model)
     tk.patch(model, "diffrate", kept=found._asdict())
     return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DiffRate")
@@ -282,7 +282,7 @@ def train(
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), budget.rate, weight_decay=WEIGHT_DECAY)
     steps = budget.epochs * math.ceil(len(data.train) / options.batch)
-    progress = tqdm(total=steps, desc=title, unit="step", leave=False)
+    progress = tqdm(total=steps, desc=f"{title}, seed {options.seed}", unit="step", leave=False)
     step = 0
     for epoch in range(budget.epochs):
         for images, labels in shuffled(data, options, epoch):
@@ -319,63 +319,6 @@ def variants(method: str, model: nn.Module) -> list[Variant]:
         ]
     counted = tk.flops.count(model)
     return [Variant(method, model.forward, counted.tokens, counted.gflops)]
-
-
-@torch.inference_mode()
-def evaluate(variant: Variant, data: Pictures) -> dict[str, Any]:
-    """How many test pictures it names, with how many tokens and operations."""
-    right = (variant.forward(data.test).argmax(1) == data.test_labels).sum().item()
-    return {
-        "method": variant.name,
-        "accuracy": 100 * right / len(data.test),
-        "tokens": variant.tokens,
-        "gflops": variant.gflops,
-    }
-
-
-@torch.inference_mode()
-def timings(found: list[Variant], data: Pictures, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Images a second of each on a batch of test pictures."""
-    images = data.test[: options.batch]
-    stage: Any = nn.Module()
-
-    @contextmanager
-    def on_stage(variant: Variant) -> Iterator[None]:
-        stage.forward = variant.forward
-        yield
-
-    all_in_turn = [partial(on_stage, variant) for variant in found]
-    with tqdm(total=ROUNDS * len(found), desc="timing", unit="sample", leave=False) as progress, all_in_turn[0]():
-        times = in_turns(stage, images, all_in_turn, ROUNDS, options.seconds, progress)
-    return [
-        {
-            "images_per_s": len(images) / statistics.median(own),
-            "speedup": statistics.median(base / mine for base, mine in zip(times[0], own, strict=True)),
-        }
-        for own in times
-    ]
-
-
-LEGEND = """Accuracy: percent of the test pictures. Tokens left: after the last block; of LookupViT the compressed ones,
-beside which all others stay. GFLOPs: an image, a multiply-add being two. Faster: median over rounds, each against the
-plain model in the same round."""
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table that is printed, and stands in the README."""
-    first = rows[0]
-    lines = [
-        "| method | accuracy | change | tokens left | GFLOPs | fewer | images/s | faster |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        fewer = 1 - row["gflops"] / first["gflops"]
-        lines.append(
-            f"| {row['method']} | {row['accuracy']:.1f} % | {row['accuracy'] - first['accuracy']:+.1f} | "
-            f"{row['tokens'][-1]:g} of {row['tokens'][0]:g} | {row['gflops']:.4f} | {fewer:.0%} | "
-            f"{row['images_per_s']:.0f} | {row['speedup']:.2f}x |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ for needed in ("tqdm", "sklearn", "matplotlib", "PIL"):
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-HERE = ("pictures", "photos", "measuring", "drawing", "accelerate_vit")
+HERE = ("pictures", "photos", "measuring", "drawing", "accelerate_vit", "scores")
 TINY = ["--quick", "--device", "cpu", "--batch", "512"]
 
 
@@ -43,7 +43,7 @@ def test_the_whole_run(example, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     example.main([*TINY, "--out", str(out)])
     printed = capsys.readouterr().out
-    assert "1297 digits to train on, 500 to test, 64 tokens, CPU" in printed
+    assert "seed 0: 1297 digits to train on, 500 to test, 64 tokens, CPU" in printed
     report = json.loads((out / "digits.json").read_text())
     assert report["took_seconds"] >= 0
     assert report["device"].startswith("CPU")
@@ -57,10 +57,11 @@ def test_the_whole_run(example, tmp_path, capsys):
         assert row["gflops"] < rows[0]["gflops"]
         assert row["images_per_s"] > 0
         assert 0 <= row["accuracy"] <= 100
+        assert row["accuracies"] == [row["accuracy"]]
     table = (out / "digits.md").read_text().strip()
     assert table in printed
     assert table == example.markdown(rows)
-    assert set(json.loads((out / "diffrate.json").read_text())) >= {"prune_kept_num", "merge_kept_num"}
+    assert set(json.loads((out / "diffrate-0.json").read_text())) >= {"prune_kept_num", "merge_kept_num"}
     assert (out / "digits.png").stat().st_size > 1000
 
 
@@ -68,6 +69,35 @@ def test_one_method_comes_with_the_plain_model(example, tmp_path):
     example.main([*TINY, "--method", "tome", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "digits.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["none", "tome"]
+
+
+def test_several_seeds_are_runs_of_their_own(example, tmp_path):
+    def rows(*arguments):
+        example.main([*TINY, "--method", "tome", *arguments, "--out", str(tmp_path)])
+        return json.loads((tmp_path / "digits.json").read_text())["rows"]
+
+    both = rows("--seed", "3", "--seeds", "2")
+    apart = rows("--seed", "3"), rows("--seed", "4")
+    assert [row["accuracies"] for row in both] == [[a["accuracy"], b["accuracy"]] for a, b in zip(*apart, strict=True)]
+
+
+def test_the_table_of_several_seeds_has_means_and_the_range_of_changes(example):
+    runs = [[(90.0, 0.04), (91.0, 0.02)], [(96.0, 0.04), (92.0, 0.03)]]
+    rows = example.over_seeds(
+        [
+            [
+                {"method": name, "accuracy": accuracy, "tokens": (65, left), "gflops": gflops}
+                for name, left, (accuracy, gflops) in zip(("none", "tome"), (65, 20 + number), own, strict=True)
+            ]
+            for number, own in enumerate(runs)
+        ]
+    )
+    for row in rows:
+        row.update(images_per_s=100.0, speedup=1.0)
+    assert example.markdown(rows).splitlines()[2:] == [
+        "| none | 93.0 % | +0.0 | 65 of 65 | 0.0400 | 0% | 100 | 1.00x |",
+        "| tome | 91.5 % | -1.5 (-4.0 to +1.0) | 20.5 of 65 | 0.0250 | 38% | 100 | 1.00x |",
+    ]
 
 
 def test_the_pictures_are_split_once_and_for_all(example):
@@ -108,6 +138,7 @@ def test_training_pictures_are_varied_and_the_same_in_every_run(example):
         (["--width", "50"], "--width must be a multiple of 32, got 50"),
         (["--depth", "2"], "--depth must be at least 3"),
         (["--epochs", "0"], "--epochs"),
+        (["--seeds", "0"], "--seeds"),
     ],
 )
 def test_wrong_arguments_are_told(example, arguments, words, capsys):
@@ -125,6 +156,7 @@ def test_the_readme_says_what_was_recorded(example, data):
     for row in rows[1:]:
         if row not in lookups:
             assert row["accuracy"] >= plain["accuracy"] - 1
+            assert row["accuracies"][0] >= plain["accuracies"][0] - 1
             assert row["gflops"] <= 0.7 * plain["gflops"]
     # At or above the plain model, by fewer operations.
     assert any(row["accuracy"] >= plain["accuracy"] and row["gflops"] < plain["gflops"] for row in lookups)
