@@ -258,3 +258,45 @@ def test_maps_on_the_gpu_equal_those_on_the_cpu(which):
     assert torch.equal(dest.cpu(), both.dest)
     for got, want in zip(backends.implementation(which, "invert")(dest, 60), both.views(), strict=True):
         assert torch.equal(got.cpu(), want)
+
+
+def test_the_constructor_takes_int32_alone():
+    dest = torch.tensor([[1, 0, 0, 1]])
+    with pytest.raises(TypeError, match=r"TokenMap: dest must be int32, got torch.int64; TokenMap.from_dest takes"):
+        tk.TokenMap(dest, 2)
+    strided = torch.tensor([[1, 9, 0, 9, 0, 9, 1, 9]], dtype=torch.int32)[:, ::2]
+    x = torch.randn(1, 2, 3)
+    assert torch.equal(tk.unmerge(x, tk.TokenMap(strided, 2)), tk.unmerge(x, tk.TokenMap.from_dest(dest)))
+    for dtype in (torch.float16, torch.int64):
+        with pytest.raises(TypeError, match=r"TokenMap\.to: device must be"):
+            tk.TokenMap.from_dest(dest).to(dtype)
+    assert torch.equal(tk.TokenMap.from_dest(dest).to("cpu", non_blocking=True).dest, dest.int())
+
+
+def test_a_slot_that_is_not_there_is_no_crash():
+    token_map = tk.TokenMap(torch.tensor([[1, 0, 3, 2]], dtype=torch.int32), 3)
+    with tk.use_backend("cpu"):
+        with pytest.raises(ValueError, match="a token in slot 3, and num_out is 3"):
+            tk.merge(torch.randn(1, 4, 8), token_map)
+        with pytest.raises(ValueError, match="a token in slot 3, and num_out is 3"):
+            tk.unmerge(torch.randn(1, 3, 8), token_map)
+
+
+def test_slots_that_int32_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match="num_out must be at most"):
+        tk.TokenMap.from_dest(torch.tensor([[2**32 + 1, 0]]))
+
+
+def test_a_map_that_was_first_used_in_inference_mode_trains():
+    token_map = tk.TokenMap.from_dest(torch.tensor([[0, 0, 1, 1]]))
+    with torch.inference_mode():
+        tk.merge(torch.randn(1, 4, 8), token_map)
+    x = torch.randn(1, 4, 8, requires_grad=True)
+    tk.merge(x, token_map).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 0.5))
+
+
+def test_packings_are_made_on_the_host():
+    with torch.device("meta"):
+        packing = tk.Packing.of((3, 2), torch.device("cpu"))
+    assert packing.cu_seqlens.tolist() == [0, 3, 5]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Packing(NamedTuple):
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> Packing:
         """The packing of images of these lengths."""
-        starts = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        starts = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         return cls(starts.to(device), lengths)
 
     @property
@@ -36,9 +37,9 @@ class Packing(NamedTuple):
         """How many rows there are in all."""
         return sum(self.lengths)
 
-    def to(self, device: torch.device | str) -> Packing:
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Packing:
         """The same, with its tensor on `device`."""
-        return Packing(self.cu_seqlens.to(device), self.lengths)
+        return Packing(self.cu_seqlens.to(device, non_blocking=non_blocking), self.lengths)
 
 
 class TokenMap:
@@ -61,6 +62,12 @@ class TokenMap:
     images' counts, with `packed.cu_seqlens` (B + 1,) saying where each image starts. There `dest` holds rows of that
     output, and `begin` and `count` are (T',). What goes in is (B, N, C) still, or, after an earlier packed map, (T, C)
     with `packed_in`; then `dest` is (T,). Movers take a packed map as any other.
+
+    The constructor takes what it is given for true, as a kernel has just written it. To make a map by hand, call
+    `from_dest`, which looks at every entry.
+
+    Raises:
+        TypeError: a tensor of another dtype than int32.
     """
 
     def __init__(
@@ -73,7 +80,12 @@ class TokenMap:
         packed: Packing | None = None,
         packed_in: Packing | None = None,
     ) -> None:
-        self.dest = dest
+        for name, part in (("dest", dest), ("members", members), ("begin", begin), ("count", count)):
+            if isinstance(part, Tensor) and part.dtype != torch.int32:  # a pytree may be rebuilt of other things
+                raise TypeError(
+                    f"TokenMap: {name} must be int32, got {part.dtype}; TokenMap.from_dest takes any integer dtype"
+                )
+        self.dest = dest.contiguous() if isinstance(dest, Tensor) and not dest.is_contiguous() else dest
         self.num_out = num_out
         self._members = members
         self._begin = begin
@@ -113,6 +125,8 @@ class TokenMap:
         if num_out is None:
             num_out = high + 1
         check_count("TokenMap.from_dest", "num_out", num_out)
+        if num_out > MAX_ROWS:
+            raise ValueError(f"TokenMap.from_dest: num_out must be at most {MAX_ROWS}, got {num_out}")
         if low < -1 or high >= num_out:
             raise ValueError(
                 f"TokenMap.from_dest: dest must hold slots 0 to num_out - 1 = {num_out - 1}, or -1 for dropped, "
@@ -164,7 +178,8 @@ class TokenMap:
         """`members`, `begin` and `count`, made from `dest` if no kernel has written them yet."""
         if self._members is None or self._begin is None or self._count is None:
             dest = self.dest if self.packed is None else self.dest.view(1, -1)
-            members, begin, count = invert(dest, self.num_out)
+            with _outside_inference_mode():
+                members, begin, count = invert(dest, self.num_out)
             self._members, self._begin, self._count = members, begin.view(self.out_shape), count.view(self.out_shape)
         return self._members, self._begin, self._count
 
@@ -224,20 +239,26 @@ class TokenMap:
             return (self.dest.view(1, -1) == slots[:, None]).to(dtype)
         return (self.dest[:, None, :] == slots[None, :, None]).to(dtype)
 
-    def to(self, device: torch.device | str) -> TokenMap:
-        """The map with its tensors on `device`."""
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TokenMap:
+        """The map with its tensors on `device`.
+
+        Raises:
+            TypeError: `device` is a dtype: a map is of int32.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"TokenMap.to: device must be a torch.device, its name or its index, got {device}")
 
         def move(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part.to(device)
+            return None if part is None else part.to(device, non_blocking=non_blocking)
 
         return TokenMap(
-            self.dest.to(device),
+            self.dest.to(device, non_blocking=non_blocking),
             self.num_out,
             move(self._members),
             move(self._begin),
             move(self._count),
-            None if self.packed is None else self.packed.to(device),
-            None if self.packed_in is None else self.packed_in.to(device),
+            None if self.packed is None else self.packed.to(device, non_blocking=non_blocking),
+            None if self.packed_in is None else self.packed_in.to(device, non_blocking=non_blocking),
         )
 
     def __repr__(self) -> str:
@@ -245,6 +266,13 @@ class TokenMap:
 
     def _slots(self) -> str:
         return str(self.num_out) if self.packed is None else f"{list(self.packed.lengths)} packed"
+
+
+def _outside_inference_mode() -> AbstractContextManager[Any]:
+    """Where a map makes the views that it keeps: tensors of inference mode could never be saved for a gradient."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def _rows(token_map: TokenMap, out: bool = False) -> str:

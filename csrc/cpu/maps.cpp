@@ -3,6 +3,8 @@
 #include "maps.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "../common/order.h"
@@ -61,7 +63,17 @@ void offset_slots(int32_t* dest, int64_t tokens, int32_t first_slot) {
   for (int64_t n = 0; n < tokens; ++n) dest[n] += dest[n] < 0 ? 0 : first_slot;
 }
 
+void check_slots(const int32_t* dest, int64_t number, int64_t num_out) {
+  int32_t highest = -1;
+  for (int64_t n = 0; n < number; ++n) highest = std::max(highest, dest[n]);
+  if (highest >= num_out) {
+    throw std::invalid_argument("tokred_kernels: the token map has a token in slot " + std::to_string(highest) +
+                                ", and num_out is " + std::to_string(num_out));
+  }
+}
+
 void invert(const InvertArgs& a) {
+  check_slots(a.dest, a.images * a.tokens, a.num_out);
 #pragma omp parallel for schedule(static) if (a.images * a.tokens > kSerialTokens)
   for (int64_t b = 0; b < a.images; ++b) {
     invert_image(a.dest + b * a.tokens, b * a.tokens, a.tokens, a.num_out, a.members + b * a.tokens,

@@ -23,6 +23,10 @@ void dest_of_ranks(const Partition& partition, int64_t image, int64_t tokens, co
 void invert_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
                   int32_t* begin, int32_t* count);
 
+// Throws where a token is in a slot that is not there. Nothing else keeps a map that was made by hand from writing
+// past the end of what follows it.
+void check_slots(const int32_t* dest, int64_t number, int64_t num_out);
+
 // Slots counted from the image's first become rows of a packed output, in which that one is row `first_slot`.
 void offset_slots(int32_t* dest, int64_t tokens, int32_t first_slot);
 

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Unmerge: a gather of rows.
 #include "element.h"
+#include "maps.h"
 
 TOKRED_KERNELS_BEGIN
 
 void unmerge(const UnmergeArgs& a) {
+  check_slots(a.dest, a.images * a.tokens, a.num_out);
   with_element(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* y = static_cast<const T*>(a.y);
