@@ -209,6 +209,8 @@ Q = (2, 3, 9, 4)
     "call,error,words",
     [
         (lambda q: tk.token_attention(q.tolist(), q, q), TypeError, "q must be a torch.Tensor, got list"),
+        (lambda q: tk.token_attention(q, q, q, scale=q.mean()), TypeError, "scale must be a number, got Tensor"),
+        (lambda q: tk.token_attention(q, q, q, scale="big"), TypeError, "scale must be a number, got str"),
         (lambda q: tk.token_attention(q.int(), q, q), TypeError, "q must be float32.*got torch.int32"),
         (lambda q: tk.token_attention(q, q, q.to_sparse()), TypeError, "v must be a dense"),
         (lambda q: tk.token_attention(q[0], q, q), ValueError, r"q must be \(B, H, N, d\), got shape \(3, 9, 4\)"),
@@ -278,3 +280,9 @@ def test_a_backend_that_cannot_serve_raises():
         pytest.raises(RuntimeError, match=r'token_attention: backend "cuda" was asked for .*no cuda kernel.*: .*cpu'),
     ):
         call.run()
+
+
+def test_on_meta_tensors_shapes_alone():
+    q = torch.randn(2, 3, 17, 8, device="meta")
+    out, worth = tk.token_attention(q, q, q, importance="mean")
+    assert (out.shape, worth.shape) == ((2, 3, 17, 8), (2, 17))

@@ -345,6 +345,28 @@ def test_vmap_is_refused_in_words():
         torch.func.vmap(lambda x: tk.merge(x, token_map))(torch.randn(3, 2, 9, 4))
 
 
+def test_forward_mode_derivatives_are_refused_not_zero():
+    x, token_map = torch.randn(2, 9, 4), random_map(2, 9, 4)
+    q = torch.randn(1, 2, 5, 8)
+    calls = {
+        "merge": (lambda x: tk.merge(x, token_map), x),
+        "unmerge": (lambda x: tk.unmerge(x[:, :4], token_map), x),
+        "merge_wavg": (lambda x: tk.merge_wavg(x, token_map)[0], x),
+        "bipartite_merge": (lambda x: tk.bipartite_merge(x, 2).x, x),
+        "token_attention": (lambda q: tk.token_attention(q, q, q, importance="mean")[0], q),
+        "lookup_gather": (lambda q: tk.lookup_gather(q, q, q)[0], q),
+        "lookup_scatter": (lambda q: tk.lookup_scatter(q, q, q, q[..., 0].detach()), q),
+    }
+    for call, primal in calls.values():
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.jvp(call, (primal,), (torch.ones_like(primal),))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(primal, torch.ones_like(primal))
+            with pytest.raises(NotImplementedError, match="jvp"):
+                call(dual)
+            assert torch.equal(call(primal.clone()), call(primal))  # what has no tangent is served
+
+
 @pytest.mark.gpu
 def test_replays_in_a_cuda_graph():
     with tk.use_backend("cuda"):

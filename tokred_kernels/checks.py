@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -60,6 +60,13 @@ def check_count(op: str, name: str, value: Any, least: int = 0) -> None:
         raise TypeError(f"tokred_kernels.{op}: {name} must be an int, got {type(value).__name__} ({value!r})")
     if value < least:
         raise ValueError(f"tokred_kernels.{op}: {name} must be at least {least}, got {value}")
+
+
+def check_real(op: str, name: str, value: Any) -> float:
+    """The number as a float; raise TypeError unless it is one: a tensor would lose its gradient."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def check_same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -217,6 +217,11 @@ def test_compiles_whole_for_a_grid():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_an_empty_batch():
+    model = make().eval()
+    assert model(images(0)).shape == (0, 5)
+
+
 def test_autocast_and_bfloat16():
     model, x = make().eval(), images()
     expected = model(x)

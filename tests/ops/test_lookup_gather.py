@@ -221,6 +221,7 @@ BAD = {
     ),
     "no compressed token": (lambda c: {"q": c.q[:, :, :0]}, ValueError, "q must have from 1 to N = 9 tokens"),
     "k of another dtype": (lambda c: {"k": c.k.double()}, TypeError, "k must have q's dtype torch.float32"),
+    "scale a tensor": (lambda c: {"scale": torch.tensor(0.3)}, TypeError, "scale must be a number, got Tensor"),
     "q no tensor": (lambda c: {"q": [1.0]}, TypeError, "q must be"),
     "q of whole numbers": (lambda c: {"q": c.q.int()}, TypeError, "q must be"),
 }

@@ -360,3 +360,16 @@ A_MAP = tk.TokenMap.identity(2, 9)
 def test_bad_input_names_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call(torch.randn(2, 9, 4))
+
+
+@pytest.mark.parametrize("outer", [0, 5, 64, 4096])
+@pytest.mark.parametrize("stride", [0, 1, 64, 262144])
+def test_one_token_an_image_whatever_its_stride(backend, outer, stride):
+    x = torch.randn(10000 * 3, device=backend).as_strided((3, 1, 64), (outer, stride, 1))
+    token_map = tk.TokenMap.from_dest(torch.zeros(3, 1, dtype=torch.int32)).to(backend)
+    for reduce in ("mean", "sum", "amax"):
+        assert torch.equal(tk.merge(x, token_map, reduce=reduce), x)
+    assert torch.equal(tk.merge_wavg(x, token_map)[0], x)
+    weight = torch.full((3, 1), 2.0, device=backend, requires_grad=True)
+    tk.merge(x, token_map, reduce="sum", weight=weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(-1))

@@ -131,3 +131,15 @@ A_MAP = tk.TokenMap.from_dest(torch.zeros(2, 9, dtype=torch.int64), 3)
 def test_bad_input_names_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call(torch.randn(2, 3, 4))
+
+
+@pytest.mark.parametrize("outer", [0, 5, 64, 4096])
+@pytest.mark.parametrize("stride", [0, 1, 64, 262144])
+def test_one_slot_an_image_whatever_its_stride(backend, outer, stride):
+    """Torch lets the stride over one row be anything, and takes such a tensor for contiguous."""
+    y = torch.randn(10000 * 3, device=backend).as_strided((3, 1, 64), (outer, stride, 1))
+    token_map = tk.TokenMap.from_dest(torch.zeros(3, 4, dtype=torch.int32)).to(backend)
+    assert torch.equal(tk.unmerge(y, token_map), y.repeat(1, 4, 1))
+    leaf = torch.randn(3, 4, 64, device=backend, requires_grad=True)
+    tk.merge(leaf, token_map, reduce="sum").backward(y)
+    assert torch.equal(leaf.grad, y.repeat(1, 4, 1))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,8 +32,9 @@ def resize_tokens(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Ten
         for size in sizes[axis + 1 :]:
             inner *= size
         weights = _weights(sizes[axis], length, x).expand(outer, -1, -1)
+        resized = torch.bmm(weights, x.reshape(outer, sizes[axis], inner))
         sizes[axis] = length
-        x = torch.bmm(weights, x.reshape(outer, -1, inner)).reshape(x.shape[0], -1, x.shape[-1])
+        x = resized.reshape(x.shape[0], math.prod(sizes), x.shape[-1])
     return x.to(dtype)  # autocast would round what the residual stream starts with
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokred_kernels import backends
@@ -19,7 +18,7 @@ from tokred_kernels.checks import (
 )
 from tokred_kernels.ops import bipartite_match as match_op
 from tokred_kernels.ops import merge as merge_op
-from tokred_kernels.ops.library import register
+from tokred_kernels.ops.library import is_differentiated, register
 from tokred_kernels.ops.merge import prepare_weight
 from tokred_kernels.ops.merge_wavg import like_size, merge_wavg
 from tokred_kernels.partition import SCHEMA, Partition, every_other
@@ -73,9 +72,8 @@ def bipartite_merge(
         check_same_device(op, "metric", metric, "x", x)
     prefix = prefix_length(op, num_prefix, class_token, distill_token)
     partition = every_other(x.shape[1], r, prefix, class_token, distill_token)
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (size is not None and size.requires_grad))
     # A metric of another dtype may need another backend: then, too, each op chooses for itself.
-    apart = partition is None or wants_gradient or metric.dtype != x.dtype
+    apart = partition is None or is_differentiated(x, size) or metric.dtype != x.dtype
     backend = "reference" if apart else backends.choose(op, x)
     if partition is None or backend == "reference":
         token_map = match_op.match(metric, partition)

@@ -81,8 +81,10 @@ def grid_bipartite_match(
         )
         sources, destinations = split(*geometry, drawn.to(metric.device))
     else:
-        # Only plain tensors are kept: the stand-ins of a compiler or a mode must not outlive it.
-        kept = nobody_listens(metric)
+        # Only plain tensors are kept: the stand-ins of a compiler or a mode must not outlive it, and those of a CUDA
+        # graph hold nothing before its first replay.
+        captured = metric.is_cuda and torch.cuda.is_current_stream_capturing()
+        kept = nobody_listens(metric) and not captured
         sources, destinations = (_kept_split if kept else _fixed_split)(*geometry, metric.device)
     lists = sources.expand(batch, -1).contiguous(), destinations.expand(batch, -1).contiguous()
     return match(metric, Partition(num_prefix, 1, sources.numel(), cells, 0, 0, False, r, *lists))

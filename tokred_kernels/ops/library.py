@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tokred_kernels import backends
 
@@ -77,6 +78,16 @@ def _no_vmap(name: str) -> Callable[..., Any]:
         )
 
     return refuse
+
+
+def is_differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op must go by its autograd.Function: for its gradient, or to refuse forward-mode derivatives.
+
+    Those an op that is called past autograd would take for zero, in silence.
+    """
+    if getattr(forward_ad, "_current_level", -1) >= 0:  # a private name, that may go missing
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

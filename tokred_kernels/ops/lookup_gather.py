@@ -12,9 +12,9 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
-from tokred_kernels.checks import check_floating, check_same_device, shape
-from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import distinct, nobody_listens, once, register
+from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
+from tokred_kernels.dtypes import accumulator_of, autocasted
+from tokred_kernels.ops.library import distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
@@ -37,6 +37,8 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
         (B, H, M, d) in q's dtype, and the logarithm of the sums of exponentials, (B, H, M) float32 (float64 for
         float64). Scores and sums are kept in that.
 
+    Under autocast q, k and v are taken in its dtype, as torch's attention takes them; float64 stays.
+
     Differentiable once in q, k and v, by way of both. O((M + N) d) memory for an image and head, forward and backward.
 
     Raises:
@@ -44,12 +46,12 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
         ValueError: wrong shapes, M above N, or tensors on several devices.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    check_lookup(OP, q, k, v, k)
-    scale = default_scale(q) if scale is None else float(scale)
+    q, k, v = lookup_inputs(OP, q, k, v, k)
+    scale = default_scale(q) if scale is None else check_real(OP, "scale", scale)
     backend = backends.choose(OP, q, unfit=too_wide(q))
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if is_differentiated(q, k, v):
         alone = nobody_listens(q, but_the_profiler=True)
         carries = backend in TAKES_OVER and alone and q.requires_grad and k.requires_grad
         out, lse, *carried = _LookupGather.apply(*distinct(q, k, v), scale, backend, carries)
@@ -60,10 +62,14 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     return out.transpose(1, 2), lse
 
 
-def check_lookup(op: str, q: Any, k: Any, v: Any, of_v: Any) -> None:
-    """Raise unless q is (B, H, M, d), k (B, H, N, d) and v as `of_v`, of one dtype and device, M from 1 to N."""
+def lookup_inputs(op: str, q: Any, k: Any, v: Any, of_v: Any) -> tuple[Tensor, ...]:
+    """q (B, H, M, d), k (B, H, N, d) and v as `of_v`, in autocast's dtype where that is on.
+
+    Raises unless they are that, of one dtype and device, M from 1 to N.
+    """
     for name, value in (("q", q), ("k", k), ("v", v)):
         check_floating(op, name, value)
+    q, k, v = autocasted(q, k, v)
     if q.dim() != 4:
         raise ValueError(f"tokred_kernels.{op}: q must be (B, H, M, d), got shape {shape(q)}")
     if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
@@ -78,6 +84,7 @@ def check_lookup(op: str, q: Any, k: Any, v: Any, of_v: Any) -> None:
         if value.dtype != q.dtype:
             raise TypeError(f"tokred_kernels.{op}: {name} must have q's dtype {q.dtype}, got {value.dtype}")
         check_same_device(op, name, value, "q", q)
+    return q, k, v
 
 
 def carried(lse: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:

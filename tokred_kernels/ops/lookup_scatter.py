@@ -11,10 +11,10 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
-from tokred_kernels.checks import check_same_device, shape
+from tokred_kernels.checks import check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import distinct, once, register
-from tokred_kernels.ops.lookup_gather import TAKES_OVER, carried, check_lookup, default_scale, heads_first
+from tokred_kernels.ops.library import distinct, is_differentiated, once, register
+from tokred_kernels.ops.lookup_gather import TAKES_OVER, carried, default_scale, heads_first, lookup_inputs
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"
@@ -34,6 +34,8 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float
     Returns:
         (B, H, N, d) in q's dtype.
 
+    Under autocast q, k and v are taken in its dtype, as torch's attention takes them; float64 stays.
+
     Differentiable once in q, k, v and lse; by way of lse the gradient of `lookup_gather` completes those of q and k.
 
     Raises:
@@ -41,13 +43,13 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float
         ValueError: wrong shapes, M above N, or tensors on several devices.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    check_lookup(OP, q, k, v, q)
+    q, k, v = lookup_inputs(OP, q, k, v, q)
     _check_lse(q, lse)
-    scale = default_scale(q) if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else check_real(OP, "scale", scale)
     backend = backends.choose(OP, q, unfit=too_wide(q))
     if backend == "reference":
         return reference.lookup_scatter(q, k, v, lse, scale)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lse)):
+    if is_differentiated(q, k, v, lse):
         by_gather = carried(lse, q, k, scale) if backend in TAKES_OVER else None
         q, k = by_gather or (q, k)
         out = _LookupScatter.apply(*distinct(q, k, v), lse, scale, backend, by_gather is not None)

@@ -12,7 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
 from tokred_kernels.checks import check_floating, check_same_device, check_tokens, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import once, register
+from tokred_kernels.ops.library import is_differentiated, once, register
 from tokred_kernels.token_map import TokenMap
 
 REDUCES = ("mean", "sum", "amax")
@@ -99,7 +99,7 @@ def segment_reduce(
     if backend == "reference":
         return reference.merge(x, weight, token_map.dest, token_map.num_out, reduce, weight_sum)
     members, begin, count = token_map.views()
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+    if is_differentiated(x, weight):
         y, total = _Merge.apply(x, weight, token_map.dest, members, begin, count, reduce, weight_sum, backend)
     else:
         y, total = _merge(x, weight, members, begin, count, reduce, weight_sum, backend)

@@ -13,9 +13,9 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
-from tokred_kernels.checks import check_floating, check_same_device, shape
-from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import distinct, nobody_listens, once, register
+from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
+from tokred_kernels.dtypes import accumulator_of, autocasted
+from tokred_kernels.ops.library import distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.token_map import Packing
 
 OP = "token_attention"
@@ -52,6 +52,8 @@ def token_attention(
         (B, H, N, d), or (T, H, d), in q's dtype; with `importance` a pair of that and (B, N), or (T,), float32 (float64
         for float64).
 
+    Under autocast q, k and v are taken in its dtype, as torch's attention takes them; float64 stays.
+
     Differentiable once in q, k, v, size and policy, by way of both results. Scores and sums are kept in float32.
     O(B H N d) memory, forward and backward. Without size, policy and importance, and where it can serve a size alone,
     torch's own scaled_dot_product_attention does the work; but not of bfloat16 on CPUs with AMX, where this is faster.
@@ -62,12 +64,16 @@ def token_attention(
             policy outside [0, 1]. What these hold is looked at on the CPU alone: a GPU would have to be waited for.
         RuntimeError: the backend asked for cannot serve the call.
     """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_floating(OP, name, value)
+    q, k, v = autocasted(q, k, v)
     rows = _check(q, k, v, packed)
     if importance is not None and importance not in IMPORTANCES:
         names = ", ".join(map(repr, IMPORTANCES))
         raise ValueError(f"tokred_kernels.{OP}: importance must be None or one of {names}, got {importance!r}")
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+    scale = check_real(OP, "scale", scale)
     size, policy = _per_token("size", size, q, rows), _per_token("policy", policy, q, rows)
     if size is not None:
         low, _ = _bounds(size)
@@ -84,7 +90,7 @@ def token_attention(
             mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     backend = backends.choose(OP, q, unfit=too_wide(q))
-    out, worth = _attend(q, k, v, bias, policy, packed, float(scale), importance or "", backend)
+    out, worth = _attend(q, k, v, bias, policy, packed, scale, importance or "", backend)
     return out if importance is None else (out, worth)
 
 
@@ -95,8 +101,6 @@ def too_wide(q: Tensor) -> tuple[str, ...]:
 
 def _check(q: Any, k: Any, v: Any, packed: Any) -> tuple[int, ...]:
     """Raise unless the three fit; the shape of what there is one of for each token."""
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        check_floating(OP, name, value)
     if packed is not None and not isinstance(packed, Packing):
         raise TypeError(f"tokred_kernels.{OP}: packed must be a Packing, got {type(packed).__name__}")
     wanted, rank = ("(B, H, N, d)", 4) if packed is None else ("(T, H, d), packed", 3)
@@ -152,7 +156,7 @@ def _attend(
         return reference.token_attention(q, k, v, bias, policy, packed, scale, importance)
     starts = None if packed is None else packed.cu_seqlens
     longest = 0 if packed is None else max(packed.lengths, default=0)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, policy)):
+    if is_differentiated(q, k, v, bias, policy):
         out, worth = _TokenAttention.apply(
             *distinct(q, k, v), bias, policy, starts, longest, scale, importance, backend
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import unmerge as reference
 from tokred_kernels.checks import check_same_device, check_tokens, shape
-from tokred_kernels.ops.library import once, register
+from tokred_kernels.ops.library import is_differentiated, once, register
 from tokred_kernels.ops.merge import _merge, check_map
 from tokred_kernels.token_map import TokenMap
 
@@ -46,7 +46,7 @@ def unmerge(y: Tensor, token_map: TokenMap) -> Tensor:
     backend = backends.choose("unmerge", y)
     if backend == "reference":
         return reference.unmerge(y, token_map.dest)
-    if torch.is_grad_enabled() and y.requires_grad:
+    if is_differentiated(y):
         return _Unmerge.apply(y, token_map.dest, *token_map.views(), backend)
     return _unmerge(y, token_map.dest, backend)
 

@@ -59,6 +59,8 @@ def rows(tensor: Tensor) -> Tensor:
     """The (B, N, C) tensor itself where its rows lie at one stride and their elements side by side, else a copy."""
     _, tokens, channels = tensor.shape
     outer, stride, inner = tensor.stride()
+    if tokens == 1 and stride != outer:  # torch lets the stride over one token be anything, and `contiguous` leaves it
+        tensor, stride = tensor.as_strided(tensor.shape, (outer, outer, inner)), outer
     if (inner == 1 or channels == 1) and (outer == tokens * stride or tensor.shape[0] == 1) and stride >= channels:
         return tensor
     return tensor.contiguous()

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from tokred_kernels.dtypes import is_autocasting
+
 
 def unrounded(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast, if it is on, does not turn the products of float32 into those of another dtype."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if is_autocasting(tensor) else nullcontext()
