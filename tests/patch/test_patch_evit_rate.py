@@ -76,3 +76,25 @@ def test_set_keep_rate_is_of_evit_alone():
         tk.set_keep_rate(nn.Linear(2, 2), 0.5)
     with pytest.raises(ValueError, match='must be patched with "evit", got Sequential'):
         tk.set_keep_rate(nn.Sequential(make_evit()), 0.5)
+
+
+def test_a_compiled_model_is_trained_by_the_schedule():
+    model = patch(make(), "evit", layers=(1,), keep_rate=1.0).train()
+    compiled, x = torch.compile(model, backend="eager", fullgraph=True), images()
+    for rate in (1.0, 0.9, 0.8, 0.7):
+        tk.set_keep_rate(model, rate)
+        model.zero_grad()
+        compiled(x).square().mean().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model(x).square().mean().backward()
+        for got, want in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(got, want.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_lost_the_blocks_is_told_so():
+    model = make_evit()
+    last = model.tokred_patch.settings["layers"][-1]
+    model.blocks = model.blocks[:last]
+    with pytest.raises(ValueError, match=rf"must still have the blocks .*{last}.* got {last} blocks"):
+        tk.set_keep_rate(model, 0.5)

@@ -79,12 +79,15 @@ class LinearSegmenter(nn.Module):
         """
         height, width, stride = self._size(images)
         grid = self.encoder.patch_embed.dynamic_feat_size((height, width))
-        x = self.encoder.forward_features(images)
+        token_map = None
+        if hasattr(self.encoder, "forward_mapped"):
+            x, token_map = self.encoder.forward_mapped(images)
+        else:
+            x = self.encoder.forward_features(images)
         if self.token_wise:
             x = self._decode(x, -1)
-        # Of the class, as the map is asked for only after the forward that made it.
-        if hasattr(type(self.encoder), "token_map"):
-            x = unmerge(x, self.encoder.token_map)
+        if token_map is not None:
+            x = unmerge(x, token_map)
         x = x[:, self.encoder.num_prefix_tokens :]
         if x.shape[1] != grid[0] * grid[1]:
             raise ValueError(

@@ -100,12 +100,3 @@ def blocks_of(transformer: Any) -> list[Any]:
                 f"{type(block).__module__}.{type(block).__name__}, which is not supported; {SUPPORTED}, are"
             )
     return list(transformer.transformer_blocks)
-
-
-def refuse_replaced(root: nn.Module, kind: type[nn.Module], advice: str) -> None:
-    """Raise if the forward of a block has been replaced: a change of its class would change nothing, in silence."""
-    for name, block in root.named_modules():
-        if type(block) is kind and "forward" in vars(block):
-            raise RuntimeError(
-                f"tokred_kernels: the forward of {name} has been replaced, as offloading and caching hooks do; {advice}"
-            )

@@ -15,14 +15,12 @@ from tokred_kernels.nn.dynamicvit import KEEP, TokenPredictor, decide
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.patch import timm_vit
-from tokred_kernels.patch.schedule import reducing_blocks, share_per_layer
+from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
 from tokred_kernels.token_map import TokenMap
 
 # Where the predictors are in the model, as in the published checkpoints.
 PREDICTORS = "score_predictor"
-# How a model may make one vector of its tokens, if those that are masked shall have no part in it.
-POOLS = ("token", "avg", "")
 
 
 @dataclass(frozen=True)
@@ -30,13 +28,13 @@ class KeepPredicted(Step):
     """What happens before a given block: its predictor decides. When training tokens are masked, else removed."""
 
     stage: int = 0
-    keep: float = 1.0
+    keep: str = "1"  # see `schedule.as_text`
     num_prefix: int = 0
     predictor_flops: int = 0
 
     def kept(self, patches: int, tokens: int) -> int:
         """How many of `tokens` tokens stay, besides the prefix, where `patches` of them entered the first block."""
-        return min(max(int(patches * self.keep), 1), tokens - self.num_prefix)
+        return min(max(int(patches * float(self.keep)), 1), tokens - self.num_prefix)
 
     def enter(self, model: Any, x: Tensor, state: State) -> tuple[Tensor, State, TokenMap | None]:
         """See `Step`."""
@@ -82,10 +80,10 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
     """
     timm_vit.check_switches(trace=trace)
     timm_vit.check(model)
-    if model.global_pool not in POOLS or model.attn_pool is not None:
+    if model.global_pool not in timm_vit.MASKED_POOLS or model.attn_pool is not None:
         raise NotImplementedError(
             f"tokred_kernels.patch: the model pools its tokens by {model.global_pool!r}, which cannot pass over those "
-            f"that are masked when training; supported are {', '.join(map(repr, POOLS))}"
+            f"that are masked when training; supported are {', '.join(map(repr, timm_vit.MASKED_POOLS))}"
         )
     given = reducing_blocks(layers, len(model.blocks))
     shares = share_per_layer("keep", keep, len(given))
@@ -97,7 +95,7 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
     setattr(model, PREDICTORS, predictors)
     cost = linear_flops(predictors[0])
     steps = {
-        layer: KeepPredicted(False, stage, share, model.num_prefix_tokens, cost)
+        layer: KeepPredicted(False, stage, as_text(share), model.num_prefix_tokens, cost)
         for stage, (layer, share) in enumerate(zip(given, shares, strict=True))
     }
     settings = {"layers": given, "keep": keep, "trace": trace}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokred_kernels.nn.evit import keep_attentive
 from tokred_kernels.patch import MARK, timm_vit
-from tokred_kernels.patch.schedule import reducing_blocks, share_per_layer
+from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
 from tokred_kernels.token_map import TokenMap
 
@@ -22,7 +22,7 @@ METHOD = "evit"
 class KeepAttentive(Step):
     """What a given block does: keep a share of the tokens, those most attended by the class token, or by all."""
 
-    keep: float = 1.0
+    keep: str = "1"  # see `schedule.as_text`
     fuse: bool = True
     attended_by: str = "class"
     num_prefix: int = 0
@@ -30,11 +30,11 @@ class KeepAttentive(Step):
     @property
     def importance(self) -> str | None:  # type: ignore[override]
         """See `Step`."""
-        return self.attended_by if self.keep < 1 else None
+        return self.attended_by if float(self.keep) < 1 else None
 
     def kept(self, tokens: int) -> int:
         """How many of `tokens` tokens stay, besides the prefix."""
-        return math.ceil(self.keep * (tokens - self.num_prefix))
+        return math.ceil(float(self.keep) * (tokens - self.num_prefix))
 
     def reduce(
         self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
@@ -90,7 +90,8 @@ def apply(
     rates = share_per_layer("keep_rate", keep_rate, len(given))
     prefix = model.num_prefix_tokens
     steps = {
-        layer: KeepAttentive(False, rate, fuse, importance, prefix) for layer, rate in zip(given, rates, strict=True)
+        layer: KeepAttentive(False, as_text(rate), fuse, importance, prefix)
+        for layer, rate in zip(given, rates, strict=True)
     }
     settings = {"keep_rate": keep_rate, "layers": given, "fuse": fuse, "importance": importance, "trace": trace}
     timm_vit.install(model, timm_vit.Mark(METHOD, settings), lambda index: steps.get(index, Step()))
@@ -105,8 +106,13 @@ def set_keep_rate(model: Any, keep_rate: Any) -> None:
             + ("" if mark is None else f" patched with {mark}")
         )
     given = mark.settings["layers"]
+    if given[-1] >= len(model.blocks):
+        raise ValueError(
+            f"tokred_kernels.set_keep_rate: model must still have the blocks {given} that it was patched in, got "
+            f"{len(model.blocks)} blocks; call tokred_kernels.unpatch(model), and patch those that are left"
+        )
     rates = share_per_layer("keep_rate", keep_rate, len(given))
     for layer, rate in zip(given, rates, strict=True):
         block = model.blocks[layer]
-        setattr(block, timm_vit.STEP, replace(block.tokred_step, keep=rate))
+        setattr(block, timm_vit.STEP, replace(block.tokred_step, keep=as_text(rate)))
     setattr(model, MARK, mark._replace(settings={**mark.settings, "keep_rate": keep_rate}))

@@ -97,6 +97,15 @@ def share_per_layer(name: str, share: Any, num_layers: int) -> list[float]:
     return shares
 
 
+def as_text(share: float) -> str:
+    """A share as a step carries it, to be read by `float`.
+
+    torch.compile takes a float that has changed for a variable, and breaks where a number of tokens is made from it in
+    front of an autograd.Function. Text is a constant, and another one compiles anew.
+    """
+    return repr(float(share))
+
+
 def count_per_layer(count: Any, num_layers: int, group: Any = None) -> list[int | str]:
     """The `count=` of an adaptive selector in each of `num_layers` layers, from one for all, or a list of ints.
 

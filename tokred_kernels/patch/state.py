@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -112,6 +113,9 @@ class Record:
             of each image.
     """
 
+    # The tensor that the forward gave, as long as somebody holds it.
+    _given: weakref.ref[Tensor] | None = None
+
     def __init__(
         self,
         maps: tuple[TokenMap, ...] | None = None,
@@ -123,6 +127,39 @@ class Record:
         self.state = state
         self.entered = entered
         self.counts = counts
+
+    def gave(self, x: Tensor) -> bool:
+        """Whether `x` is what this forward gave: that very tensor, or, from a compiled forward, one of its shape."""
+        if self.entered is None:
+            return False
+        if self._given is not None:
+            return self._given() is x
+        rows = (self.entered[0], self.left[-1]) if self.state.packing is None else (self.state.packing.rows,)
+        return x.shape[:-1] == rows
+
+    def remember(self, x: Tensor) -> None:
+        """Let `x` be what this forward gave. A compiler follows no weak references."""
+        if not torch.compiler.is_compiling():
+            self._given = weakref.ref(x)
+
+    def token_map(self) -> TokenMap:
+        """All maps of the forward as one.
+
+        Raises:
+            RuntimeError: there was no forward, or its maps were not kept.
+        """
+        if self.entered is None:
+            raise RuntimeError("tokred_kernels: token_map is of the last forward, and this model has run none yet")
+        if self.maps is None:
+            raise RuntimeError("tokred_kernels: the model was patched with trace=False; patch it with trace=True")
+        if not self.maps:
+            return TokenMap.identity(*self.entered)
+        composed = self.maps[0]
+        for token_map in self.maps[1:]:
+            composed = composed.then(token_map)
+        # One map from now on: asking twice composes once, and the layers' maps are let go.
+        self.maps = (composed,)
+        return composed
 
     @property
     def left(self) -> tuple[int | tuple[int, ...], ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, leading, pool_packed, pool_sized
 from tokred_kernels.patch import MARK
+from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, State, Step
 from tokred_kernels.patch.timm_import import import_timm
 from tokred_kernels.token_map import Packing, TokenMap
@@ -32,6 +33,9 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer  
 STEP = "tokred_step"
 RECORD = "tokred_record"
 SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled, made of timm's Block and Attention"
+# How a model may make one vector of its tokens, if those that are masked shall have no part in it.
+MASKED_POOLS = ("token", "avg", "")
+AS_IT_IS = "hand over what forward_features returned, as it is, before the model is run again, or call the whole model"
 OWN_BLOCK = "write a block of your own with tokred_kernels.bipartite_match and merge_wavg"
 
 
@@ -152,8 +156,41 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
     tokred_patch: Mark
     tokred_record: Record
 
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        """timm's; what pooling must know of the tokens goes there by hand, so that threads may share the model."""
+        x, record = self._reduced(x, attn_mask, is_causal)
+        self.tokred_record = record
+        return self._head(x, record.state)
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """timm's, with the blocks passing sizes on; afterwards `token_map` and `token_sizes` are those of this call."""
+        x, record = self._reduced(x, attn_mask, is_causal)
+        self.tokred_record = record
+        return x
+
+    def forward_mapped(self, x: Tensor) -> tuple[Tensor, TokenMap]:
+        """`forward_features`, and the `token_map` of this very call, whatever other threads do with the model."""
+        x, record = self._reduced(x)
+        self.tokred_record = record
+        return x, record.token_map()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
+        """timm's, of what `forward_features` returned."""
+        return self._head(x, self._state_of(x), pre_logits)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """timm's, with each token counting by its size, so that a mean is still one over the first tokens.
+
+        Packed tokens (T, C) of the last forward give (B, C) as others do, or, with no pooling at all, stay as they are.
+
+        Raises:
+            ValueError: `x` is not what the last `forward_features` returned, and its sizes are needed. Tokens as many
+                as entered the model (unmerged ones, say) count as one each.
+        """
+        return self._pool(x, self._state_of(x), pool_type)
+
+    def _reduced(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Record]:
+        """The final tokens, and what there is to know of them: `forward_features`, which leaves the model as it was."""
         if attn_mask is not None or is_causal:
             raise NotImplementedError(
                 "tokred_kernels: a patched model takes no attn_mask and no is_causal, for its tokens change from block "
@@ -171,53 +208,74 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
             x, state, before = step.enter(self, x, state)
             attended = _count(x, state)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, state, after = checkpoint(block, x, state)
+                x, state, after = checkpoint(block, x, state, use_reentrant=False)
             else:
                 x, state, after = block(x, state)
             counts.append((attended, _count(x, state)))
             maps += [token_map for token_map in (before, after) if token_map is not None]
         kept = tuple(maps) if self.tokred_patch.settings.get("trace", True) else None
-        self.tokred_record = Record(kept, state, entered, tuple(counts))
-        return self.norm(x)
+        x, record = self.norm(x), Record(kept, state, entered, tuple(counts))
+        record.remember(x)
+        return x, record
 
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """timm's, with each token counting by its size, so that a mean is still one over the first tokens.
+    def _head(self, x: Tensor, state: State | None, pre_logits: bool = False) -> Any:
+        x = self.head_drop(self.fc_norm(self._pool(x, state)))
+        return x if pre_logits else self.head(x)
 
-        Packed tokens (T, C) of the last forward give (B, C) as others do, or, with no pooling at all, stay as they are.
-        """
-        packing, size = self._packing_of(x), _weights(self.tokred_record.state)
+    def _state_of(self, x: Tensor) -> State | None:
+        """The state of tokens that somebody brings; None where they are others than the last forward gave."""
+        record = self.tokred_record
+        if record.gave(x):
+            return record.state
+        if x.dim() == 2:
+            packing = record.state.packing
+            gave = "no packed tokens" if packing is None else f"{packing.rows} of them"
+            raise ValueError(
+                f"tokred_kernels: packed tokens (T, C) must be those of the model's last forward, which gave {gave}, "
+                f"got shape {tuple(x.shape)}; {AS_IT_IS}"
+            )
+        return None
+
+    def _pool(self, x: Tensor, state: State | None, pool_type: str | None = None) -> Tensor:
+        """`pool`, of tokens with this state; None for tokens of which nothing is known but that they are not packed."""
         kind = self.global_pool if pool_type is None else pool_type
         begin = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        weighs = self.attn_pool is not None or kind in ("avg", "avgmax")
+        if state is None:
+            if weighs:
+                self._refuse_unknown(x)
+            return super().pool(x, pool_type)
+        if state.policy is not None and (self.attn_pool is not None or kind not in MASKED_POOLS):
+            raise ValueError(
+                f"tokred_kernels: tokens that are masked cannot be pooled by {kind!r}, which would not pass over them; "
+                f"supported are {', '.join(map(repr, MASKED_POOLS))}"
+            )
+        packing, size = state.packing, _weights(state)
         if packing is not None and size is not None:
             if self.attn_pool is not None:
                 images = zip(x.split(packing.lengths), size.split(packing.lengths), strict=True)
                 return torch.cat([self._attend(one[None, begin:], own[None, begin:]) for one, own in images])
             return pool_packed(x, size, packing, kind=kind, begin=begin) if kind else x
-        # Other tokens than the last forward gave (unmerged ones, say) count as one each.
-        if size is None or size.shape[:-1] != x.shape[:-1]:
+        if size is None or not weighs:
             return super().pool(x, pool_type)
         if self.attn_pool is not None:
             return self._attend(x[:, begin:], size[:, begin:])
-        if kind not in ("avg", "avgmax"):
-            return super().pool(x, pool_type)
         return pool_sized(x, size, kind=kind, begin=begin)
 
     def _attend(self, x: Tensor, size: Tensor) -> Tensor:
         bias = size_bias(size, x) if self.tokred_patch.settings.get("prop_attn", True) else None
         return self.attn_pool(x, attn_mask=bias)
 
-    def _packing_of(self, x: Tensor) -> Packing | None:
-        """Where the images of packed tokens start; None for tokens (B, N, C)."""
-        if x.dim() != 2:
-            return None
-        packing = self.tokred_record.state.packing
-        if packing is None or packing.rows != x.shape[0]:
-            gave = "no packed tokens" if packing is None else f"{packing.rows} of them"
+    def _refuse_unknown(self, x: Tensor) -> None:
+        """Raise where a mean over tokens must weigh them, and nobody knows by what."""
+        record = self.tokred_record
+        if record.entered is None or _weights(record.state) is None:
+            return
+        if x.shape[1] != record.entered[1] or record.state.policy is not None:
             raise ValueError(
-                f"tokred_kernels: packed tokens (T, C) must be those of the model's last forward, which gave {gave}, "
-                f"got shape {tuple(x.shape)}"
+                "tokred_kernels: tokens that are pooled must be those of the model's last forward, for each counts by "
+                f"its size, got others, of shape {tuple(x.shape)}; {AS_IT_IS}"
             )
-        return packing
 
     def forward_intermediates(self, *_: Any, **__: Any) -> Any:
         """Refuse: the intermediates of a patched model are no grids."""
@@ -234,19 +292,7 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
         Packed where every image has a count of its own. Composed when it is asked for, so a forward pays nothing for
         it. In a CUDA graph its tensors are the graph's, as outputs are: take them before the next replay.
         """
-        record = self.tokred_record
-        if record.entered is None:
-            raise RuntimeError("tokred_kernels: token_map is of the last forward, and this model has run none yet")
-        if record.maps is None:
-            raise RuntimeError("tokred_kernels: the model was patched with trace=False; patch it with trace=True")
-        if not record.maps:
-            return TokenMap.identity(*record.entered)
-        composed = record.maps[0]
-        for token_map in record.maps[1:]:
-            composed = composed.then(token_map)
-        # One map from now on: asking twice composes once, and the layers' maps are let go.
-        record.maps = (composed,)
-        return composed
+        return self.tokred_record.token_map()
 
     @property
     def token_sizes(self) -> Tensor:
@@ -274,10 +320,10 @@ class PatchedVisionTransformerDistilled(PatchedVisionTransformer, VisionTransfor
 
     original: type[nn.Module] = VisionTransformerDistilled
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """timm's, of packed tokens too."""
-        packing = self._packing_of(x)
-        return super().forward_head(x if packing is None else leading(x, packing, self.num_prefix_tokens), pre_logits)
+    def _head(self, x: Tensor, state: State | None, pre_logits: bool = False) -> Any:
+        if state is not None and state.packing is not None:
+            x = leading(x, state.packing, self.num_prefix_tokens)
+        return VisionTransformerDistilled.forward_head(self, x, pre_logits)
 
 
 PATCHED: dict[type[nn.Module], type[nn.Module]] = {
@@ -304,6 +350,7 @@ def check(model: Any) -> None:
                     f"{type(part).__module__}.{type(part).__name__}, which is not supported; {SUPPORTED} are. "
                     f"You can {OWN_BLOCK}"
                 )
+    refuse_replaced(model, (Block, Attention), "patch the model first, and put those on after")
     pool = model.attn_pool
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
         raise NotImplementedError(

@@ -23,10 +23,10 @@ from tokred_kernels.patch import MARK
 from tokred_kernels.patch.diffusers_blocks import (
     BasicTransformerBlock,
     blocks_of,
-    refuse_replaced,
     resolve,
     transformers_within,
 )
+from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.token_map import TokenMap
 
 DOWNSAMPLES = (1, 2, 4, 8)
@@ -50,7 +50,7 @@ class Mark(NamedTuple):
 
     def remove(self, model: nn.Module) -> None:
         """Give every block its own class back, and take out the hooks."""
-        refuse_replaced(model, MergingBlock, "take those out again before you call tokred_kernels.unpatch")
+        refuse_replaced(model, (MergingBlock,), "take those out again before you call tokred_kernels.unpatch")
         for module in model.modules():
             if type(module) is MergingBlock:
                 module.__class__ = BasicTransformerBlock  # type: ignore[assignment]
@@ -276,7 +276,7 @@ def apply(
     parts = tuple(name for name, wanted in merged.items() if wanted)
     transformers = transformers_within(root, max_downsample)
     blocks = [block for transformer in transformers for block in blocks_of(transformer)]
-    refuse_replaced(root, BasicTransformerBlock, "patch the model first, and put those on after")
+    refuse_replaced(root, (BasicTransformerBlock,), "patch the model first, and put those on after")
     if all(getattr(block, name) is None for block in blocks for name in parts):
         raise ValueError(
             "tokred_kernels.patch: merge_attn or merge_mlp must be True for a model without cross attention, got "
