@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "copy_row.h"
 #include "element.h"
 
 TOKRED_KERNELS_BEGIN
@@ -30,7 +31,7 @@ void reduce_row(const MergeArgs& a, int64_t row) {
   if (a.weight_sum) static_cast<Sum*>(a.weight_sum)[row] = total;
 
   if (count == 1 && (!weight || is_copy<kReduce>(total))) {
-    std::memcpy(y, x + members[0] * a.x_stride, a.channels * sizeof(T));
+    copy_row(y, x + members[0] * a.x_stride, a.channels * sizeof(T));
     return;
   }
   for (int64_t start = 0; start < a.channels; start += kChannelBlock) {

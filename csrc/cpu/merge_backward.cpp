@@ -3,6 +3,7 @@
 // input row at a time; for maxima the slot's owner counts the ties and writes its members.
 #include <algorithm>
 
+#include "copy_row.h"
 #include "element.h"
 
 TOKRED_KERNELS_BEGIN
@@ -36,7 +37,7 @@ void gather_row(const MergeBackwardArgs& a, int64_t row) {
     T* grad_x = static_cast<T*>(a.grad_x) + row * a.channels;
     const Sum scale = w / total;
     if (scale == 1) {
-      std::memcpy(grad_x, g, a.channels * sizeof(T));
+      copy_row(grad_x, g, a.channels * sizeof(T));
     } else {
 #pragma omp simd
       for (int64_t c = 0; c < a.channels; ++c) grad_x[c] = E::store(scale * E::load(g[c]));

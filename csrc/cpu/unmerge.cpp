@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Unmerge: a gather of rows.
+#include "copy_row.h"
 #include "element.h"
 #include "maps.h"
 
@@ -21,7 +22,7 @@ void unmerge(const UnmergeArgs& a) {
       if (slot < 0) {
         std::memset(static_cast<void*>(out), 0, bytes);
       } else {
-        std::memcpy(out, y + (row / a.tokens * a.num_out + slot) * a.y_stride, bytes);
+        copy_row(out, y + (row / a.tokens * a.num_out + slot) * a.y_stride, bytes);
       }
     }
   });
