@@ -46,7 +46,7 @@ PATCH = 4
 TOKENS = (SIDE // PATCH) ** 2
 HEAD_WIDTH = 32
 POSITION_STD = 0.2
-LEARNING_RATE, FINE_TUNING_RATE = 2e-3, 5e-4
+TUNED_BY = 0.25  # of the learning rate, when fine-tuning
 WEIGHT_DECAY = 0.05
 SMOOTHING = 0.1  # of labels
 WARM_UP = 0.1  # of all steps
@@ -114,6 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--positions", choices=("random", "waves"), default="random", help="what the ViT's begin as (%(default)s)"
     )
     parser.add_argument("--epochs", type=positive, default=30, help="of training with all tokens (%(default)s)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of learning, at most (%(default)s)")
     parser.add_argument("--tuning", type=positive, default=10, help="epochs of fine-tuning (%(default)s)")
     parser.add_argument("--search", type=positive, default=100, help="steps of DiffRate's search (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, help="digits at once (%(default)s)")
@@ -136,7 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def prepared(data: Pictures, options: argparse.Namespace) -> list[Variant]:
     """The rows of the plain model and of every method that is asked for, trained from one seed."""
     begun = make(options, data.classes, data.train.device)
-    train(begun, data, options, Budget(options.epochs, LEARNING_RATE), "training")
+    train(begun, data, options, Budget(options.epochs, options.rate), "training")
     methods = METHODS if options.method == ALL else tuple(dict.fromkeys(("none", options.method)))
     return [
         variant
@@ -170,13 +171,18 @@ def make(options: argparse.Namespace, classes: int, device: torch.device) -> nn.
     return model.to(device)
 
 
+def fine_tuning(options: argparse.Namespace) -> Budget:
+    """What every method has after the model with all tokens was trained, and that model too."""
+    return Budget(options.tuning, TUNED_BY * options.rate)
+
+
 def stages(depth: int) -> tuple[int, ...]:
     """The blocks before, or in, which EViT and DynamicViT reduce."""
     return tuple(max(1, round(share * depth)) for share in STAGES)
 
 
 def plain(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
-    return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "all tokens")
+    return train(model, data, options, fine_tuning(options), "all tokens")
 
 
 def tome(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
@@ -191,7 +197,7 @@ def evit(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.N
         rate = tk.nn.cosine_keep_rate(step, warmup=0, total=max(steps // 2, 1), base=EVIT_KEEP)
         tk.set_keep_rate(model, rate)
 
-    return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "EViT", before=schedule)
+    return train(model, data, options, fine_tuning(options), "EViT", before=schedule)
 
 
 def dynamicvit(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
@@ -212,7 +218,7 @@ def dynamicvit(model: nn.Module, begun: nn.Module, data: Pictures, options: argp
             + DISTILLATION_WEIGHT * (predictions + distance)
         )
 
-    return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DynamicViT", loss=loss)
+    return train(model, data, options, fine_tuning(options), "DynamicViT", loss=loss)
 
 
 def diffrate(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
@@ -222,7 +228,7 @@ def diffrate(model: nn.Module, begun: nn.Module, data: Pictures, options: argpar
     found.save(options.out / f"diffrate-{options.seed}.json")
     tk.unpatch(model)
     tk.patch(model, "diffrate", kept=found._asdict())
-    return train(model, data, options, Budget(options.tuning, FINE_TUNING_RATE), "DiffRate")
+    return train(model, data, options, fine_tuning(options), "DiffRate")
 
 
 def lookupvit(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
@@ -243,8 +249,8 @@ def lookupvit(model: nn.Module, begun: nn.Module, data: Pictures, options: argpa
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         return tk.nn.lookup_loss(model(images), labels, label_smoothing=SMOOTHING)
 
-    for epochs, rate in ((options.epochs, LEARNING_RATE), (options.tuning, FINE_TUNING_RATE)):
-        train(model, data, options, Budget(epochs, rate), "LookupViT", loss=loss)
+    for budget in (Budget(options.epochs, options.rate), fine_tuning(options)):
+        train(model, data, options, budget, "LookupViT", loss=loss)
     return model
 
 

@@ -114,8 +114,8 @@ def test_textures_are_of_every_class_alike_and_none_is_told_by_its_brightness(ex
     data = example.load("textures", 0, torch.device("cpu"))
     assert data.classes == 6
     assert data.train.shape == (1302, 1, 32, 32)
-    assert data.test.shape == (504, 1, 32, 32)
-    assert data.test_labels.bincount().tolist() == [84] * 6
+    assert data.test.shape == (1200, 1, 32, 32)
+    assert data.test_labels.bincount().tolist() == [200] * 6
     assert data.test.mean((1, 2, 3)).abs().max() < 1e-4
     assert (data.test.std((1, 2, 3)) - 1).abs().max() < 1e-2
 
