@@ -231,7 +231,12 @@ def _attention_cases(target, dtypes):
     table = _table(target)
     # Of heads of 64, or of fewer, whose strides nobody aligned. float16 differs where a policy scales weights.
     others = {
-        ("attention", torch.bfloat16): [(64, True, PLAIN), (40, False, (True, False, True, "mean"))],
+        ("attention", torch.bfloat16): [
+            (64, True, PLAIN),
+            (64, True, OF_CLASS),
+            (40, False, (True, False, True, "mean")),
+        ],
+        ("queries", torch.bfloat16): [(64, True, OF_CLASS)],
         ("attention+policy", torch.float16): [(64, True, (True, True, True, "mean"))],
         ("rows", torch.bfloat16): [(64, True, OF_CLASS)],
         ("keys+policy", torch.float32): [(40, False, (True, True, True, "mean"))],
@@ -278,7 +283,7 @@ def _attention_arguments(vectors, bias, policy, packed, importance):
     if importance:
         types |= {"grad_worth": "*fp32"}
     constants = {"BIAS": bias, "POLICY": policy, "PACKED": packed, "IMPORTANCE": importance}
-    return types, constants | {"NEED_BIAS": bias, "NEED_POLICY": policy}
+    return types, constants | {"NEED_BIAS": bias, "NEED_POLICY": policy, "WHOLE": not policy and not packed}
 
 
 def _tiles(kernel, by_width, channels, types, constants, aligned):

@@ -103,7 +103,7 @@ def rows_kernel(
             j = start + tl.arange(0, BLOCK_KEYS)
             keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
             dots = products(queries, keys)
-            scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, count, BIAS)[None, :]
+            scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, j < count, BIAS)[None, :]
             if POLICY:
                 best = tl.max(scores, 1)
                 best_key = tl.min(tl.where(scores == best[:, None], j[None, :], count), 1)

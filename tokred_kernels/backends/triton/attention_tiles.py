@@ -48,6 +48,11 @@ def shares(images: int, heads: int, tokens: int, block: int) -> tuple[tuple[int]
     return (images * heads * blocks,), blocks
 
 
+def is_whole(config: AttentionConfig, tokens: int, policy: Tensor | None, starts: Tensor | None) -> bool:
+    """Whether blocks of keys may be read whole, see `key_block`: with a policy keys count that have no weight."""
+    return policy is None and starts is None and tokens >= config.block_keys
+
+
 def launch_options(config: AttentionConfig, channels: int) -> dict[str, int]:
     """What every kernel of tiles of scores is launched with, but for its own arguments and modes."""
     return {
@@ -114,10 +119,45 @@ def store_vectors(vectors, tile, i, count, stride_n, CHANNELS: tl.constexpr, BLO
 
 
 @triton.jit
-def key_terms(bias, first, j, count, BIAS: tl.constexpr):
-    """What is added to the scores of keys j, in base 2: -infinity where there is no such key."""
-    present = j < count
-    if BIAS:
+def key_block(start, count, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Where the block of keys from `start` on is read, these keys, and which of them count.
+
+    If WHOLE, there are at least BLOCK keys, and the last block is read from so far before its start that it ends with
+    the last key: its first keys then are those of the block before, and do not count again. No load needs a mask.
+    """
+    begin = tl.minimum(start, count - BLOCK) if WHOLE else start
+    j = begin + tl.arange(0, BLOCK)
+    return begin, j, (j >= start if WHOLE else j < count)
+
+
+@triton.jit
+def load_block(
+    vectors,
+    begin,
+    j,
+    count,
+    stride_n,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """What `load_vectors` would read of the keys of a `key_block`; if WHOLE by one address that moves."""
+    if not WHOLE:
+        return load_vectors(vectors, j, count, stride_n, CHANNELS, BLOCK_CHANNELS)
+    c = tl.arange(0, BLOCK_CHANNELS)
+    inside = tl.arange(0, j.shape[0])[:, None] * stride_n + c[None, :]
+    at = vectors + begin.to(tl.int64) * stride_n + inside
+    if CHANNELS < BLOCK_CHANNELS:
+        return tl.load(at, mask=(c < CHANNELS)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def key_terms(bias, first, j, present, BIAS: tl.constexpr, WHOLE: tl.constexpr = False):
+    """What is added to the scores of keys j, in base 2: -infinity where one is not `present`; see `key_block`."""
+    if BIAS and WHOLE:  # every key is there, whether it counts or not: without a mask, the load is cheaper
+        term = tl.where(present, tl.load(bias + first + j) * LOG2_E, float("-inf"))
+    elif BIAS:
         term = tl.load(bias + first + j, mask=present, other=float("-inf")) * LOG2_E
     else:
         term = tl.where(present, 0.0, float("-inf"))

@@ -18,8 +18,11 @@ from tokred_kernels.backends.triton.attention_tiles import (
     check_width,
     head_start,
     head_strides,
+    is_whole,
+    key_block,
     key_terms,
     launch_options,
+    load_block,
     load_rows,
     load_tokens,
     load_vectors,
@@ -71,6 +74,7 @@ def token_attention(
                 *(number for t in (q, k, v) for number in head_strides(t, starts)),
                 *(heads, tokens, blocks, scale),
                 **modes,
+                WHOLE=is_whole(config, tokens, policy, starts),
                 **launch_options(config, channels),
             )
         config = importance_config(*of, importance)
@@ -114,6 +118,7 @@ def attention_kernel(
     BIAS: tl.constexpr,
     POLICY: tl.constexpr,
     PACKED: tl.constexpr,
+    WHOLE: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -121,7 +126,7 @@ def attention_kernel(
 ):
     """A program takes BLOCK_QUERIES queries of one head past all keys; the equation is in csrc/common/args.h.
 
-    Keys beyond the last one have a term of -infinity and values of 0, so that the last block needs no case.
+    Keys of the last block that do not count have a term of -infinity, so that it needs no case; see `key_block`.
     """
     image, head, block, first, count = rows_place(starts, heads, tokens, blocks, PACKED)
     if block * BLOCK_QUERIES >= count:
@@ -138,17 +143,17 @@ def attention_kernel(
     mixed = tl.zeros((BLOCK_QUERIES, BLOCK_CHANNELS), tl.float32)
     value_sum = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     for start in range(0, count, BLOCK_KEYS):
-        j = start + tl.arange(0, BLOCK_KEYS)
-        keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
+        begin, j, present = key_block(start, count, BLOCK_KEYS, WHOLE)
+        keys = load_block(k, begin, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS, WHOLE)
         dots = products(queries, keys)
-        scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, count, BIAS)[None, :]
+        scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, present, BIAS, WHOLE)[None, :]
         higher = tl.maximum(highest, tl.max(scores, 1))
         # Where no key has a score yet, there is nothing to subtract from.
         level = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = tl.exp2(highest - level)
         highest = higher
         seen = tl.exp2(scores - level[:, None])
-        values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
+        values = load_block(v, begin, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS, WHOLE)
         if POLICY:
             kept = load_tokens(policy, first, j, count)
             seen *= tl.where(i[:, None] == j[None, :], factor, (factor * kept)[None, :])
@@ -204,7 +209,7 @@ def importance_kernel(
     if block * BLOCK_KEYS >= count:
         return
     j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    terms = key_terms(bias, first, j, count, BIAS)
+    terms = key_terms(bias, first, j, j < count, BIAS)
     if POLICY:
         kept = load_tokens(policy, first, j, count)
         least = EPS / count.to(tl.float32)
