@@ -81,7 +81,7 @@ TRITON = ["merge", "merge_backward"]
         ("ops.test_merge", "test_x", [], []),
         ("ops.test_unmerge", "test_x[cuda]", ["merge"], TRITON),
         ("ops.test_unmerge", "test_x_gradient[cuda]", [], TRITON),
-        ("ops.test_merge_wavg", "test_x[triton]", ["merge"], []),
+        ("ops.test_merge_wavg", "test_x[triton]", ["merge"], ["merge_backward"]),
         ("ops.test_bipartite_merge", "test_x[cuda]", [], TRITON),
         ("backends.test_triton_lookup", "test_x[16]", ["merge"], TRITON),
         ("backends.test_triton", "test_x", ["merge"], []),
