@@ -65,7 +65,8 @@ $(VENV)/installed: $(VENV)/required $(NATIVE_SOURCES)
 GPU_BUILD := build/gpu
 GPU_ARCHS ?= $(TOKRED_CUDA_ARCHS)
 GPU_PART ?=
-GPU_DAY := $(shell date -u +%F)
+GPU_BACKENDS ?= cuda,triton
+GPU_DAY ?= $(shell date -u +%F)
 MINUTES ?= 60
 # What a GPU has to do with; a test fails where a GPU's test lies elsewhere. Other files need packages that it may lack.
 GPU_FILES ?= tests/ops tests/backends tests/benchmarks tests/test_token_map.py tests/test_torch_integration.py \
@@ -118,14 +119,14 @@ gpu-commit:
 	  { echo "error: there is no repository here: set TOKRED_COMMIT to the commit that this tree is of"; exit 1; }
 
 gpu-micro: gpu-commit
-	$(GPU_RUN) --suite micro --backend cuda,triton --resume benchmarks/results/$(GPU_DAY)-cuda-micro.json
+	$(GPU_RUN) --suite micro --backend $(GPU_BACKENDS) --resume benchmarks/results/$(GPU_DAY)-cuda-micro.json
 
 gpu-verify: gpu-commit
 	$(PYTHON) benchmarks/verify.py $(GPU_BUILD)/gpu-tests*.xml \
 	  --results benchmarks/results/$(GPU_DAY)-cuda-micro.json
 
 gpu-model: gpu-commit
-	$(GPU_RUN) --suite model --backend auto,triton,cuda --resume benchmarks/results/$(GPU_DAY)-cuda-model.json
+	$(GPU_RUN) --suite model --backend auto,$(GPU_BACKENDS) --resume benchmarks/results/$(GPU_DAY)-cuda-model.json
 
 gpu-memory:
 	$(PYTHON) benchmarks/lookup_memory.py --device cuda --out docs/lookup_memory_cuda.png

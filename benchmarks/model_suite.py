@@ -27,6 +27,10 @@ from tokred_kernels.patch.timm_import import import_timm
 UNPATCHED = "unpatched"
 PATCHED_OPS = ("bipartite_match", "merge")  # besides attention, which torch may serve
 SEED = 11
+CLOCKS: dict[str, dict[str, Callable[..., Visit]]] = {
+    "cpu": {"wall": wall_visit},
+    "cuda": {"events": event_visit, "graph": graph_visit},
+}
 IMAGE_SETS = 2  # the activations of a model are past every cache by themselves
 SAME_OUTPUT = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # r = 0 against unpatched, of the largest output
 
@@ -148,11 +152,8 @@ def _visits(case: ModelCase, name: str, model: nn.Module, images: list[Tensor], 
     def call(i: int) -> Tensor:
         return model(images[i])
 
-    makers: dict[str, Callable[..., Visit]] = {"wall": wall_visit}
-    if case.device == "cuda":
-        makers = {"events": event_visit, "graph": graph_visit}
     visits = {}
-    for clock, make in makers.items():
+    for clock, make in CLOCKS[case.device].items():
         with _scope(name):
             try:
                 visit = make(call, len(images), settings.budget.turn_seconds)

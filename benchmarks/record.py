@@ -49,8 +49,8 @@ class Record:
     Args:
         path: the file; None writes none.
         machine, settings, ceilings: as in the file.
-        cases: the names of all cases that are to run.
-        whole: whether these are all there are, so that the run may stand in the README once they have run.
+        cases: the names of all cases there are, of which fewer may be run.
+        whole: whether the run may stand in the README once all have run.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Record:
 
     @property
     def complete(self) -> bool:
-        """Whether the run may stand in the README: of all cases, and every one is done."""
+        """Whether the run may stand in the README: every case is done."""
         return self.whole and all(map(self.is_done, self.cases))
 
     def start(self, case: str) -> None:

@@ -85,9 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
         "memory": footprint.GPU_MEMORY if device == "cuda" else footprint.CPU_MEMORY,
         "resident_memory": resident.MEMORY,
     }  # fmt: skip
-    # Only a run of all cases, some kernel among the providers, may stand in the README.
-    whole = not (options.quick or ops or options.dtype) and chosen != ["reference"]
-    record = Record(path, description, recorded, [case.name for case in cases], whole)
+    # Only a run of all cases as they are, in parts or at once, and of some kernel, may stand in the README.
+    whole = not (options.quick or options.dtype) and chosen != ["reference"]
+    record = Record(path, description, recorded, [case.name for case in _cases(options, device, [])], whole)
     if options.resume:
         _resume(parser, record, Path(options.resume))
     limits = record.ceilings = record.ceilings or ceilings.measure(device, {case.dtype for case in cases})

@@ -35,7 +35,7 @@ def three(only_tiny, monkeypatch):
 
 
 def ran(path, *options):
-    code = run.main(["--device", "cpu", "--backend", "cpu", *options])
+    code = run.main(["--device", "cpu", "--suite", "micro", "--backend", "cpu", *options])
     return code, json.loads(path.read_text())
 
 
@@ -132,6 +132,18 @@ def test_a_resumed_run_keeps_what_there_is_and_runs_what_killed_it_last(three, m
     done.clear()
     code, again = ran(path, "--resume", str(path))
     assert code == 0 and done == [] and again["rows"] == result["rows"]
+
+
+def test_ops_one_at_a_time_come_to_the_whole(three, monkeypatch, tmp_path):
+    names, done = three
+    path = tmp_path / "run.json"
+    merge = dataclasses.replace(run.CASES[0], op="merge", targets=())
+    monkeypatch.setattr(run, "CASES", (*run.CASES, merge))
+    _, result = ran(path, "--resume", str(path), "--op", "unmerge")
+    assert done == names and not result["settings"]["complete"]
+    _, result = ran(path, "--resume", str(path), "--op", "merge")
+    assert done == [*names, merge.name] and {row["case"] for row in result["rows"]} == set(done)
+    assert result["settings"]["suite"] == "micro" and result["settings"]["complete"]
 
 
 @pytest.mark.parametrize("commit", ["another", None])
