@@ -54,8 +54,8 @@ $(VENV)/installed: $(VENV)/required $(NATIVE_SOURCES)
 
 # Uses $(PYTHON) as it is, with its own torch and triton: GPU machines bring theirs. Everything it writes lands in
 # benchmarks/results/, docs/, tokred_kernels/backends/, build/gpu/ and the README's table. Each step is for itself:
-# `make -k gpu` goes on after one that failed, and the later ones make do with what there is. Where a machine is lent for
-# minutes, tests and benchmarks can be cut into several commands:
+# `make -k gpu` goes on after one that failed, and the later ones make do with what there is. Where a machine is lent
+# for minutes, tests and benchmarks can be cut into several commands:
 #   make gpu-build GPU_ARCHS=90a                      for an H100 alone, in a fraction of the time; default: all
 #   make gpu-test GPU_FILES=tests/ops GPU_PART=-ops   some of the tests, reported in build/gpu/gpu-tests-ops.xml
 #   make gpu-micro MINUTES=8                          again until it is complete; keeps what the day's file has
@@ -71,7 +71,7 @@ MINUTES ?= 60
 # What a GPU has to do with; a test fails where a GPU's test lies elsewhere. Other files need packages that it may lack.
 GPU_FILES ?= tests/ops tests/backends tests/benchmarks tests/test_token_map.py tests/test_torch_integration.py \
   tests/test_token_attention_use.py
-GPU_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -m gpu \
+GPU_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -m gpu --continue-on-collection-errors \
   $(shell $(PYTHON) -c "import xdist; print('-n 16')" 2>/dev/null)
 TUNED_TESTS := tests/ops/test_token_attention.py tests/ops/test_token_attention_packed.py \
   tests/ops/test_lookup_gather.py tests/ops/test_lookup_scatter.py
@@ -95,7 +95,7 @@ gpu-test:
 	$(GPU_TESTS) $(GPU_FILES) --junitxml=$(GPU_BUILD)/gpu-tests$(GPU_PART).xml
 
 # memcheck: memory is asked of the driver, not of torch's cache, in whose blocks a stray access would find memory.
-# Triton places the barriers of its kernels itself, racecheck and synccheck are for those of CUDA.
+# Triton places the barriers of its kernels itself: racecheck and synccheck are for those of CUDA.
 gpu-sanitize: gpu-memcheck gpu-racecheck gpu-synccheck gpu-memcheck-triton
 
 gpu-memcheck:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.util
 import os
 import platform
@@ -43,6 +44,12 @@ def describe() -> dict[str, Any]:
         "commit": os.environ.get("TOKRED_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
     }
+
+
+def tuned_digest() -> str | None:
+    """What tells one tuned.json from another, since a GPU run writes it after its commit; None where there is none."""
+    path = ROOT / "tokred_kernels" / "backends" / "triton" / "tuned.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
 
 def _cpu_name() -> str:

@@ -82,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     recorded = {
         "device": device, "suite": suite, "quick": options.quick, "dtype": options.dtype, "backends": chosen,
         "budget": budget._asdict(),
+        # Both are written after the commit, and change who serves a call or how.
+        "verified": backends.VERIFIED if backends.AUTO in chosen else None,
+        "tuned": machine.tuned_digest() if device == "cuda" else None,
         "memory": footprint.GPU_MEMORY if device == "cuda" else footprint.CPU_MEMORY,
         "resident_memory": resident.MEMORY,
     }  # fmt: skip

@@ -74,6 +74,25 @@ def test_a_model_that_the_patch_changes_has_no_time(measured, monkeypatch, capsy
     assert (failure["provider"], failure["error"]) == ("cpu", "Disagreement")
 
 
+def test_rows_of_before_a_verification_are_not_kept(measured, monkeypatch, tmp_path, capsys):
+    measured("auto")
+    resume = [
+        "--device",
+        "cpu",
+        "--suite",
+        "model",
+        "--quick",
+        "--backend",
+        "auto",
+        "--resume",
+        str(tmp_path / "run.json"),
+    ]
+    monkeypatch.setattr(model_suite, "measure", lambda *_: ([], {}))
+    assert run.main(resume) == 0 and "has 1 of 1 cases" in capsys.readouterr().out
+    monkeypatch.setattr(run.backends, "VERIFIED", {"cuda": ["merge"]})
+    assert run.main(resume) == 0 and "is not gone on with: its verified is" in capsys.readouterr().out
+
+
 def test_auto_is_for_models(capsys):
     with pytest.raises(SystemExit):
         run.main(["--device", "cpu", "--suite", "micro", "--backend", "auto"])
