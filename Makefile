@@ -14,7 +14,9 @@ DEMO_ARGS ?=
 SEGMENT_ARGS ?=
 DIGITS_ARGS ?=
 
-.PHONY: demo segment digits test lint format clean gpu gpu-build gpu-test gpu-sanitize gpu-tune gpu-bench
+.PHONY: demo segment digits test lint format clean gpu gpu-build gpu-test gpu-sanitize gpu-memcheck \
+  gpu-racecheck gpu-synccheck gpu-memcheck-triton gpu-tune gpu-commit gpu-bench gpu-micro gpu-verify \
+  gpu-model gpu-memory gpu-table gpu-collect
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/accelerate_vit.py $(DEMO_ARGS)
@@ -51,35 +53,91 @@ $(VENV)/installed: $(VENV)/required $(NATIVE_SOURCES)
 	touch $@
 
 # Uses $(PYTHON) as it is, with its own torch and triton: GPU machines bring theirs. Everything it writes lands in
-# benchmarks/results/, tokred_kernels/backends/ and the README's table. Each step is for itself, where a machine is lent
-# for minutes; the tests are those of kernels, tuned or not, and come again after tuning.
+# benchmarks/results/, docs/, tokred_kernels/backends/, build/gpu/ and the README's table. Each step is for itself:
+# `make -k gpu` goes on after one that failed, and the later ones make do with what there is. Where a machine is lent
+# for minutes, tests and benchmarks can be cut into several commands:
+#   make gpu-build GPU_ARCHS=90a                      for an H100 alone, in a fraction of the time; default: all
+#   make gpu-test GPU_FILES=tests/ops GPU_PART=-ops   some of the tests, reported in build/gpu/gpu-tests-ops.xml
+#   make gpu-micro MINUTES=8                          again until it is complete; keeps what the day's file has
+#   make gpu-collect TO=folder                        all that was written, as folder/gpu-results.tar.gz
+# A tree that came without its repository is told its commit by TOKRED_COMMIT in the environment.
+# The tests are those of kernels, tuned or not, and come again after tuning.
 GPU_BUILD := build/gpu
-GPU_TESTS = $(PYTHON) -m pytest -m gpu $(shell $(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null)
+GPU_ARCHS ?= $(TOKRED_CUDA_ARCHS)
+GPU_PART ?=
+GPU_BACKENDS ?= cuda,triton
+GPU_DAY ?= $(shell date -u +%F)
+MINUTES ?= 60
+# What a GPU has to do with; a test fails where a GPU's test lies elsewhere. Other files need packages that it may lack.
+GPU_FILES ?= tests/ops tests/backends tests/benchmarks tests/test_token_map.py tests/test_torch_integration.py \
+  tests/test_token_attention_use.py
+GPU_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -m gpu --continue-on-collection-errors \
+  $(shell $(PYTHON) -c "import xdist; print('-n 16')" 2>/dev/null)
 TUNED_TESTS := tests/ops/test_token_attention.py tests/ops/test_token_attention_packed.py \
   tests/ops/test_lookup_gather.py tests/ops/test_lookup_scatter.py
+# Only this package's kernels are looked at, and neither torch's nor those of the libraries that it calls: by a part of
+# the mangled name. CUDA's have their namespace in it; Triton's are found by name, each.
+SANITIZER = compute-sanitizer --target-processes application-only --error-exitcode 1
+SANITIZE_CUDA = --kernel-name kns=tokred $(PYTHON) tests/cuda/sanitize.py cuda
+SANITIZE_TRITON = $$($(PYTHON) tests/cuda/sanitize.py triton --filters) $(PYTHON) tests/cuda/sanitize.py triton
+GPU_RUN = $(PYTHON) benchmarks/run.py --device cuda --minutes $(MINUTES)
+GPU_WRITES = tokred_kernels/backends/triton/tuned.json tokred_kernels/backends/verified.json benchmarks/results \
+  docs/lookup_memory_cuda.* README.md $(GPU_BUILD)/gpu-tests*.xml
 gpu: gpu-build gpu-test gpu-sanitize gpu-tune gpu-bench
+# In this order: `auto`, by which models are measured, takes what is verified.
+gpu-bench: gpu-micro gpu-verify gpu-model gpu-memory gpu-table
 
 gpu-build:
-	TOKRED_CUDA=1 TOKRED_BUILD_DIR=$(GPU_BUILD) $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	TOKRED_CUDA=1 TOKRED_CUDA_ARCHS="$(GPU_ARCHS)" TOKRED_BUILD_DIR=$(GPU_BUILD) \
+	  $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 
 gpu-test:
-	$(GPU_TESTS) --junitxml=$(GPU_BUILD)/gpu-tests.xml
+	$(GPU_TESTS) $(GPU_FILES) --junitxml=$(GPU_BUILD)/gpu-tests$(GPU_PART).xml
 
-gpu-sanitize:
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/sanitize.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/cuda/sanitize.py
+# memcheck: memory is asked of the driver, not of torch's cache, in whose blocks a stray access would find memory.
+# Triton places the barriers of its kernels itself: racecheck and synccheck are for those of CUDA.
+gpu-sanitize: gpu-memcheck gpu-racecheck gpu-synccheck gpu-memcheck-triton
+
+gpu-memcheck:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no $(SANITIZE_CUDA)
+
+gpu-racecheck:
+	$(SANITIZER) --tool racecheck $(SANITIZE_CUDA)
+
+gpu-synccheck:
+	$(SANITIZER) --tool synccheck $(SANITIZE_CUDA)
+
+gpu-memcheck-triton:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no $(SANITIZE_TRITON)
 
 gpu-tune:
 	$(PYTHON) benchmarks/tune.py --minutes 5
-	$(GPU_TESTS) $(TUNED_TESTS)
-	$(PYTHON) -m pytest tests/backends/test_triton_compile.py -k sm_90
+	$(GPU_TESTS) $(TUNED_TESTS) --junitxml=$(GPU_BUILD)/gpu-tests-tuned.xml
 
-gpu-bench:
-	$(PYTHON) benchmarks/run.py --device cuda --suite micro --backend cuda,triton --json
-	$(PYTHON) benchmarks/run.py --device cuda --suite model --backend cuda --json
-	$(PYTHON) benchmarks/lookup_memory.py --device cuda --out docs/lookup_memory.png
-	$(PYTHON) benchmarks/verify.py $(GPU_BUILD)/gpu-tests.xml
+gpu-commit:
+	@test -n "$$TOKRED_COMMIT" || git rev-parse --quiet --verify HEAD >/dev/null || \
+	  { echo "error: there is no repository here: set TOKRED_COMMIT to the commit that this tree is of"; exit 1; }
+
+gpu-micro: gpu-commit
+	$(GPU_RUN) --suite micro --backend $(GPU_BACKENDS) --resume benchmarks/results/$(GPU_DAY)-cuda-micro.json
+
+gpu-verify: gpu-commit
+	$(PYTHON) benchmarks/verify.py $(GPU_BUILD)/gpu-tests*.xml \
+	  --results benchmarks/results/$(GPU_DAY)-cuda-micro.json
+
+gpu-model: gpu-commit
+	$(GPU_RUN) --suite model --backend auto,$(GPU_BACKENDS) --resume benchmarks/results/$(GPU_DAY)-cuda-model.json
+
+gpu-memory:
+	$(PYTHON) benchmarks/lookup_memory.py --device cuda --out docs/lookup_memory_cuda.png
+
+gpu-table:
 	$(PYTHON) benchmarks/table.py
+
+gpu-collect:
+	@test -n "$(TO)" || { echo "error: say where to: make gpu-collect TO=folder"; exit 1; }
+	mkdir -p "$(TO)"
+	tar -czf "$(TO)/gpu-results.tar.gz" $$(ls -d $(GPU_WRITES) 2>/dev/null)
 
 clean:
 	rm -rf build $(VENV) out tokred_kernels/*.so

@@ -119,8 +119,12 @@ def fused(i: Inputs) -> tuple[Tensor, ...]:
 
 
 def flex(case: Case) -> Callable[[Inputs], tuple[Tensor, ...]] | None:
-    """FlexAttention with the same bias, which gives no importance; None where it does not serve."""
-    if case.device != "cuda" or "size" not in terms(case):
+    """FlexAttention with the same bias; None where it does not serve.
+
+    It gives no importance, so that gradients where importance has a part are others than its own, and has no policy.
+    """
+    of_importance = case.training and "class" in terms(case)
+    if case.device != "cuda" or "size" not in terms(case) or "policy" in terms(case) or of_importance:
         return None
     from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415  (its import compiles)
 

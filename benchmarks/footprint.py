@@ -14,14 +14,20 @@ GPU_MEMORY = "torch.cuda.max_memory_allocated beyond what was allocated before t
 
 
 def launches(call: Callable[[], Any]) -> int | None:
-    """Kernels, copies and fills that one call puts on the GPU; None on the CPU."""
+    """Kernels, copies and fills that one call puts on the GPU; None on the CPU, and where they cannot be counted."""
     if not torch.cuda.is_available():
         return None
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize()
+    except (
+        RuntimeError
+    ) as error:  # the call has just run: it is profiling that is not to be had, which times do not need
+        print(f"  launches are not counted: {error}")
+        return None
     # The regions that torch.compile names are shown on the GPU too, around the kernels they hold.
     on_gpu = (event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA)
     return sum(not event.is_user_annotation for event in on_gpu)

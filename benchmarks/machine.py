@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.util
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -19,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def describe() -> dict[str, Any]:
-    """CPU, threads, GPU, driver, versions, commit, whether the tree was dirty, and the date."""
+    """CPU, threads, GPU, driver, versions, commit, whether the tree was dirty, and the date.
+
+    A tree that travelled without its repository is given its commit by TOKRED_COMMIT; whether it is dirty is not known.
+    """
+    # Results themselves do not make a tree dirty.
+    changes = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
@@ -34,10 +41,15 @@ def describe() -> dict[str, Any]:
         "triton": _triton_version(),
         "tokred_kernels": tk.__version__,
         "native": native.MODULE.cpu.instruction_set() if native.MODULE is not None else None,
-        "commit": _output("git", "rev-parse", "HEAD"),
-        # Results themselves do not make a tree dirty.
-        "dirty": bool(_output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "commit": os.environ.get("TOKRED_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
     }
+
+
+def tuned_digest() -> str | None:
+    """What tells one tuned.json from another, since a GPU run writes it after its commit; None where there is none."""
+    path = ROOT / "tokred_kernels" / "backends" / "triton" / "tuned.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
 
 def _cpu_name() -> str:

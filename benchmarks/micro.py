@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.families import family
 from benchmarks.inputs import Inputs, draw
 from benchmarks.providers import CLONE, COMPILED, FUSED, PUBLISHED, REFERENCE, Provider, providers
+from benchmarks.record import release, told
 from benchmarks.timing import (
     Budget,
     Visit,
@@ -38,42 +40,59 @@ class Settings:
     quick: bool
 
 
-def measure(case: Case, settings: Settings, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """A row for each provider of a case.
+def measure(
+    case: Case, settings: Settings, ceilings: Ceilings
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    """A row for each provider of a case, and what those failed by that have none.
 
-    Raises:
-        Disagreement: a provider's result is wrong; nothing of this case is timed then.
+    A provider whose result is wrong, or that cannot run, is not timed; the others are.
     """
     compile_chain = case.quick_compile or not settings.quick
     competing = providers(case, settings.backends, compile_chain)
-    first = draw(case, SEED)
-    chosen = {provider.name: check(case, provider, first) for provider in competing}
+    lost: dict[str, dict[str, str]] = {}
 
+    def each(step: Callable[[Provider], Any]) -> dict[str, Any]:
+        """A step's result by provider, of those that have not failed yet."""
+        results = {}
+        for provider in competing:
+            if provider.name not in lost:
+                try:
+                    results[provider.name] = step(provider)
+                except Exception as error:  # of torch, a compiler, a driver; it is recorded
+                    lost[provider.name] = told(error)
+                if provider.name in lost:  # here the error and what it held are gone
+                    release(case.device)
+        return results
+
+    first = draw(case, SEED)
+    chosen = each(lambda provider: check(case, provider, first))
     sets = 1 if case.host else sets_past_cache(traffic.least_bytes(case), case.device)
     inputs = [first] + [draw(case, SEED + i) for i in range(1, sets)]
-    peaks = _whole_peaks(case, competing)
-    clocks = _clocks(case)
-    seconds = {clock: _timed(case, competing, inputs, settings.budget, clock) for clock in clocks}
+    peaks = _whole_peaks(case, [provider for provider in competing if provider.name not in lost])
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for clock in _clocks(case):
+        visits = each(lambda provider, clock=clock: _visit(case, provider, inputs, settings.budget, clock))
+        seconds[clock] = interleave({name: visit for name, visit in visits.items() if visit}, settings.budget)
 
-    rows = []
-    for provider in competing:
-        row = _row(case, provider, sets)
+    def row(provider: Provider) -> dict[str, Any]:
+        made = _row(case, provider, sets)
         baseline = chosen.get(PUBLISHED)
         if chosen[provider.name] is not None and baseline is not None and case.op not in SLOTS_OF_THEIR_OWN:
-            row["tokens_unlike_published"] = int((chosen[provider.name] != baseline).sum())
+            made["tokens_unlike_published"] = int((chosen[provider.name] != baseline).sum())
         with provider.scope(case.training):
-            row["launches"] = footprint.launches(lambda p=provider: p.run(first)) if case.device == "cuda" else None
-            row["peak_bytes"] = footprint.peak_bytes(lambda p=provider: p.run(first), case.device)
+            made["launches"] = footprint.launches(lambda: provider.run(first)) if case.device == "cuda" else None
+            made["peak_bytes"] = footprint.peak_bytes(lambda: provider.run(first), case.device)
         # The row stands for the last clock that could be used on its provider; the others are kept beside it.
-        row["clocks"] = {c: _statistics(seconds[c], provider.name) for c in clocks if provider.name in seconds[c]}
-        row["clock"] = list(row["clocks"])[-1]
-        row |= row["clocks"][row["clock"]]
-        _add_rates(row, case, ceilings)
-        _add_peaks(row, case, peaks)
+        made["clocks"] = {c: _statistics(of, provider.name) for c, of in seconds.items() if provider.name in of}
+        made["clock"] = list(made["clocks"])[-1]
+        made |= made["clocks"][made["clock"]]
+        _add_rates(made, case, ceilings)
+        _add_peaks(made, case, peaks)
         ours = provider.backend not in (None, REFERENCE)
-        row["targets"] = [judge(target, row) for target in case.targets] if ours else []
-        rows.append(row)
-    return rows
+        made["targets"] = [judge(target, made) for target in case.targets] if ours else []
+        return made
+
+    return list(each(row).values()), lost
 
 
 def judge(target: Target, row: dict[str, Any]) -> dict[str, Any]:
@@ -91,38 +110,30 @@ def _clocks(case: Case) -> tuple[str, ...]:
     return ("events", "graph")
 
 
-def _timed(
-    case: Case, competing: list[Provider], inputs: list[Inputs], budget: Budget, clock: str
-) -> dict[str, list[float]]:
-    visits: dict[str, Visit] = {}
-    for provider in competing:
-        with provider.scope(case.training):
-            visit = _visit(case, provider, inputs, budget, clock)
-        if visit is None:
-            continue
-
-        def scoped(visit: Visit = visit, provider: Provider = provider) -> float:
-            with provider.scope(case.training):
-                return visit()
-
-        visits[provider.name] = scoped
-    return interleave(visits, budget)
-
-
 def _visit(case: Case, provider: Provider, inputs: list[Inputs], budget: Budget, clock: str) -> Visit | None:
+    """Turns of a provider, by a clock; None where it cannot be captured in a graph."""
+
     def call(i: int) -> Any:
         return provider.run(inputs[i])
 
     sets = len(inputs)
-    if clock == "wall":
-        return wall_visit(call, sets, budget.turn_seconds, synchronise=case.device == "cuda")
-    if clock == "events":
-        return event_visit(call, sets, budget.turn_seconds)
-    try:
-        return graph_visit(call, sets, budget.turn_seconds)
-    except RuntimeError as error:
-        print(f"  {provider.name}: no CUDA graph: {str(error).splitlines()[0]}")
-        return None
+    with provider.scope(case.training):
+        if clock == "wall":
+            visit = wall_visit(call, sets, budget.turn_seconds, synchronise=case.device == "cuda")
+        elif clock == "events":
+            visit = event_visit(call, sets, budget.turn_seconds)
+        else:
+            try:
+                visit = graph_visit(call, sets, budget.turn_seconds)
+            except RuntimeError as error:
+                print(f"  {provider.name}: no CUDA graph: {str(error).splitlines()[0]}")
+                return None
+
+    def scoped() -> float:
+        with provider.scope(case.training):
+            return visit()
+
+    return scoped
 
 
 def _row(case: Case, provider: Provider, sets: int) -> dict[str, Any]:

@@ -17,23 +17,28 @@ from benchmarks.agreement import Disagreement
 from benchmarks.cases import ModelCase
 from benchmarks.micro import Settings, judge
 from benchmarks.providers import REFERENCE
-from benchmarks.timing import Visit, event_visit, interleave, ratio, summarise, wall_visit
+from benchmarks.record import release, told
+from benchmarks.timing import Visit, event_visit, graph_visit, interleave, ratio, summarise, wall_visit
 from tokred_kernels import backends
 from tokred_kernels.flops import count
 from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.patch.timm_import import import_timm
 
 UNPATCHED = "unpatched"
+PATCHED_OPS = ("bipartite_match", "merge")  # besides attention, which torch may serve
 SEED = 11
+CLOCKS: dict[str, dict[str, Callable[..., Visit]]] = {
+    "cpu": {"wall": wall_visit},
+    "cuda": {"events": event_visit, "graph": graph_visit},
+}
 IMAGE_SETS = 2  # the activations of a model are past every cache by themselves
 SAME_OUTPUT = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # r = 0 against unpatched, of the largest output
 
 
-def measure(case: ModelCase, settings: Settings) -> list[dict[str, Any]]:
-    """A row for the unpatched model and one for each backend.
+def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    """A row for the unpatched model and one for each backend, and what those failed by that have none.
 
-    Raises:
-        Disagreement: the patched model with r = 0 is another model, or its output is not finite.
+    A backend is not timed with which the patched model with r = 0 is another model, or its output is not finite.
     """
     torch.manual_seed(SEED)
     dtype = getattr(torch, case.dtype)
@@ -45,20 +50,30 @@ def measure(case: ModelCase, settings: Settings) -> list[dict[str, Any]]:
         able = [name for name in able if name != REFERENCE] or able
 
     models: dict[str, nn.Module] = {UNPATCHED: plain}
+    visits = {UNPATCHED: _visits(case, UNPATCHED, plain, images, settings)}
+    lost: dict[str, dict[str, str]] = {}
     for name in able:
-        with _scope(name):
-            _check(case, name, plain, images[0])
-        models[name] = patch(copy.deepcopy(plain), "tome", r=case.r)
+        try:
+            with _scope(name):
+                _check(case, name, plain, images[0])
+            model = patch(copy.deepcopy(plain), "tome", r=case.r)
+            visits[name] = _visits(case, name, model, images, settings)
+            models[name] = model
+        except Exception as error:  # of torch, a compiler, a driver; it is recorded
+            lost[name] = told(error)
+        if name in lost:  # here the error and what it held are gone
+            model = None
+            release(case.device)
 
-    visits = {name: _visit(case, name, model, images, settings.budget.turn_seconds) for name, model in models.items()}
-    seconds = interleave(visits, settings.budget)
+    seconds = {}
+    for clock in visits[UNPATCHED]:
+        seconds[clock] = interleave({name: of[clock] for name, of in visits.items() if clock in of}, settings.budget)
     flops = {name: count(model) for name, model in models.items()}
     rows = []
     for name, model in models.items():
         with _scope(name):
             peak = footprint.peak_bytes(lambda m=model: m(images[0]), case.device)
             launches = footprint.launches(lambda m=model: m(images[0])) if case.device == "cuda" else None
-        summary = summarise(seconds[name])
         row = {
             "suite": "model",
             "case": case.name,
@@ -68,34 +83,61 @@ def measure(case: ModelCase, settings: Settings) -> list[dict[str, Any]]:
             "dtype": case.dtype,
             "device": case.device,
             "provider": name,
-            "clock": "events" if case.device == "cuda" else "wall",
-            "rounds": len(seconds[name]),
-            "median_us": summary.median * 1e6,
-            "p20_us": summary.low * 1e6,
-            "p80_us": summary.high * 1e6,
-            "images_per_second": case.batch / summary.median,
-            "p20_images_per_second": case.batch / summary.high,
-            "p80_images_per_second": case.batch / summary.low,
+            "serves": _serving(case, name),
+            # The unpatched model's time is beside it by the same clock, whatever the unpatched model's row stands for.
+            "clocks": {clock: _statistics(case, of, name) for clock, of in seconds.items() if name in of},
             "tokens_left": flops[name].tokens[-1],
             "gflops": flops[name].gflops,
-            "speed_ratio": ratio(seconds[UNPATCHED], seconds[name]),
             "flops_ratio": flops[UNPATCHED].total / flops[name].total,
             "peak_bytes": peak,
             "launches": launches,
         }
-        row["flops_efficiency"] = row["speed_ratio"] / row["flops_ratio"]
-        row["targets"] = [judge(t, row) for t in case.targets] if name not in (UNPATCHED, REFERENCE) else []
+        for statistics in row["clocks"].values():
+            statistics["flops_efficiency"] = statistics["speed_ratio"] / row["flops_ratio"]
+        # A row stands for the last clock that could be used on its provider: graphs, where the model can be captured.
+        row["clock"] = list(row["clocks"])[-1]
+        row |= row["clocks"][row["clock"]]
+        ours = name not in (UNPATCHED, REFERENCE) and REFERENCE not in row["serves"].values()
+        row["targets"] = [judge(t, row) for t in case.targets] if ours else []
         rows.append(row)
-    return rows
+    return rows, lost
 
 
 def reason_against(case: ModelCase, backend: str) -> str | None:
     """Why a backend cannot run a patched model; None where it can."""
-    for op in ("bipartite_match", "merge"):
+    if backend == backends.AUTO:
+        return None
+    for op in PATCHED_OPS:
         reason = backends.reason_against(op, backend, case.device, getattr(torch, case.dtype))
         if reason is not None:
             return reason
     return None
+
+
+def _serving(case: ModelCase, name: str) -> dict[str, str]:
+    """Who serves a patched model's ops: by `auto` they may be several, and the reference where nothing is verified."""
+    if name == UNPATCHED:
+        return {}
+    with tk.use_backend(name):
+        tensor = torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype))
+        served = {op: backends.choose(op, tensor) for op in PATCHED_OPS}
+        by_torch = backends.torch_attends("token_attention", tensor, plain=False)
+        return served | {"token_attention": "torch" if by_torch else backends.choose("token_attention", tensor)}
+
+
+def _statistics(case: ModelCase, seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
+    summary, unpatched = summarise(seconds[name]), summarise(seconds[UNPATCHED])
+    return {
+        "rounds": len(seconds[name]),
+        "median_us": summary.median * 1e6,
+        "p20_us": summary.low * 1e6,
+        "p80_us": summary.high * 1e6,
+        "images_per_second": case.batch / summary.median,
+        "p20_images_per_second": case.batch / summary.high,
+        "p80_images_per_second": case.batch / summary.low,
+        "unpatched_images_per_second": case.batch / unpatched.median,
+        "speed_ratio": ratio(seconds[UNPATCHED], seconds[name]),
+    }
 
 
 @contextmanager
@@ -104,19 +146,29 @@ def _scope(name: str) -> Iterator[None]:
         yield
 
 
-def _visit(case: ModelCase, name: str, model: nn.Module, images: list[Tensor], turn_seconds: float) -> Visit:
+def _visits(case: ModelCase, name: str, model: nn.Module, images: list[Tensor], settings: Settings) -> dict[str, Visit]:
+    """Turns of a model by clock: on a GPU events, and replayed graphs where it can be captured."""
+
     def call(i: int) -> Tensor:
         return model(images[i])
 
-    make: Callable[..., Visit] = event_visit if case.device == "cuda" else wall_visit
-    with _scope(name):
-        visit = make(call, len(images), turn_seconds)
-
-    def scoped() -> float:
+    visits = {}
+    for clock, make in CLOCKS[case.device].items():
         with _scope(name):
-            return visit()
+            try:
+                visit = make(call, len(images), settings.budget.turn_seconds)
+            except RuntimeError as error:
+                if clock != "graph":
+                    raise
+                print(f"  {name}: no CUDA graph: {str(error).splitlines()[0]}")
+                continue
 
-    return scoped
+        def scoped(visit: Visit = visit) -> float:
+            with _scope(name):
+                return visit()
+
+        visits[clock] = scoped
+    return visits
 
 
 def _check(case: ModelCase, backend: str, plain: nn.Module, images: Tensor) -> None:

@@ -18,9 +18,11 @@ def default_path(date: str, device: str, suite: str) -> Path:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a run whole: machine, settings, ceilings and rows."""
+    """Write a run whole: machine, settings, ceilings and rows. Whoever is killed in between leaves the file before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"schema": SCHEMA, **result}, indent=1) + "\n")
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps({"schema": SCHEMA, **result}, indent=1) + "\n")
+    beside.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

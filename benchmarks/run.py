@@ -4,6 +4,10 @@
 python benchmarks/run.py --quick                              the CPU, in under two minutes
 python benchmarks/run.py --device cuda --json                 everything on a GPU, recorded in benchmarks/results/
 python benchmarks/run.py --op unmerge --backend cpu,reference --markdown --plot speed.png
+python benchmarks/run.py --device cuda --minutes 8 --resume gpu.json      some minutes at a time, until it is complete
+
+What fails is recorded beside the rows, and the rest goes on. Exits with 1 where anything failed; a run that --minutes
+has cut short, and in which nothing failed, exits with 0, and its file says that it is not complete.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,9 @@ if not __package__:  # run as a file: the folder above holds this package, and c
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import ceilings, footprint, machine, micro, model_suite, providers, report, resident
-from benchmarks.agreement import Disagreement
 from benchmarks.cases import CASES, MODEL_CASES, OPS, Case, ModelCase
-from benchmarks.timing import FULL, QUICK
+from benchmarks.record import Record, release, told
+from benchmarks.timing import FULL, FULL_GPU, QUICK
 from tokred_kernels import backends
 
 SUITES = ("micro", "model")
@@ -37,13 +42,18 @@ TO_DEFAULT_PATH = ""  # what --json without a path is
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    names = _list(parser, "--backend", options.backend, backends.BACKENDS)
+    names = _list(parser, "--backend", options.backend, (*backends.BACKENDS, backends.AUTO))
     ops = _list(parser, "--op", options.op, OPS)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
     if ops and options.suite == "model":
         parser.error("--op chooses among the cases of --suite micro; the model suite has no ops")
+    if backends.AUTO in names and options.suite == "micro":
+        parser.error("--backend auto is for models, whose ops it may give to several; --suite micro times one by one")
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes must be more than 0, got {options.minutes}")
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes is not None else float("inf")
     if options.threads is not None:
         if options.threads < 1:
             parser.error(f"--threads must be at least 1, got {options.threads}")
@@ -59,53 +69,104 @@ def main(arguments: list[str] | None = None) -> int:
         if None not in reasons:
             parser.error(f"--backend {name}: {reasons.pop()}")
 
-    settings = micro.Settings(QUICK if options.quick else FULL, chosen, options.quick)
+    budget = QUICK if options.quick else FULL_GPU if device == "cuda" else FULL
+    settings = micro.Settings(budget, chosen, options.quick)
     description = machine.describe()
     print(f"{description['gpu'] if device == 'cuda' else description['cpu']}, {description['threads']} threads, "
           f"torch {description['torch']}, commit {(description['commit'] or 'unknown')[:9]}"
           f"{' and changes' if description['dirty'] else ''}")  # fmt: skip
-    limits = ceilings.measure(device, {case.dtype for case in cases})
+    suite = options.suite or "all"
+    path = None
+    if options.json is not None or options.resume:
+        path = Path(options.json or options.resume or report.default_path(description["date"], device, suite))
+    recorded = {
+        "device": device, "suite": suite, "quick": options.quick, "dtype": options.dtype, "backends": chosen,
+        "budget": budget._asdict(),
+        # Both are written after the commit, and change who serves a call or how.
+        "verified": backends.VERIFIED if backends.AUTO in chosen else None,
+        "tuned": machine.tuned_digest() if device == "cuda" else None,
+        "memory": footprint.GPU_MEMORY if device == "cuda" else footprint.CPU_MEMORY,
+        "resident_memory": resident.MEMORY,
+    }  # fmt: skip
+    # Only a run of all cases as they are, in parts or at once, and of some kernel, may stand in the README.
+    whole = not (options.quick or options.dtype) and chosen != ["reference"]
+    record = Record(path, description, recorded, [case.name for case in _cases(options, device, [])], whole)
+    if options.resume:
+        _resume(parser, record, Path(options.resume))
+    limits = record.ceilings = record.ceilings or ceilings.measure(device, {case.dtype for case in cases})
     print(f"copy {limits.copy / 1e9:.1f} GB/s; products " + ", ".join(
         f"{dtype} {rate / 1e12:.2f} TFLOP/s" for dtype, rate in limits.matmul.items()))  # fmt: skip
 
-    rows: list[dict[str, Any]] = []
-    for case in cases:
-        print(case.name, flush=True)
-        try:
-            new = (
-                micro.measure(case, settings, limits) if isinstance(case, Case) else model_suite.measure(case, settings)
-            )
-        except Disagreement as error:
-            print(f"error: {error}\nstopped: results must agree before they are timed", file=sys.stderr)
-            return 1
-        for row in new:
-            print("  " + _line(row), flush=True)
-        rows += new
-
-    result = {
-        "machine": description,
-        "settings": {
-            "device": device, "suite": options.suite or "all", "quick": options.quick, "backends": chosen,
-            # Only a run of all cases, some kernel among the providers, may stand in the README.
-            "complete": not (options.quick or ops or options.dtype) and chosen != ["reference"],
-            "budget": settings.budget._asdict(),
-            "memory": footprint.GPU_MEMORY if device == "cuda" else footprint.CPU_MEMORY,
-            "resident_memory": resident.MEMORY,
-        },
-        "ceilings": {"copy_bytes_per_second": limits.copy, "matmul_operations_per_second": limits.matmul},
-        "rows": rows,
-    }  # fmt: skip
-    if options.json is not None:
-        path = Path(options.json) if options.json else report.default_path(
-            description["date"], device, options.suite or "all")  # fmt: skip
-        report.write_json(path, result)
-        print(f"written: {path}")
+    for case in record.left(cases):
+        if time.monotonic() >= deadline:
+            print(f"stopped after {options.minutes:g} minutes: {len(record.left(cases))} of {len(cases)} cases left")
+            break
+        if not _run(case, record, settings):
+            print("stopped: the device is lost to this process", file=sys.stderr)
+            break
+    record.write()
+    if path:
+        print(f"written: {path}{'' if record.complete or not whole else ', not complete'}")
+    rows = record.rows
     if options.plot:
         report.plot(rows, Path(options.plot))
         print(f"written: {options.plot}")
     if options.markdown:
         print("\n" + report.markdown(rows))
-    return 0
+    if record.failures:
+        print(f"error: {len(record.failures)} failed:", file=sys.stderr)
+        for failure in record.failures:
+            print(f"  {_failure(failure)}", file=sys.stderr)
+    return int(bool(record.failures))
+
+
+def _resume(parser: argparse.ArgumentParser, record: Record, path: Path) -> None:
+    """Take over what the file has, if it has; say what was done."""
+    if not path.exists():
+        return
+    try:
+        reason = record.take_over(report.read_json(path))
+    except (ValueError, KeyError) as error:
+        parser.error(f"--resume {path}: {error}")
+    if reason:
+        print(f"{path} is not gone on with: {reason}")
+    else:
+        done = sum(map(record.is_done, record.cases))
+        print(f"{path} has {done} of {len(record.cases)} cases")
+
+
+def _run(case: Case | ModelCase, record: Record, settings: micro.Settings) -> bool:
+    """Measure a case and record it; False where the device can no longer be used."""
+    print(case.name, flush=True)
+    record.start(case.name)
+    error = None
+    try:
+        if isinstance(case, Case):
+            rows, lost = micro.measure(case, settings, record.ceilings)
+        else:
+            rows, lost = model_suite.measure(case, settings)
+    except Exception as whatever:  # of torch, a compiler, a driver; it is recorded
+        error = told(whatever)
+    if error is None:
+        record.end(rows, lost)
+        for row in rows:
+            print("  " + _line(row), flush=True)
+    else:
+        record.fail(error)
+    for failure in record.failures:
+        if failure["case"] == case.name:
+            print("  failed: " + _failure(failure), file=sys.stderr, flush=True)
+    try:
+        release(case.device)
+    except RuntimeError as lost_device:
+        print(f"  {lost_device}", file=sys.stderr)
+        return False
+    return True
+
+
+def _failure(failure: dict[str, Any]) -> str:
+    who = f"{failure['case']}: {failure['provider']}" if failure["provider"] else failure["case"]
+    return f"{who}: {failure['error']}: {failure['text'].strip().partition(chr(10))[0]}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few cases and rounds, compiling few chains")
     parser.add_argument("--json", nargs="?", const=TO_DEFAULT_PATH, metavar="PATH",
                         help="record the run; without a path in benchmarks/results/")  # fmt: skip
+    parser.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="go on with the run recorded there, if it is of this machine, commit and settings: keep "
+        "the cases it has; else begin it anew. Records there unless --json names another file",
+    )
+    parser.add_argument("--minutes", type=float, help="start no case after so many")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the rows as a Markdown table")
     parser.add_argument("--plot", metavar="PATH", help="draw the ratios (needs matplotlib)")
     return parser

@@ -47,7 +47,8 @@ tokens and does no more: what must read and write them all can hardly be faster,
 than the target's multiple of it, the target is out of reach on that machine. Where the number of merged tokens is
 adaptive, it is read back to the host: "compiled" is then compiled in parts. Peak memory is that of a process of its
 own, what C++ code takes included. On a GPU these are GPU times of replayed CUDA graphs, or, where a read back forbids
-these, of eager calls; the files have eager times of all."""
+these, of eager calls; the files have eager times of all. So it is with models: unpatched and patched are judged by
+graphs of the whole forward pass, both, since the host cannot issue late layers as fast as a GPU runs them."""
 
 
 class Run:
@@ -66,7 +67,7 @@ class Run:
 
     def ours(self, case: str) -> report.Row | None:
         """The fastest row of those that targets are asked of."""
-        kernels = ("cpu", "cuda", "triton")
+        kernels = ("cpu", "cuda", "triton", "auto")
         rows = [row for row in self.result["rows"] if row["case"] == case and row["provider"] in kernels]
         return min(rows, key=lambda row: row["median_us"], default=None)
 
@@ -75,18 +76,23 @@ class Run:
         m = self.machine
         name = f"{m['gpu']}, driver {m['driver']}" if self.settings["device"] == "cuda" else m["cpu"]
         threads = f", {m['threads']} threads" if self.settings["device"] == "cpu" else ""
-        commit = (m["commit"] or "unknown")[:9] + (" and changes" if m["dirty"] else "")
+        changes = {True: " and changes", False: "", None: ", not known whether with changes"}[m["dirty"]]
+        commit = (m["commit"] or "unknown")[:9] + changes
         path = self.path.resolve()
         link = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         return f"{name}{threads}, torch {m['torch']}, commit {commit}, {m['date'][:10]}: [{path.name}]({link})"
 
 
-def newest(folder: Path, device: str, suite: str) -> Run | None:
-    """The newest run of all of a suite's cases on a device."""
+def newest(folder: Path, device: str, suite: str, complete: bool = True) -> Run | None:
+    """The newest run of all of a suite's cases on a device; without `complete`, of any of them.
+
+    Complete is a run whose every case has its rows, and of which nothing failed but yardsticks.
+    """
     runs = [Run(path) for path in sorted(folder.glob("*.json"))]
     fitting = [
         run for run in runs
-        if run.settings["complete"] and run.settings["device"] == device and run.settings["suite"] in (suite, "all")
+        if (run.settings["complete"] or not complete)
+        and run.settings["device"] == device and run.settings["suite"] in (suite, "all")
     ]  # fmt: skip
     return max(fitting, key=lambda run: run.machine["date"], default=None)
 
@@ -139,7 +145,8 @@ def _model_cells(case: ModelCase, run: Run | None) -> list[str]:
     met = "; ".join(report.verdict(t["met"]) for t in ours["targets"]) or "-"
     return [
         title,
-        report.number(plain["images_per_second"]),
+        # By the same clock as the patched model's; files of before 2026-11-22 have but one.
+        report.number(ours.get("unpatched_images_per_second", plain["images_per_second"])),
         f"{report.number(ours['images_per_second'])} ({ours['provider']})",
         f"{ours['speed_ratio']:.2f}x", f"{ours['flops_ratio']:.2f}x", f"{ours['flops_efficiency']:.2f}",
         target, met,

@@ -31,6 +31,7 @@ class Budget(NamedTuple):
 
 
 FULL = Budget(rounds=60, turn_seconds=5e-3, case_seconds=20)
+FULL_GPU = Budget(rounds=30, turn_seconds=5e-3, case_seconds=8)  # machines with one are lent for minutes
 QUICK = Budget(rounds=15, turn_seconds=2e-3, case_seconds=4)
 
 

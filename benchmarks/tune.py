@@ -243,7 +243,10 @@ def tune(
     threads: int | None = None,
     candidates: Mapping[str, Sequence[tuple[int, int, int, int]]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every config of every job, the one in use first; `winner` is true of those that are to be used."""
+    """A row for every config of every job, the one in use first; `winner` is true of those that are to be used.
+
+    The rows of a kernel that stops everything come before what it has raised.
+    """
     from tokred_kernels.backends.triton.configs_attention import choose  # noqa: PLC0415  (needs triton)
 
     for number, job in enumerate(jobs, 1):
@@ -254,13 +257,16 @@ def tune(
         trial = Trial(job, architecture, dtype, default, means, deadline, threads)
         names = ("block_queries", "block_keys", "num_warps", "num_stages")
         blocks = (candidates or CANDIDATES)[base]
-        trial.measure([default, *(dataclasses.replace(default, **dict(zip(names, b, strict=True))) for b in blocks)])
-        if base in SPLITTING:
-            best = trial.best() or default
-            trial.measure([dataclasses.replace(best, enough=enough) for enough in ENOUGH])
-        trial.decide()
-        print(f"[{number}/{len(jobs)}] {summary(list(trial.rows.values()))}", flush=True)
-        yield from trial.rows.values()
+        try:
+            others = (dataclasses.replace(default, **dict(zip(names, b, strict=True))) for b in blocks)
+            trial.measure([default, *others])
+            if base in SPLITTING:
+                best = trial.best() or default
+                trial.measure([dataclasses.replace(best, enough=enough) for enough in ENOUGH])
+            trial.decide()
+            print(f"[{number}/{len(jobs)}] {summary(list(trial.rows.values()))}", flush=True)
+        finally:
+            yield from trial.rows.values()
 
 
 def winning(rows: Sequence[dict[str, Any]]) -> dict[Any, Any]:

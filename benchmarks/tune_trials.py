@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -134,6 +134,8 @@ class Trial:
         new = [config for config in dict.fromkeys(configs) if config not in self.rows]
         with ThreadPoolExecutor(self.threads) as pool:
             compiling = {config: pool.submit(self._compile, self._launches(config, hold=True)) for config in new}
+            # While others compile, the host launches late.
+            wait(compiling.values(), timeout=max(0.0, self.deadline - time.monotonic()))
             for config, future in compiling.items():
                 self.rows[config] = {
                     **{"suite": "tune", "architecture": self.architecture, "kernel": self.job.kernel},

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+import dataclasses
 import math
 
 import pytest
@@ -230,3 +231,21 @@ def test_nan_is_not_agreement():
     provider = Provider("cpu", lambda i: tk.unmerge(i.y, i.token_map) * torch.nan)
     with pytest.raises(agreement.Disagreement, match="off by nan"):
         agreement.check(TINY, provider, inputs)
+
+
+@pytest.mark.parametrize("training,bound", [(False, 1), (True, 2)])
+def test_gradients_may_be_off_by_two_roundings(training, bound):
+    case = dataclasses.replace(TINY, dtype="bfloat16", training=training)
+    inputs = draw(case, 0)
+    expected = agreement._expected_values(case, inputs, inputs.token_map)
+    largest = expected[-1].abs().max()
+
+    def off(roundings):
+        values = (*expected[:-1], expected[-1] + roundings * 2**-7 * largest)
+        agreement._check_values(
+            case, Provider("cpu", None), inputs, values if training else values[0], inputs.token_map
+        )
+
+    off(bound - 0.1)
+    with pytest.raises(agreement.Disagreement, match="off by"):
+        off(bound + 0.1)

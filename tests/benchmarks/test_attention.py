@@ -84,3 +84,13 @@ def test_the_yardstick_is_torchs_own():
     inputs = attention.draw(TINY, 0)
     expected = torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
     torch.testing.assert_close(attention.fused(inputs)[0], expected.transpose(1, 2).flatten(2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "variant,training,serves",
+    [("size", False, True), ("size", True, True), ("size+class", False, True), ("size+class", True, False),
+     ("policy", True, False), ("size+policy", False, False)],
+)  # fmt: skip
+def test_flex_is_asked_for_what_it_can_give(variant, training, serves):
+    case = Case("token_attention", "x", (1, 5, 8), 0, "cuda", heads=2, variant=variant, training=training)
+    assert (attention.flex(case) is not None) == serves

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import report, table, tune
+from benchmarks import report, table, tune, tune_trials
 from benchmarks.tune_trials import Means, relative_error
 from tokred_kernels.backends.triton import configs_attention, configs_tables, configs_tuned
 from tokred_kernels.backends.triton import token_attention as forward
@@ -191,6 +191,37 @@ def test_a_lost_device_is_not_taken_for_a_bad_config(monkeypatch):
     _, jobs = jobs_of_a_fake(monkeypatch, failing=[IN_USE])
     with pytest.raises(RuntimeError, match="illegal memory"):
         list(tune.tune(jobs, "sm_90", "bfloat16", 64, Means(None, lambda _: None, lost), time.monotonic() + 60, 2))
+
+
+def test_rows_come_before_what_stops_their_kernel(monkeypatch):
+    def settle():
+        if made:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def timed(call):
+        made.append(call())
+        return 1.0
+
+    made = []
+    _, jobs = jobs_of_a_fake(monkeypatch)
+    trying = tune.tune(jobs, "sm_90", "bfloat16", 64, Means(timed, lambda _: None, settle), time.monotonic() + 60, 2)
+    assert next(trying)["status"] == "measured"
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        list(trying)
+
+
+def test_nothing_is_timed_while_others_compile(tried, monkeypatch):
+    done = []
+    monkeypatch.setattr(tune_trials.Trial, "_compile", lambda self, launches: (time.sleep(0.02), done.append(launches)))
+    counts = []
+
+    def timed(call):
+        call()
+        counts.append(len(done))
+        return 1.0
+
+    tried({}, measure=timed)
+    assert set(counts) == {1 + len(BLOCKS)}
 
 
 def test_errors_are_relative_and_nan_never_passes():

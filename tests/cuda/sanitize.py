@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Every CUDA op once, on sizes with tails everywhere: what `make gpu` runs under compute-sanitizer."""
+"""Every op of a backend once, on sizes with tails everywhere: what `make gpu` runs under compute-sanitizer.
+
+python tests/cuda/sanitize.py                     the CUDA kernels
+python tests/cuda/sanitize.py triton              those of Triton
+python tests/cuda/sanitize.py triton --filters    only print the options that let no other kernels be checked
+"""
+
+import argparse
+import importlib
+import pkgutil
 
 import torch
 
 import tokred_kernels as tk
+from tokred_kernels import backends
 from tokred_kernels.ops.window_map import window_map
 from tokred_kernels.ops.window_similarity import window_similarity
 from tokred_kernels.windows import Windows
@@ -20,62 +30,104 @@ LOOKUPS = ((2, 1, 1, 3, 8), (1, 2, 17, 33, 40), (1, 1, 33, 197, 100), (1, 1, 25,
 THRESHOLD = 0.55
 
 
-def main() -> None:
+# (B, H, N, d) of token attention: one token, and tails of tiles.
+ATTENTIONS = ((2, 1, 1, 8), (1, 2, 33, 40), (1, 1, 197, 100))
+
+
+class Run:
+    """The backend that is looked at, and where its tensors live; its results are compared with the reference's."""
+
+    def __init__(self, backend: str, device: str) -> None:
+        self.backend, self.device = backend, device
+
+    def on_both(self, function, rtol: float = 0, atol: float = 1e-5) -> None:
+        """`function()` gives the same tensors on both backends."""
+        results = []
+        for backend in (self.backend, "reference"):
+            with tk.use_backend(backend):
+                results.append(function())
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+    def normal(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Drawn at random."""
+        return torch.randn(shape, device=self.device).to(dtype)
+
+    def ternary(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Coordinates of -1, 0 and 1: cosines are exact, so that maps must be equal."""
+        return torch.randint(-1, 2, shape, device=self.device).to(dtype)
+
+    def can(self, op: str, dtype: torch.dtype) -> bool:
+        """Whether the backend has a kernel for the op."""
+        return backends.reason_against(op, self.backend, self.device, dtype) is None
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Run each op forward and backward and compare with the reference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", nargs="?", choices=backends.BACKENDS[1:], default="cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--filters", action="store_true", help="print compute-sanitizer's options and do nothing")
+    options = parser.parse_args(arguments)
+    if options.filters:
+        print(" ".join(f"--kernel-name kns={part}" for part in kernel_names(options.backend)))
+        return
     torch.manual_seed(0)
+    run = Run(options.backend, options.device)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for tokens in TOKENS:
-            check(tokens, dtype)
-            check_counts(tokens, dtype)
-            check_keep_topk(tokens, dtype)
+            check(run, tokens, dtype)
+            check_counts(run, tokens, dtype)
+            check_keep_topk(run, tokens, dtype)
         for lengths in LENGTHS:
-            check_packed(lengths, dtype)
+            check_packed(run, lengths, dtype)
         for windows in WINDOWS:
-            check_windows(windows, dtype)
-            check_grid(windows, dtype)
+            check_windows(run, windows, dtype)
+            check_grid(run, windows, dtype)
         for shape in LOOKUPS:
-            check_lookup(shape, dtype)
-    torch.cuda.synchronize()
-    print("sanitize: all ops ran")
+            check_lookup(run, shape, dtype)
+        for shape in ATTENTIONS:
+            check_attention(run, shape, dtype)
+    if run.device == "cuda":
+        torch.cuda.synchronize()
+    print(f"sanitize: all ops ran on {run.backend}")
 
 
-def check(tokens: int, dtype: torch.dtype) -> None:
+def kernel_names(backend: str) -> list[str]:
+    """Parts of the mangled names of this package's kernels: their namespace, or of Triton's, which have none, each."""
+    if backend != "triton":
+        return ["tokred"]
+    from tokred_kernels.backends import triton
+
+    modules = [importlib.import_module(f"{triton.__name__}.{m.name}") for m in pkgutil.iter_modules(triton.__path__)]
+    values = [item for module in modules for item in vars(module).items()]
+    return sorted({name for name, value in values if name.endswith("_kernel") and hasattr(value, "arg_names")})
+
+
+def check(run: Run, tokens: int, dtype: torch.dtype) -> None:
     """One size and dtype."""
-    # Coordinates of -1, 0, 1: cosines are exact, so the maps must be equal.
-    keys = torch.randint(-1, 2, (2, tokens, 5), device="cuda").to(dtype)
-    x = torch.randn(2, tokens, 33, device="cuda").to(dtype).requires_grad_()
-    size = torch.rand(2, tokens, 1, device="cuda") + 0.5
+    keys = run.ternary(2, tokens, 5, dtype=dtype)
+    x = run.normal(2, tokens, 33, dtype=dtype).requires_grad_()
+    size = torch.rand(2, tokens, 1, device=run.device) + 0.5
     size.requires_grad_()
-    results = []
-    for backend in ("cuda", "reference"):
-        with tk.use_backend(backend):
-            out = tk.bipartite_merge(x, tokens // 3, metric=keys, size=size, class_token=True)
-            parts = [out.token_map.dest, out.x, out.size, tk.unmerge(out.x, out.token_map)]
-            for reduce in ("sum", "mean", "amax"):
-                parts.append(tk.merge(x, out.token_map, reduce=reduce))
-            loss = sum(part.float().square().sum() for part in parts[1:])
-            parts += torch.autograd.grad(loss, (x, size))
-            parts.append(tk.kth_bipartite_match(keys, 4).dest)
-            parts += out.token_map.then(tk.TokenMap.identity(2, out.token_map.num_out)).views()
-        results.append(parts)
-    tolerance = {"rtol": 0.05, "atol": 0.5} if dtype != torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, **tolerance)
+
+    def function() -> list[torch.Tensor]:
+        out = tk.bipartite_merge(x, tokens // 3, metric=keys, size=size, class_token=True)
+        parts = [out.token_map.dest, out.x, out.size, tk.unmerge(out.x, out.token_map)]
+        for reduce in ("sum", "mean", "amax"):
+            parts.append(tk.merge(x, out.token_map, reduce=reduce))
+        loss = sum(part.float().square().sum() for part in parts[1:])
+        parts += torch.autograd.grad(loss, (x, size))
+        parts.append(tk.kth_bipartite_match(keys, 4).dest)
+        parts += out.token_map.then(tk.TokenMap.identity(2, out.token_map.num_out)).views()
+        return parts
+
+    run.on_both(function, **about(dtype))
 
 
-def ternary(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Coordinates of -1, 0 and 1."""
-    return torch.randint(-1, 2, shape, device="cuda").to(dtype)
-
-
-def on_both(function) -> None:
-    """`function()` gives the same tensors on both backends."""
-    results = []
-    for backend in ("cuda", "reference"):
-        with tk.use_backend(backend):
-            results.append(function())
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+def about(dtype: torch.dtype) -> dict[str, float]:
+    """How far sums of squares may be apart."""
+    return {"rtol": 0.05, "atol": 0.5} if dtype != torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
 
 
 def of_map(token_map: tk.TokenMap) -> list[torch.Tensor]:
@@ -83,75 +135,93 @@ def of_map(token_map: tk.TokenMap) -> list[torch.Tensor]:
     return [token_map.dest, *token_map.views()]
 
 
-def check_counts(tokens: int, dtype: torch.dtype) -> None:
+def check_counts(run: Run, tokens: int, dtype: torch.dtype) -> None:
     """Selectors that decide how many tokens merge, and that of importance."""
-    keys = ternary(3, tokens, 5, dtype=dtype)
+    keys = run.ternary(3, tokens, 5, dtype=dtype)
     settings = {"threshold": THRESHOLD}, {"layer_index": 3.0}
     for count in ("batch", "image"):
         for how in settings:
-            on_both(lambda count=count, how=how: of_map(tk.adaptive_bipartite_match(keys, count=count, **how)))
+            run.on_both(lambda count=count, how=how: of_map(tk.adaptive_bipartite_match(keys, count=count, **how)))
     if tokens > 2:
-        on_both(lambda: of_map(tk.importance_match(keys, tokens // 2, class_token=True)[0]))
+        run.on_both(lambda: of_map(tk.importance_match(keys, tokens // 2, class_token=True)[0]))
 
 
-def check_keep_topk(tokens: int, dtype: torch.dtype) -> None:
+def check_keep_topk(run: Run, tokens: int, dtype: torch.dtype) -> None:
     """Few values, so that scores tie, and one that is no number."""
-    scores = ternary(2, tokens, dtype=dtype)
+    scores = run.ternary(2, tokens, dtype=dtype)
     scores[0, -1] = torch.nan
     for k in sorted({0, (tokens - 1) // 2, tokens - 1}):
         for fuse in (False, True):
-            on_both(lambda k=k, fuse=fuse: of_map(tk.keep_topk(scores, k, fuse=fuse)))
+            run.on_both(lambda k=k, fuse=fuse: of_map(tk.keep_topk(scores, k, fuse=fuse)))
 
 
-def check_packed(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_packed(run: Run, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     """Images of several lengths."""
-    packed = tk.Packing.of(lengths, torch.device("cuda"))
-    keys = ternary(packed.rows, 5, dtype=dtype)
-    on_both(
+    packed = tk.Packing.of(lengths, torch.device(run.device))
+    keys = run.ternary(packed.rows, 5, dtype=dtype)
+    run.on_both(
         lambda: of_map(
             tk.adaptive_bipartite_match(keys, threshold=THRESHOLD, count="image", packed=packed, num_prefix=1)
         )
     )
 
 
-def check_windows(windows: Windows, dtype: torch.dtype) -> None:
+def check_windows(run: Run, windows: Windows, dtype: torch.dtype) -> None:
     """The scores up to rounding, and the map of given scores."""
     for channels in (33, 64):
-        x = torch.randn(2, windows.num_tokens, channels, device="cuda").to(dtype)
-        scores = [window_similarity(x, windows, 0.0, backend)[0] for backend in ("cuda", "reference")]
+        x = run.normal(2, windows.num_tokens, channels, dtype=dtype)
+        scores = [window_similarity(x, windows, 0.0, backend)[0] for backend in (run.backend, "reference")]
         torch.testing.assert_close(*scores, rtol=0, atol=1e-5)
-    given = ternary(2, windows.number, dtype=torch.float32)
-    counts = torch.tensor([windows.number, windows.number // 2], dtype=torch.int32, device="cuda")
+    given = run.ternary(2, windows.number, dtype=torch.float32)
+    counts = torch.tensor([windows.number, windows.number // 2], dtype=torch.int32, device=run.device)
     for r, each in ((0, None), (windows.number // 2, None), (windows.number, None), (0, counts)):
-        maps = [of_map(window_map(given, windows, r, backend, each)) for backend in ("cuda", "reference")]
+        maps = [of_map(window_map(given, windows, r, backend, each)) for backend in (run.backend, "reference")]
         for got, want in zip(*maps, strict=True):
             assert torch.equal(got, want)
 
 
-def check_grid(windows: Windows, dtype: torch.dtype) -> None:
+def check_grid(run: Run, windows: Windows, dtype: torch.dtype) -> None:
     """ToMe for diffusion's partition, by lists."""
     tokens = windows.grid_height * windows.grid_width
-    keys = ternary(2, tokens, 5, dtype=dtype)
+    keys = run.ternary(2, tokens, 5, dtype=dtype)
     cell = {"grid": (windows.grid_height, windows.grid_width), "stride": (windows.height, windows.width)}
-    on_both(lambda: of_map(tk.grid_bipartite_match(keys, tokens // 3, **cell)))
+    run.on_both(lambda: of_map(tk.grid_bipartite_match(keys, tokens // 3, **cell)))
 
 
-def check_lookup(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_lookup(run: Run, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Gather and scatter chained, and their gradients."""
     batch, heads, compressed, tokens, channels = shape
     rows = (compressed, tokens, tokens, compressed)
-    parts = [torch.randn(batch, heads, n, channels, device="cuda").to(dtype).requires_grad_() for n in rows]
+    parts = [run.normal(batch, heads, n, channels, dtype=dtype).requires_grad_() for n in rows]
     q, k, v, values = parts
-    results = []
-    for backend in ("cuda", "reference"):
-        with tk.use_backend(backend):
-            out, lse = tk.lookup_gather(q, k, v)
-            made = [out, lse, tk.lookup_scatter(q, k, values, lse)]
-            loss = sum(part.float().square().sum() for part in made)
-            results.append([*made, *torch.autograd.grad(loss, parts)])
-    tolerance = {"rtol": 0.05, "atol": 0.5} if dtype != torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, **tolerance)
+
+    def function() -> list[torch.Tensor]:
+        out, lse = tk.lookup_gather(q, k, v)
+        made = [out, lse, tk.lookup_scatter(q, k, values, lse)]
+        loss = sum(part.float().square().sum() for part in made)
+        return [*made, *torch.autograd.grad(loss, parts)]
+
+    run.on_both(function, **about(dtype))
+
+
+def check_attention(run: Run, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """With sizes, a policy and importance, and their gradients."""
+    if not run.can("token_attention", dtype):
+        return
+    batch, heads, tokens, channels = shape
+    q, k, v = (run.normal(batch, heads, tokens, channels, dtype=dtype).requires_grad_() for _ in range(3))
+    size = (torch.rand(batch, tokens, device=run.device) + 0.5).requires_grad_()
+    policy = (torch.rand(batch, tokens, device=run.device) < 0.5).float().requires_grad_()
+    for importance in (None, "class", "mean"):
+        for more in ({}, {"size": size}, {"size": size, "policy": policy}):
+
+            def function(importance=importance, more=more) -> list[torch.Tensor]:
+                made = tk.token_attention(q, k, v, importance=importance, **more)
+                made = made if isinstance(made, tuple) else (made,)
+                loss = sum(part.float().square().sum() for part in made)
+                return [*made, *torch.autograd.grad(loss, (q, k, v, *more.values()))]
+
+            run.on_both(function, **about(dtype))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""What `make gpu` does, as far as no GPU is needed to see it."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKEFILE = ROOT / "Makefile"
+
+
+def made(*arguments):
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    command = ["make", f"PYTHON={sys.executable}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def sanitize(monkeypatch):
+    """The module that the sanitizer runs, on fewer sizes."""
+    spec = importlib.util.spec_from_file_location("sanitize", ROOT / "tests" / "cuda" / "sanitize.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.TOKENS = (1, 17)
+    module.LENGTHS, module.WINDOWS = module.LENGTHS[:1], module.WINDOWS[:1]
+    module.LOOKUPS, module.ATTENTIONS = module.LOOKUPS[:1], module.ATTENTIONS[:2]
+    return module
+
+
+def gpu_files():
+    lines = MAKEFILE.read_text().replace("\\\n", " ")
+    return [ROOT / name for name in re.search(r"^GPU_FILES \?= (.*)$", lines, re.M)[1].split()]
+
+
+def test_tests_that_need_a_gpu_lie_where_make_looks_for_them(request):
+    assert all(path.exists() for path in gpu_files())
+    for item in request.session.items:  # all, where all tests are run
+        if item.get_closest_marker("gpu") is not None:
+            assert any(item.path.is_relative_to(path) for path in gpu_files()), f"GPU_FILES lacks {item.path}"
+
+
+def test_every_step_can_be_written_down():
+    done = made("-n", "gpu")
+    assert done.returncode == 0, done.stderr
+    for words in ("kns=tokred", "memcheck", "racecheck", "synccheck", "tune.py", "verify.py", "table.py", "--resume"):
+        assert words in done.stdout
+
+
+def test_what_was_written_is_collected(tmp_path):
+    done = made("gpu-collect", f"TO={tmp_path / 'there'}")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "there" / "gpu-results.tar.gz") as archive:
+        assert {"README.md", "benchmarks/results", "tokred_kernels/backends/verified.json"} <= set(archive.getnames())
+    assert "TO=folder" in made("gpu-collect").stdout
+
+
+def test_every_op_that_is_sanitized_runs(sanitize, capsys):
+    sanitize.main(["cpu", "--device", "cpu"])
+    assert "all ops ran on cpu" in capsys.readouterr().out
+
+
+def test_the_sanitizer_looks_at_all_kernels_of_triton(sanitize, capsys):
+    pytest.importorskip("triton")
+    sanitize.main(["triton", "--filters"])
+    names = re.findall(r"--kernel-name kns=(\w+)", capsys.readouterr().out)
+    folder = ROOT / "tokred_kernels" / "backends" / "triton"
+    written = {
+        name for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert set(names) == written and len(written) > 10
+
+
+def test_the_sanitizer_knows_the_cuda_kernels_by_their_namespace():
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu*"):
+        if "__global__" in path.read_text():
+            assert "namespace tokred::cuda {" in path.read_text(), path
