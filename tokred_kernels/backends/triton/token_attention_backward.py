@@ -311,10 +311,7 @@ def queries_kernel(
         values = load_block(v, begin, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS, WHOLE)
         reached = products(grads, values)
         if IMPORTANCE != "":
-            if WHOLE:
-                worth = tl.load(grad_worth + first + j)
-            else:
-                worth = load_tokens(grad_worth, first, j, count)
+            worth = tl.load(grad_worth + first + j) if WHOLE else load_tokens(grad_worth, first, j, count)
             reached += share[:, None] * worth[None, :]
         moved = weights * (reached - mean[:, None])
         if POLICY:
