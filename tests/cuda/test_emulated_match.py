@@ -226,7 +226,7 @@ def test_match_in_three_launches_of_lists_and_long_maps(emulator):
     metric = whole_numbers(1, 1, 1100, 8)
     metric[:, :, 100:120] = torch.nan
     check_match(emulator, metric, every_other(1100, 500, 3, False, False))
-    # More slots than the shared cursor holds, few of them to be matched.
+    # Slots of many blocks, few of them to be matched.
     check_match(emulator, whole_numbers(1, 1, 13_000, 8), Partition(12_800, 2, 100, 100, 0, 0, True, 60))
 
 
