@@ -26,8 +26,12 @@ struct FinishBest {
   }
 };
 
+// Half as many threads as for small images, so that each has the registers for twice the accumulators: here the tiles
+// are what takes time, and the fewer warps read the same rows the better.
+constexpr int kTiledThreads = 256;
+
 template <class T, Resident kResident>
-__global__ void __launch_bounds__(kMatchThreads, 1)
+__global__ void __launch_bounds__(kTiledThreads, 1)
     tiled_match(const __grid_constant__ BestMatchArgs args, const __grid_constant__ MatchConfig c, bool aligned) {
   const int64_t tile = blockIdx.x % c.tiles, cut = blockIdx.x / c.tiles;  // cut = image * splits + split
   const int64_t image = cut / c.splits, split = cut % c.splits;
@@ -37,8 +41,9 @@ __global__ void __launch_bounds__(kMatchThreads, 1)
   const int length = static_cast<int>(divide_up(divide_up(p.num_dst, c.splits), kTileDestinations)) * kTileDestinations;
   const int begin = min(static_cast<int>(split) * length, p.num_dst), end = min(begin + length, p.num_dst);
   uint64_t* candidates = static_cast<uint64_t*>(args.workspace) + cut * args.partition.num_src;
-  match_sources<T, kResident>(image_metric<T>(args, aligned, image), p, image, c, tile_memory(c), source0, begin, end,
-                              [&](int source, uint64_t candidate) { candidates[source] = candidate; });
+  match_sources<T, kResident, kTiledThreads>(image_metric<T>(args, aligned, image), p, image, c, tile_memory(c),
+                                             source0, begin, end,
+                                             [&](int source, uint64_t candidate) { candidates[source] = candidate; });
 }
 
 // A block ranks some sources of an image against all of them, whose keys it goes through a part at a time.
@@ -89,7 +94,7 @@ void tiled_best_match(const char* op, const BestMatchArgs& args, const MatchConf
   with_type<false>(op, args.dtype, [&](auto zero) {
     using T = decltype(zero);
     auto* kernel = c.resident == Resident::sources ? tiled_match<T, Resident::sources> : tiled_match<T, Resident::none>;
-    launch(op, kernel, c.tiles * c.splits * args.images, kMatchThreads, c.shared_bytes, stream, args, c,
+    launch(op, kernel, c.tiles * c.splits * args.images, kTiledThreads, c.shared_bytes, stream, args, c,
            rows_aligned(args));
   });
   launch(op, rank_sources, divide_up(num_src, kRankSources) * args.images, kRankThreads, 0, stream, args, c);
