@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// One block builds the map of one image: slots from ranks, then the members of each slot.
+// The slots of an image's tokens from ranks, and the members of each slot where one block has the image to itself;
+// where several have, see map_parts.cuh.
 #pragma once
 
 #include "../common/slots.h"
@@ -55,9 +56,8 @@ __device__ __forceinline__ void write_dest(const Partition& p, int64_t image, in
 }
 
 // Members of each slot, ascending: a counting sort of the tokens of one image by slot, stable, so that it has one
-// result. `row0` is the image's first row, `slot0` what dest calls its first slot. `cursor` has num_out entries, in
-// shared memory or, where that is too small, `begin` itself; it counts, then points at where the slot's next member
-// goes.
+// result. `row0` is the image's first row, `slot0` what dest calls its first slot. `cursor` has num_out entries in
+// shared memory; it counts, then points at where the slot's next member goes.
 template <int kThreads>
 __device__ __forceinline__ void invert_image(const int32_t* dest, int32_t tokens, int32_t num_out, int32_t row0,
                                              int32_t slot0, int32_t* cursor, int32_t* members, int32_t* begin,
