@@ -12,8 +12,8 @@ namespace tokred::cuda {
 constexpr int kSourcesAtOnce = 4;
 
 // Writes dest[0, tokens) of an image from the rank and the best destination of each source. `slot0` is what the image's
-// first slot is called. The pointers may be to shared or to global memory; no token is written twice, so that several
-// blocks may write the same. Ends with a barrier.
+// first slot is called. The pointers may be to shared or to global memory; no token is given two values, so that
+// several blocks may write the same. Ends with a barrier.
 template <int kThreads>
 __device__ __forceinline__ void write_dest(const Partition& p, int64_t image, int32_t tokens, const int32_t* rank,
                                            const int32_t* best, int32_t slot0, int32_t* dest) {
