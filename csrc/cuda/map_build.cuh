@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// One block builds the map of one image: slots from ranks, then the members of each slot.
+// The slots of an image's tokens from ranks, and the members of each slot where one block has the image to itself;
+// where several have, see map_parts.cuh.
 #pragma once
 
 #include "../common/slots.h"
@@ -7,41 +8,56 @@
 
 namespace tokred::cuda {
 
+// Sources whose slots a thread finds at a time, where none depends on those before it.
+constexpr int kSourcesAtOnce = 4;
+
 // Writes dest[0, tokens) of an image from the rank and the best destination of each source. `slot0` is what the image's
-// first slot is called. The pointers may be to shared or to global memory. Ends with a barrier.
+// first slot is called. The pointers may be to shared or to global memory; no token is given two values, so that
+// several blocks may write the same. Ends with a barrier.
 template <int kThreads>
 __device__ __forceinline__ void write_dest(const Partition& p, int64_t image, int32_t tokens, const int32_t* rank,
                                            const int32_t* best, int32_t slot0, int32_t* dest) {
+  const int32_t thread = threadIdx.x;
   if (p.r == 0) {
-    for (int32_t t = threadIdx.x; t < tokens; t += kThreads) dest[t] = t < kept_tokens(p) ? slot0 + t : -1;
+    for (int32_t t = thread; t < tokens; t += kThreads) dest[t] = t < kept_tokens(p) ? slot0 + t : -1;
     __syncthreads();
     return;
   }
-  if (kept_tokens(p) < tokens) {
-    for (int32_t t = threadIdx.x; t < tokens; t += kThreads) dest[t] = -1;
-    __syncthreads();
-  }
-  for (int32_t t = threadIdx.x; t < p.first; t += kThreads) dest[t] = slot0 + t;
-  for (int32_t j = threadIdx.x; j < p.num_dst; j += kThreads) {
+  for (int32_t t = kept_tokens(p) + thread; t < tokens; t += kThreads) dest[t] = -1;  // the last ones are dropped
+  for (int32_t t = thread; t < p.first; t += kThreads) dest[t] = slot0 + t;
+  for (int32_t j = thread; j < p.num_dst; j += kThreads) {
     dest[destination_token(p, image, j)] = slot0 + destination_slot(p, j);
   }
-  int32_t joined = 0;  // sources of the rounds before this one that join
-  for (int32_t start = 0; start < p.num_src; start += kThreads) {
-    const int32_t i = start + static_cast<int32_t>(threadIdx.x);
-    const bool present = i < p.num_src;
-    const int32_t own_rank = present ? rank[i] : kNoRank;
-    int32_t total;
-    const int32_t before = joined + exclusive_scan<kThreads>(joins(p, own_rank), total);
-    if (present) dest[source_token(p, image, i)] = slot0 + source_slot(p, i, own_rank, before, best[i]);
-    joined += total;
+  if (p.sources_by_index) {
+    int32_t joined = 0;  // sources of the rounds before this one that join
+    for (int32_t start = 0; start < p.num_src; start += kThreads) {
+      const int32_t i = start + thread;
+      const bool present = i < p.num_src;
+      const int32_t own_rank = present ? rank[i] : kNoRank, own_best = present ? best[i] : 0;
+      int32_t total;
+      const int32_t before = joined + exclusive_scan<kThreads>(joins(p, own_rank), total);
+      if (present) dest[source_token(p, image, i)] = slot0 + source_slot(p, i, own_rank, before, own_best);
+      joined += total;
+    }
+  } else {
+    for (int32_t start = thread; start < p.num_src; start += kSourcesAtOnce * kThreads) {
+      int32_t token[kSourcesAtOnce], slot[kSourcesAtOnce];
+#pragma unroll
+      for (int k = 0; k < kSourcesAtOnce; ++k) {
+        const int32_t i = min(start + k * kThreads, p.num_src - 1);  // the last one again, where there are no more
+        token[k] = source_token(p, image, i);
+        slot[k] = source_slot(p, i, rank[i], 0, best[i]);
+      }
+#pragma unroll
+      for (int k = 0; k < kSourcesAtOnce; ++k) dest[token[k]] = slot0 + slot[k];
+    }
   }
   __syncthreads();
 }
 
 // Members of each slot, ascending: a counting sort of the tokens of one image by slot, stable, so that it has one
-// result. `row0` is the image's first row, `slot0` what dest calls its first slot. `cursor` has num_out entries, in
-// shared memory or, where that is too small, `begin` itself; it counts, then points at where the slot's next member
-// goes.
+// result. `row0` is the image's first row, `slot0` what dest calls its first slot. `cursor` has num_out entries in
+// shared memory; it counts, then points at where the slot's next member goes.
 template <int kThreads>
 __device__ __forceinline__ void invert_image(const int32_t* dest, int32_t tokens, int32_t num_out, int32_t row0,
                                              int32_t slot0, int32_t* cursor, int32_t* members, int32_t* begin,

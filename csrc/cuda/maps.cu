@@ -2,7 +2,7 @@
 // Maps without their data: the members of each slot, and one map after another.
 #include "../common/row_config.h"
 #include "launch.h"
-#include "map_build.cuh"
+#include "map_parts.cuh"
 #include "ops.h"
 #include "ptx.cuh"
 
@@ -12,16 +12,12 @@ namespace {
 constexpr const char* kInvert = "invert";
 constexpr const char* kCompose = "compose";
 
-// One block an image, so the more warps the shorter the wait; 512 leaves room for two blocks on every architecture.
-constexpr int kInvertThreads = 512;
-
-__global__ void __launch_bounds__(kInvertThreads)
-    invert_images(const __grid_constant__ InvertArgs args, bool cursor_in_shared) {
-  const int64_t image = blockIdx.x, row0 = image * args.tokens, slot0 = image * args.num_out;
-  int32_t* begin = args.begin + slot0;
-  int32_t* cursor = cursor_in_shared ? reinterpret_cast<int32_t*>(dynamic_shared()) : begin;
-  invert_image<kInvertThreads>(args.dest + row0, static_cast<int32_t>(args.tokens), static_cast<int32_t>(args.num_out),
-                               static_cast<int32_t>(row0), 0, cursor, args.members + row0, begin, args.count + slot0);
+__global__ void __launch_bounds__(kPartThreads) invert_images(const __grid_constant__ InvertArgs args, int32_t parts) {
+  const int64_t image = blockIdx.x / parts, row0 = image * args.tokens, slot0 = image * args.num_out;
+  invert_part(args.dest + row0, static_cast<int32_t>(args.tokens), static_cast<int32_t>(args.num_out),
+              static_cast<int32_t>(blockIdx.x % parts), static_cast<int32_t>(row0), 0,
+              reinterpret_cast<int32_t*>(dynamic_shared()), args.members + row0, args.begin + slot0,
+              args.count + slot0);
 }
 
 __global__ void __launch_bounds__(kRowThreads) compose_tokens(const __grid_constant__ ComposeArgs args) {
@@ -35,10 +31,9 @@ __global__ void __launch_bounds__(kRowThreads) compose_tokens(const __grid_const
 
 void invert(const InvertArgs& args, cudaStream_t stream) {
   if (args.images == 0 || (args.tokens == 0 && args.num_out == 0)) return;
-  const int64_t bytes = args.num_out * static_cast<int64_t>(sizeof(int32_t));
-  const bool cursor_in_shared = bytes <= kSharedWithoutAsking - kReservedShared;
-  launch(kInvert, invert_images, args.images, kInvertThreads, cursor_in_shared ? static_cast<int>(bytes) : 0, stream,
-         args, cursor_in_shared);
+  const int32_t parts = parts_of(args.num_out);
+  launch(kInvert, invert_images, args.images * parts, kPartThreads, kPartCursors * static_cast<int>(sizeof(int32_t)),
+         stream, args, parts);
 }
 
 void compose(const ComposeArgs& args, cudaStream_t stream) {

@@ -73,10 +73,10 @@ __global__ void __launch_bounds__(kMatchThreads, 1) fused_match(const __grid_con
     auto token_of = [&](int row) {
       return row < p.num_src ? source_token(p, image, row) : destination_token(p, image, row - p.num_src);
     };
-    load_resident(metric, p.num_src + p.num_dst, token_of, c, memory);
+    load_resident<kMatchThreads>(metric, p.num_src + p.num_dst, token_of, c, memory);
   }
   for (int source0 = 0; source0 < p.num_src; source0 += kTileSources) {
-    match_sources<T, kResident>(metric, p, image, c, memory, source0, 0, p.num_dst, keep);
+    match_sources<T, kResident, kMatchThreads>(metric, p, image, c, memory, source0, 0, p.num_dst, keep);
   }
   Finish::run(args, p, image, Matched{memory.operands, keys, best});
 }

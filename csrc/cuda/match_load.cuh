@@ -8,8 +8,9 @@
 
 namespace tokred::cuda {
 
-// Eight lanes load a chunk of a row, so a thread has every 64th row.
-constexpr int kRowGroups = kMatchThreads / kChunkUnits;
+// Eight lanes load a chunk of a row, so a thread has every so many-th row.
+template <int kThreads>
+constexpr int kRowGroups = kThreads / kChunkUnits;
 // Rows of a thread, when rows that stay are loaded.
 constexpr int kResidentRows = 4;
 
@@ -109,15 +110,16 @@ __device__ __forceinline__ void store_unit(char* operands, int row, int pitch, i
 
 // Puts rows into shared memory to stay, and their inverse norms beside them; token_of(row) says which. Ends with a
 // barrier.
-template <class T, class TokenOf>
+template <int kThreads, class T, class TokenOf>
 __device__ __forceinline__ void load_resident(const ImageMetric<T>& m, int rows, TokenOf token_of, const MatchConfig& c,
                                               const TileMemory& memory) {
+  constexpr int kGroups = kRowGroups<kThreads>;
   const int group = threadIdx.x / kChunkUnits, lane_unit = threadIdx.x % kChunkUnits;
-  for (int start = group; start - group < rows; start += kResidentRows * kRowGroups) {
+  for (int start = group; start - group < rows; start += kResidentRows * kGroups) {
     int32_t token[kResidentRows];
 #pragma unroll
     for (int i = 0; i < kResidentRows; ++i) {
-      const int row = start + i * kRowGroups;
+      const int row = start + i * kGroups;
       token[i] = row < rows ? token_of(row) : -1;
     }
     float squared[kResidentRows] = {};
@@ -129,14 +131,14 @@ __device__ __forceinline__ void load_resident(const ImageMetric<T>& m, int rows,
 #pragma unroll
       for (int i = 0; i < kResidentRows; ++i) {
         if (token[i] >= 0 && unit < c.row_units) {
-          store_unit(memory.operands, start + i * kRowGroups, c.pitch, unit, units[i].word);
+          store_unit(memory.operands, start + i * kGroups, c.pitch, unit, units[i].word);
         }
       }
     }
 #pragma unroll
     for (int i = 0; i < kResidentRows; ++i) {
       const float inverse = row_inverse_norm(squared[i]);
-      if (lane_unit == 0 && token[i] >= 0) memory.inverse_norms[start + i * kRowGroups] = inverse;
+      if (lane_unit == 0 && token[i] >= 0) memory.inverse_norms[start + i * kGroups] = inverse;
     }
   }
   __syncthreads();

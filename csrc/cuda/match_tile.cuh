@@ -12,15 +12,16 @@
 
 namespace tokred::cuda {
 
-// A warp multiplies 32 sources by 32 destinations: two fragments of 16 rows, four of 8 columns.
-constexpr int kWarpTile = 32;
-constexpr int kRowFragments = kWarpTile / 16;
-constexpr int kColumnFragments = kWarpTile / 8;
-static_assert(kWarpColumns * kWarpTile == kTileDestinations, "the warps must cover the tile");
-static_assert(kMatchThreads / kLanes / kWarpColumns * kWarpTile == kTileSources, "the warps must cover the tile");
+// A warp multiplies its sources by 32 destinations, fragments of 16 rows by four of 8 columns.
+constexpr int kWarpDestinations = kTileDestinations / kWarpColumns;
+constexpr int kColumnFragments = kWarpDestinations / 8;
 
-// Rows of one lane's accumulators: l / 4 + 8 k for k in 0..3.
-constexpr int kLaneRows = 2 * kRowFragments;
+// The fewer warps share a tile, the more sources each has: fewer bytes of shared memory are read for a product, and
+// more registers are needed. With 512 threads 32, with 256 threads 64.
+template <int kThreads>
+constexpr int kWarpSources = kTileSources * kWarpColumns * kLanes / kThreads;
+template <int kThreads>
+constexpr int kRowFragments = kWarpSources<kThreads> / 16;
 
 // acc += A B^T of one step (32 bytes of a row) for one pair of fragments.
 template <class T>
@@ -48,11 +49,13 @@ __device__ __forceinline__ void multiply<float>(float (&acc)[4], const uint32_t 
   mma_tf32(acc, a_high, b_high[0], b_high[1]);
 }
 
-using Accumulators = float[kRowFragments][kColumnFragments][4];
+template <int kRows>
+using Accumulators = float[kRows][kColumnFragments][4];
 
-__device__ __forceinline__ void zero(Accumulators& acc) {
+template <int kRows>
+__device__ __forceinline__ void zero(Accumulators<kRows>& acc) {
 #pragma unroll
-  for (int r = 0; r < kRowFragments; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int f = 0; f < kColumnFragments; ++f) {
 #pragma unroll
@@ -63,23 +66,24 @@ __device__ __forceinline__ void zero(Accumulators& acc) {
 
 // Where a lane finds its rows of the fragments of A and of B: bytes into the sources and into the destinations.
 // Pointers would take twice the registers.
+template <int kRows>
 struct LaneRows {
-  int a[kRowFragments];
+  int a[kRows];
   int b[kColumnFragments / 2];
 };
 
-template <int kUnrolled, class T>
-__device__ __forceinline__ void multiply_steps(const char* sources, const char* destinations, const LaneRows& rows,
-                                               int steps, Accumulators& acc) {
+template <int kUnrolled, class T, int kRows>
+__device__ __forceinline__ void multiply_steps(const char* sources, const char* destinations,
+                                               const LaneRows<kRows>& rows, int steps, Accumulators<kRows>& acc) {
 #pragma unroll kUnrolled
   for (int step = 0; step < steps; ++step) {
-    uint32_t a[kRowFragments][4], b[kColumnFragments / 2][4];
+    uint32_t a[kRows][4], b[kColumnFragments / 2][4];
 #pragma unroll
-    for (int f = 0; f < kRowFragments; ++f) load_matrices(sources + rows.a[f], a[f]);
+    for (int f = 0; f < kRows; ++f) load_matrices(sources + rows.a[f], a[f]);
 #pragma unroll
     for (int f = 0; f < kColumnFragments / 2; ++f) load_matrices(destinations + rows.b[f], b[f]);
 #pragma unroll
-    for (int r = 0; r < kRowFragments; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int f = 0; f < kColumnFragments; ++f) {
         multiply<T>(acc[r][f], a[r], b[f / 2][f % 2 * 2], b[f / 2][f % 2 * 2 + 1]);
@@ -91,10 +95,11 @@ __device__ __forceinline__ void multiply_steps(const char* sources, const char* 
 
 // One chunk of the rows that are streamed, on its way through a thread's registers: its rows of the destinations, and
 // before them, where they do not stay, of the sources.
-template <class T, Resident kResident>
+template <class T, Resident kResident, int kThreads>
 struct Stream {
-  static constexpr int kRows = stage_rows(kResident) / kRowGroups;
-  static constexpr int kSourceRows = kResident == Resident::none ? kTileSources / kRowGroups : 0;
+  static constexpr int kGroups = kRowGroups<kThreads>;
+  static constexpr int kRows = stage_rows(kResident) / kGroups;
+  static constexpr int kSourceRows = kResident == Resident::none ? kTileSources / kGroups : 0;
   static constexpr int kStageBytes = stage_rows(kResident) * kStagePitch;
 
   int32_t token[kRows];
@@ -106,7 +111,7 @@ struct Stream {
     const int group = threadIdx.x / kChunkUnits;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int row = group + i * kRowGroups, column = row - kSourceRows * kRowGroups;
+      const int row = group + i * kGroups, column = row - kSourceRows * kGroups;
       if (i < kSourceRows) {
         token[i] = row < sources ? source_token(p, image, source0 + row) : -1;
       } else {
@@ -124,19 +129,18 @@ struct Stream {
     add_squares<T>(units, squared);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      store_unit(stage, threadIdx.x / kChunkUnits + i * kRowGroups, kStagePitch, threadIdx.x % kChunkUnits,
-                 units[i].word);
+      store_unit(stage, threadIdx.x / kChunkUnits + i * kGroups, kStagePitch, threadIdx.x % kChunkUnits, units[i].word);
     }
   }
 
   __device__ __forceinline__ void write_norms(float* of_sources, float* of_destinations) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int row = threadIdx.x / kChunkUnits + i * kRowGroups;
+      const int row = threadIdx.x / kChunkUnits + i * kGroups;
       const float inverse = row_inverse_norm(squared[i]);
       if (threadIdx.x % kChunkUnits != 0 || token[i] < 0) continue;
       if (i >= kSourceRows) {
-        of_destinations[row - kSourceRows * kRowGroups] = inverse;
+        of_destinations[row - kSourceRows * kGroups] = inverse;
       } else if (of_sources) {
         of_sources[row] = inverse;
       }
@@ -144,7 +148,8 @@ struct Stream {
   }
 };
 
-// The best destination that a lane has seen for each of its rows.
+// The best destination that a lane has seen for each of its rows, l / 4 + 8 k of its warp's.
+template <int kLaneRows>
 struct LaneBest {
   float score[kLaneRows];
   int32_t index[kLaneRows];
@@ -152,9 +157,11 @@ struct LaneBest {
 
 // Compares the scores of one tile, acc times the inverse norms, with the best so far. A lane meets its destinations in
 // ascending order, so greater alone keeps the lowest of equals.
-__device__ __forceinline__ void keep_best(const Accumulators& acc, const float* source_norms, const float* norms,
+template <int kRows>
+__device__ __forceinline__ void keep_best(const Accumulators<kRows>& acc, const float* source_norms, const float* norms,
                                           int row0, int sources, int column0, int destination0, int destinations,
-                                          int protected_dst, LaneBest& best) {
+                                          int protected_dst, LaneBest<2 * kRows>& best) {
+  constexpr int kLaneRows = 2 * kRows;
   const int lane = threadIdx.x % kLanes;
   float inverse[kLaneRows];
 #pragma unroll
@@ -177,24 +184,26 @@ __device__ __forceinline__ void keep_best(const Accumulators& acc, const float* 
 
 // Calls out(source, candidate) for sources [source0, source0 + 128) that exist, with their best among destinations
 // [begin, end); see pack_candidate. With Resident::all the operands are in place already. Ends with a barrier.
-template <class T, Resident kResident, class Out>
+template <class T, Resident kResident, int kThreads, class Out>
 __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Partition& p, int64_t image,
                                               const MatchConfig& c, const TileMemory& memory, int source0, int begin,
                                               int end, Out out) {
   constexpr bool kAll = kResident == Resident::all;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int warp_row = warp / kWarpColumns * kWarpTile, warp_column = warp % kWarpColumns * kWarpTile;
+  constexpr int kRows = kRowFragments<kThreads>, kLaneRows = 2 * kRows;
+  const int warp_row = warp / kWarpColumns * kWarpSources<kThreads>,
+            warp_column = warp % kWarpColumns * kWarpDestinations;
   const int sources = min(kTileSources, p.num_src - source0);
 
-  LaneBest best;
+  LaneBest<kLaneRows> best;
   const int32_t fallback = p.protected_dst < p.num_dst ? p.protected_dst : 0;  // where no number wins
 #pragma unroll
   for (int k = 0; k < kLaneRows; ++k) best.score[k] = -INFINITY, best.index[k] = fallback;
 
   // Rows past the tile's end repeat its last one, which is there; keep_best leaves them out.
-  LaneRows rows;
+  LaneRows<kRows> rows;
 #pragma unroll
-  for (int f = 0; f < kRowFragments; ++f) {
+  for (int f = 0; f < kRows; ++f) {
     const int row = min(warp_row + f * 16 + lane % 16, sources - 1);
     rows.a[f] = row * (kResident == Resident::none ? kStagePitch : c.pitch) + lane / 16 * kUnitBytes;
   }
@@ -206,24 +215,24 @@ __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Par
     }
   };
 
-  Accumulators acc;
+  Accumulators<kRows> acc;
   if constexpr (kAll) {
     for (int destination0 = begin; destination0 < end; destination0 += kTileDestinations) {
       const int destinations = min(kTileDestinations, end - destination0);
       if (warp_row >= sources || warp_column >= destinations) break;
       __syncwarp();  // the tensor cores want the warp together, and keep_best let lanes go ahead
       set_columns(destinations);
-      zero(acc);
+      zero<kRows>(acc);
       const int row = p.num_src + destination0;
-      multiply_steps<2, T>(memory.operands + source0 * c.pitch, memory.operands + row * c.pitch, rows,
-                           c.row_units / kStepUnits, acc);
-      keep_best(acc, memory.inverse_norms + source0, memory.inverse_norms + row, warp_row, sources, warp_column,
-                destination0, destinations, p.protected_dst, best);
+      multiply_steps<2, T, kRows>(memory.operands + source0 * c.pitch, memory.operands + row * c.pitch, rows,
+                                  c.row_units / kStepUnits, acc);
+      keep_best<kRows>(acc, memory.inverse_norms + source0, memory.inverse_norms + row, warp_row, sources, warp_column,
+                       destination0, destinations, p.protected_dst, best);
     }
   } else {
-    using Chunk = Stream<T, kResident>;
+    using Chunk = Stream<T, kResident, kThreads>;
     if constexpr (kResident == Resident::sources) {
-      load_resident(m, sources, [&](int row) { return source_token(p, image, source0 + row); }, c, memory);
+      load_resident<kThreads>(m, sources, [&](int row) { return source_token(p, image, source0 + row); }, c, memory);
     }
     // All chunks of all tiles in one row: in each round the next one is on its way while the one before it is
     // multiplied; the first round only fetches.
@@ -246,16 +255,17 @@ __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Par
       const int destinations = min(kTileDestinations, end - destination0);
       if (chunk >= 0 && warp_row < sources && warp_column < destinations) {
         __syncwarp();  // as above
-        if (chunk == 0) zero(acc), set_columns(destinations);
+        if (chunk == 0) zero<kRows>(acc), set_columns(destinations);
         const char* operands = memory.stages + stage * Chunk::kStageBytes;
         const int steps = min(kChunkUnits, c.row_units - chunk * kChunkUnits) / kStepUnits;
-        // Unrolled, these steps would need the registers that hold the chunk on its way.
-        multiply_steps<1, T>(
+        // Unrolled, the steps of 512 threads would need the registers that hold the chunk on its way.
+        multiply_steps<kThreads == kMatchThreads ? 1 : 2, T, kRows>(
             kResident == Resident::none ? operands : memory.operands + chunk * kChunkUnits * kUnitBytes,
-            operands + Chunk::kSourceRows * kRowGroups * kStagePitch, rows, steps, acc);
+            operands + Chunk::kSourceRows * Chunk::kGroups * kStagePitch, rows, steps, acc);
         if (ends_tile) {
-          keep_best(acc, memory.inverse_norms, memory.inverse_norms + kTileSources + tile % kStages * kTileDestinations,
-                    warp_row, sources, warp_column, destination0, destinations, p.protected_dst, best);
+          keep_best<kRows>(acc, memory.inverse_norms,
+                           memory.inverse_norms + kTileSources + tile % kStages * kTileDestinations, warp_row, sources,
+                           warp_column, destination0, destinations, p.protected_dst, best);
         }
       }
       if (more) {

@@ -10,9 +10,10 @@ from tokred_kernels.backends.reference.best_match import NO_RANK
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
 
 
-# A test of the maps: empty slots, dropped tokens, one long slot; sizes around a warp, a block and the shared cursor.
-@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 511, 512, 513, 1200])
-@pytest.mark.parametrize("num_out", [1, 3, 700, 13_000])
+# A test of the maps: empty slots, dropped tokens, one long slot; sizes around a warp and a block, and around the slots
+# of a block.
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 1023, 1024, 1025, 4100])
+@pytest.mark.parametrize("num_out", [1, 3, 255, 256, 257, 1300])
 def test_invert(emulator, tokens, num_out):
     dest = torch.randint(-1, num_out, (3, tokens), dtype=torch.int32)
     outputs = [torch.full((size,), -7, dtype=torch.int32) for size in (3 * tokens, 3 * num_out, 3 * num_out)]
@@ -124,10 +125,45 @@ def test_match_map_of_packed_images(emulator, lengths, prefix):
         emulated_map(emulator, partner, rank, p, sum(lengths), counts, lengths, reverse=True)
 
 
-def test_match_map_with_more_slots_than_fit_into_shared_memory(emulator):
+def test_invert_without_slots(emulator):
+    outputs = poisoned(80, 0, 0)
+    dest = torch.full((80,), -1, dtype=torch.int32)
+    emulator.call("invert", (2, 40, 0), [dest, *outputs])
+    assert outputs[0].tolist() == [-1] * 80
+
+
+@pytest.mark.parametrize("tokens", [3, 1025, 4096, 16_384])
+@pytest.mark.parametrize("images", [1, 2])
+def test_match_map_of_lists_of_any_size(emulator, images, tokens):
+    num_dst = tokens // 4 + 1
+    order = torch.stack([torch.randperm(tokens) for _ in range(images)]).int()
+    lists = order[:, num_dst:].contiguous(), order[:, :num_dst].contiguous()
+    p = Partition(0, 1, tokens - num_dst, num_dst, 0, 0, False, tokens // 2, *lists)
+    emulated_map(emulator, *random_ranks(images, p), p, tokens, reverse=images == 2)
+
+
+# All tokens alike: whoever joins, joins one slot; by blocks that have it whole, and that have none of it.
+@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("tokens", [1301, 5003])
+def test_match_map_with_a_slot_of_thousands(emulator, name, tokens):
+    p = PARTITIONS[name](tokens)
+    rank = torch.cat([torch.full((p.protected_src,), NO_RANK), torch.arange(p.num_src - p.protected_src)])
+    rank = rank.int().expand(2, -1).contiguous()
+    partner = torch.full_like(rank, p.protected_dst)
+    partner[1] = p.num_dst - 1
+    p = p._replace(r=p.num_src - p.protected_src - 1)
+    emulated_map(emulator, partner, rank, p, tokens)
+    emulated_map(emulator, partner, rank, p, tokens, shared_limit=DEST_OUTSIDE, reverse=True)
+
+
+# What counts a block's slots takes 32 KB; the slots of all tokens then have no room beside it.
+DEST_OUTSIDE = 33_500
+
+
+def test_match_map_of_more_tokens_than_fit_into_shared_memory(emulator):
     p = every_other(1301, 1301, 1, False, False)
     partner, rank = random_ranks(2, p)
-    few = 4 * 1000
+    few = DEST_OUTSIDE
     emulated_map(emulator, partner, rank, p._replace(r=100), 1301, shared_limit=few)
     counts = torch.tensor([0, 300], dtype=torch.int32)
     emulated_map(emulator, partner, rank, p._replace(r=0), 1301, counts, shared_limit=few)

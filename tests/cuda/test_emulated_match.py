@@ -1,63 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels of bipartite_match and best_match, run on the host, against the reference backend."""
+"""The CUDA kernels of bipartite_match, run on the host, against the reference backend."""
 
 import pytest
 import torch
-from emulated import DTYPES, H100_SHARED, SMALL_SHARED, assert_map, flat, floats, poisoned, starts, whole_numbers
+from emulated import DTYPES, H100_SHARED, SMALL_SHARED, assert_map, floats, whole_numbers
+from emulated_match import (
+    ALL,
+    NONE,
+    SOURCES,
+    STREAMING_SHARED,
+    check_match,
+    emulated_match,
+    match_problem,
+    random_lists,
+)
 
-from tokred_kernels.backends.reference import best_match, bipartite_match
-from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
-
-STREAMING_SHARED = 82_000  # enough to stream any metric, too little for most to stay
-NONE, SOURCES, ALL = range(3)  # what stays: Resident in match_config.h
-
-
-def match_problem(metric, p):
-    images, heads, tokens, channels = metric.shape
-    strides = (metric.stride(0), metric.stride(1), metric.stride(2))
-    return (*strides, images, heads, tokens, channels, DTYPES[metric.dtype], *map(int, p[:8]))
-
-
-def lists_of(p):
-    return [None if t is None else t.contiguous().flatten() for t in (p.sources, p.destinations)]
-
-
-def emulated_match(emulator, metric, p, **options):
-    """dest, members, begin, count of a (B, H, N, D) metric."""
-    images, _, tokens, _ = metric.shape
-    outputs = poisoned(images * tokens, images * tokens, images * p.num_out, images * p.num_out)
-    emulator.call("bipartite_match", match_problem(metric, p), [flat(metric), None, *lists_of(p), *outputs], **options)
-    dest, members, begin, count = outputs
-    return dest.view(images, tokens), members, begin.view(images, p.num_out), count.view(images, p.num_out)
-
-
-def emulated_best(emulator, metric, p, cu_seqlens=None, **options):
-    """score, partner, rank of a (B, H, N, D) metric, or of a packed (T, D) one."""
-    if cu_seqlens is None:
-        images, problem = metric.shape[0], match_problem(metric, p)
-    else:
-        images = len(cu_seqlens) - 1
-        sizes = images, 1, p.num_src + p.num_dst, metric.shape[1]
-        problem = (0, 0, metric.stride(0), *sizes, DTYPES[metric.dtype], *map(int, p.numbers))
-    score = torch.full((images * p.num_src,), torch.nan)
-    partner, rank = poisoned(images * p.num_src, images * p.num_src)
-    buffers = [flat(metric), cu_seqlens, *lists_of(p), score, partner, rank]
-    emulator.call("best_match", problem, buffers, **options)
-    return tuple(t.view(images, p.num_src) for t in (score, partner, rank))
-
-
-def check_best(emulator, metric, p, cu_seqlens=None, **options):
-    squeezed = metric[:, 0] if metric.dim() == 4 and metric.shape[1] == 1 else metric
-    expected = best_match.best_match(squeezed, p, cu_seqlens)
-    got = emulated_best(emulator, metric, p, cu_seqlens, **options)
-    for name, ours, theirs in zip(("score", "partner", "rank"), got, expected, strict=True):
-        assert ours.tolist() == theirs.tolist(), name
-
-
-def check_match(emulator, metric, p, **options):
-    squeezed = metric[:, 0] if metric.shape[1] == 1 else metric
-    expected = bipartite_match.bipartite_match(squeezed, p)
-    assert_map(emulated_match(emulator, metric, p, **options), expected, p.num_out)
+from tokred_kernels.partition import Partition, every_kth, every_other
 
 
 # Around nothing, one tile (256 tokens) and two; a ViT's own sizes, with and without a distillation token.
@@ -137,13 +95,6 @@ def test_match_protects_class_and_distillation(emulator, class_token, distill_to
 )
 def test_match_of_every_kth(emulator, tokens, k, prefix):
     check_match(emulator, whole_numbers(2, 1, tokens, 8), every_kth(tokens, k, prefix))
-
-
-def random_lists(images, tokens, num_src, r, first=0, by_index=False):
-    order = torch.stack([torch.randperm(tokens) for _ in range(images)]).int()
-    num_dst = tokens - num_src - first
-    lists = (order[:, :num_src].contiguous(), order[:, num_src : num_src + num_dst].contiguous())
-    return Partition(first, 2, num_src, num_dst, 0, 0, by_index, r, *lists)
 
 
 @pytest.mark.parametrize(("num_src", "r"), [(20, 20), (70, 31), (99, 99), (0, 0)])
@@ -226,7 +177,7 @@ def test_match_in_three_launches_of_lists_and_long_maps(emulator):
     metric = whole_numbers(1, 1, 1100, 8)
     metric[:, :, 100:120] = torch.nan
     check_match(emulator, metric, every_other(1100, 500, 3, False, False))
-    # More slots than the shared cursor holds, few of them to be matched.
+    # Slots of many blocks, few of them to be matched.
     check_match(emulator, whole_numbers(1, 1, 13_000, 8), Partition(12_800, 2, 100, 100, 0, 0, True, 60))
 
 
@@ -272,105 +223,3 @@ def test_match_fits_shared_memory(emulator):
                     assert fused == (tokens <= 1088)
                     assert (workspace == 0) == bool(fused)
                     assert splits >= 1 and resident != (SOURCES if fused else ALL)
-
-
-# Around nothing, one tile and two; then the protected tokens of every kind.
-@floats
-@pytest.mark.parametrize("tokens", [2, 3, 31, 197, 257, 577])
-def test_best_match(emulator, tokens, dtype):
-    metric = whole_numbers(2, 1, tokens, 24, dtype=dtype)
-    for reverse, prefix in enumerate((0, 1)):
-        p = every_other(tokens, tokens, prefix, False, False)
-        check_best(emulator, metric, p, reverse=bool(reverse)) if p else None
-
-
-@pytest.mark.parametrize("prefix", [1, 2, 3, 5])
-def test_best_match_protects_the_prefix(emulator, prefix):
-    check_best(emulator, whole_numbers(2, 1, 99, 8), every_other(99, 99, prefix, False, False))
-
-
-def test_best_match_of_one_token(emulator):
-    alone = Partition(0, 2, 1, 0, 0, 0, False, 0)
-    check_best(emulator, whole_numbers(2, 1, 1, 8), alone)
-    check_best(emulator, whole_numbers(2, 1, 3, 8), Partition(0, 2, 2, 1, 0, 1, False, 0))  # nobody may be joined
-    assert emulated_best(emulator, whole_numbers(0, 1, 1, 8), alone)[0].shape == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "kept", "first"), [(2, 1, 0), (50, 20, 1), (300, 7, 0), (197, 190, 1), (1200, 700, 1)]
-)
-def test_best_match_of_importance(emulator, tokens, kept, first):
-    check_best(emulator, whole_numbers(2, 1, tokens, 8), prefix_and_rest(tokens, kept, first))
-
-
-@pytest.mark.parametrize("tokens", [100, 1300])
-def test_best_match_of_lists_and_of_every_kth(emulator, tokens):
-    check_best(emulator, whole_numbers(2, 1, tokens, 8), random_lists(2, tokens, tokens // 3, 5))
-    check_best(emulator, whole_numbers(2, 1, tokens, 8), every_kth(tokens, 7, 2))
-
-
-@floats
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("limit", [H100_SHARED, STREAMING_SHARED], ids=["resident", "streamed"])
-def test_best_match_of_heads_and_strided_rows(emulator, heads, dtype, limit):
-    padded = whole_numbers(2, 300, heads, 48, dtype=dtype, scale=heads)
-    metric = padded.transpose(1, 2)[..., :40]
-    check_best(emulator, metric, every_other(300, 300, 1, False, False), shared_limit=limit)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "dtype"),
-    [(97, torch.float32), (97, torch.float16), (97, torch.bfloat16), (1101, torch.bfloat16)],
-    ids=str,
-)
-def test_best_match_with_zero_nan_and_infinite_rows(emulator, tokens, dtype):
-    metric = whole_numbers(2, 1, tokens, 16, dtype=dtype)
-    metric[0, :, 3] = 0
-    metric[0, :, 10] = 0
-    metric[1, :, 4] = torch.nan
-    metric[1, :, 7, 2] = torch.nan
-    metric[1, :, 9, 1] = torch.inf
-    p = every_other(tokens, tokens, 1, False, False)
-    check_best(emulator, metric, p)
-    if tokens < 1000:
-        for value in (torch.nan, 0, 1):
-            check_best(emulator, torch.full_like(metric, value), p)
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
-@pytest.mark.parametrize(
-    ("lengths", "dtype"),
-    [
-        ((5, 0, 1, 2, 3, 31, 6), torch.float32),
-        ((197, 64, 1), torch.float16),
-        ((257, 0), torch.bfloat16),
-        ((600, 3, 129), torch.float32),
-        ((0, 1100, 2, 1, 700), torch.bfloat16),
-    ],
-    ids=str,
-)
-def test_best_match_of_packed_images(emulator, lengths, prefix, dtype):
-    metric = whole_numbers(sum(lengths), 12, dtype=dtype)
-    longest = max(lengths)
-    p = Partition(0, 2, (longest + 1) // 2, longest // 2, (prefix + 1) // 2, prefix // 2, prefix > 0, 0)
-    check_best(emulator, metric, p, starts(lengths), reverse=prefix % 2 == 1)
-
-
-@pytest.mark.parametrize("longest", [70, 1101])
-def test_packed_images_are_each_what_they_are_alone(emulator, longest):
-    lengths = (9, longest, 20)
-    padded = torch.randn(sum(lengths), 40)
-    metric = padded[:, :36]
-    p = every_other(longest, longest, 1, False, False)
-    got = emulated_best(emulator, metric, p, starts(lengths), offset=4)
-    for image, rows in enumerate(metric.split(lengths)):
-        own = p.of_tokens(len(rows))
-        # In the launch that the batch took, which for a short image alone would be another.
-        alone = emulated_best(emulator, rows[None, None], own)
-        for ours, expected in zip(got, alone, strict=True):
-            torch.testing.assert_close(ours[image, : own.num_src], expected[0], rtol=0, atol=0)
-
-
-def test_best_match_refuses_float64(emulator):
-    with pytest.raises(RuntimeError, match="best_match: float64 is not supported on CUDA"):
-        emulated_best(emulator, whole_numbers(1, 1, 8, 8, dtype=torch.float64), every_other(8, 2, None, False, False))

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +30,40 @@ LARGE_BYTES = 4 << 20
 REDUCE_CODE = {"sum": 0, "mean": 1, "amax": 2}
 
 
-def kernels(tensor: Tensor) -> ModuleType:
-    """The submodule for the tensor's device."""
-    return MODULE.cuda if tensor.is_cuda else MODULE.cpu  # type: ignore[union-attr]
+# Torch's own short ways to these two numbers; private, so either may go missing.
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+
+
+class _Elsewhere:
+    """The CUDA ops, each run with `device` made the current one, where CUDA launches and asks for attributes."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        op = getattr(CUDA, name)
+
+        def run(*arguments: Any) -> Any:
+            with torch.cuda.device(self._device):
+                return op(*arguments)
+
+        return run
+
+
+def kernels(tensor: Tensor) -> Any:
+    """The ops of the tensor's device. Every native call gets them here, so here the device is made the current one."""
+    if not tensor.is_cuda:
+        return MODULE.cpu  # type: ignore[union-attr]
+    device = tensor.get_device()
+    return CUDA if device == _current_device() else _Elsewhere(device)
 
 
 def stream(tensor: Tensor) -> int:
     """Torch's current stream on the tensor's device, 0 on the CPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    return _raw_stream(tensor.get_device()) if tensor.is_cuda else 0
 
 
 def address(tensor: Tensor | None) -> int:

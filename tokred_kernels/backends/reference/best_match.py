@@ -69,7 +69,10 @@ def inverse_norm(vectors: Tensor) -> Tensor:
     """1 / |v| for each row (..., D), as (..., 1); 0 for a zero row."""
     squared = (vectors * vectors).sum(-1, keepdim=True)
     zero = squared < MIN_SQUARED_NORM
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).rsqrt())
+    squared = torch.where(zero, 1.0, squared)
+    # Rounded twice, as 1 / sqrt in the kernels. On CUDA rsqrt is off by up to two units; on the CPU sqrt is by one, and
+    # rsqrt is the quotient.
+    return torch.where(zero, 0.0, 1.0 / squared.sqrt() if squared.is_cuda else squared.rsqrt())
 
 
 def tokens(partition: Partition, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
