@@ -18,8 +18,8 @@ from tokred_kernels.ops.window_map import window_map
 from tokred_kernels.ops.window_similarity import window_similarity
 from tokred_kernels.windows import Windows
 
-# One token, odd, a ViT's, and one past the size of a single launch, and of ranks by counting.
-TOKENS = (1, 17, 197, 1500)
+# One token, odd, a ViT's, past the size of a single launch, and past that of ranks by counting.
+TOKENS = (1, 17, 197, 1500, 5000)
 # Packed images, for one launch and for two.
 LENGTHS = ((5, 0, 1, 2, 197), (1200, 3, 700))
 # Few tokens a window and many, with rims and without.
@@ -28,8 +28,6 @@ WINDOWS = (Windows(0, 2, 1, 2, 1), Windows(1, 15, 14, 2, 2), Windows(2, 13, 16, 
 LOOKUPS = ((2, 1, 1, 3, 8), (1, 2, 17, 33, 40), (1, 1, 33, 197, 100), (1, 1, 25, 50, 130))
 # No cosine of vectors of -1, 0 and 1 in five dimensions is near it.
 THRESHOLD = 0.55
-
-
 # (B, H, N, d) of token attention: one token, and tails of tiles.
 ATTENTIONS = ((2, 1, 1, 8), (1, 2, 33, 40), (1, 1, 197, 100))
 
