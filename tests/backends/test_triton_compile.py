@@ -236,7 +236,6 @@ def _attention_cases(target, dtypes):
             (64, True, OF_CLASS),
             (40, False, (True, False, True, "mean")),
         ],
-        ("queries", torch.bfloat16): [(64, True, OF_CLASS)],
         ("attention+policy", torch.float16): [(64, True, (True, True, True, "mean"))],
         ("rows", torch.bfloat16): [(64, True, OF_CLASS)],
         ("keys+policy", torch.float32): [(40, False, (True, True, True, "mean"))],

@@ -123,7 +123,8 @@ def key_block(start, count, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """Where the block of keys from `start` on is read, these keys, and which of them count.
 
     If WHOLE, there are at least BLOCK keys, and the last block is read from so far before its start that it ends with
-    the last key: its first keys then are those of the block before, and do not count again. No load needs a mask.
+    the last key: its first keys then are those of the block before, and do not count again. No load needs a mask. (The
+    gradient of the queries, which has no registers left, would spill.)
     """
     begin = tl.minimum(start, count - BLOCK) if WHOLE else start
     j = begin + tl.arange(0, BLOCK)

@@ -20,11 +20,8 @@ from tokred_kernels.backends.triton.attention_tiles import (
     counts_query,
     head_start,
     head_strides,
-    is_whole,
-    key_block,
     key_terms,
     launch_options,
-    load_block,
     load_padded,
     load_rows,
     load_tokens,
@@ -111,9 +108,7 @@ def token_attention_backward(
     with on_device(q):
         of_rows = tokens if starts is not None else padded
         launch(rows_kernel, rows, (of_rows, rows.block_queries), out, delta, level, top, shift)
-        whole = is_whole(by_query, tokens, policy, starts)
-        share = (tokens, by_query.block_queries)
-        launch(queries_kernel, by_query, share, delta, level, top, shift, grad_q, WHOLE=whole)
+        launch(queries_kernel, by_query, (tokens, by_query.block_queries), delta, level, top, shift, grad_q)
         outputs = (grad_k, grad_v, *of_heads)
         needs = {"NEED_BIAS": need_bias, "NEED_POLICY": need_policy}
         launch(keys_kernel, by_key, (tokens, by_key.block_keys), delta, level, top, shift, *outputs, **needs)
@@ -271,7 +266,6 @@ def queries_kernel(
     POLICY: tl.constexpr,
     PACKED: tl.constexpr,
     IMPORTANCE: tl.constexpr,
-    WHOLE: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
@@ -301,17 +295,17 @@ def queries_kernel(
 
     to_queries = tl.zeros((BLOCK_QUERIES, BLOCK_CHANNELS), tl.float32)
     for start in range(0, count, BLOCK_KEYS):
-        begin, j, present = key_block(start, count, BLOCK_KEYS, WHOLE)
-        keys = load_block(k, begin, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS, WHOLE)
-        terms = key_terms(bias, first, j, present, BIAS, WHOLE)
+        j = start + tl.arange(0, BLOCK_KEYS)
+        keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
+        terms = key_terms(bias, first, j, j < count, BIAS)
         dots = products(queries, keys)
         weights = tl.exp2(dots * (scale * LOG2_E) + terms[None, :] - levels[:, None])
         if POLICY:
             weights *= inverse[:, None]
-        values = load_block(v, begin, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS, WHOLE)
+        values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(grads, values)
         if IMPORTANCE != "":
-            worth = tl.load(grad_worth + first + j) if WHOLE else load_tokens(grad_worth, first, j, count)
+            worth = load_tokens(grad_worth, first, j, count)
             reached += share[:, None] * worth[None, :]
         moved = weights * (reached - mean[:, None])
         if POLICY:
