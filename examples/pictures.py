@@ -25,7 +25,7 @@ TEXTURES = ("brick", "grass", "gravel", "moon", "hubble_deep_field", "immunohist
 BLOCK = 64  # pixels
 HELD_OUT = 0.3  # of the blocks
 FLAT = 0.005  # deviation, of 0 to 1: no texture is to be seen in such a patch of sky
-PATCHES_TRAINED, PATCHES_TESTED = 1300, 1200
+PATCHES_TRAINED, PATCHES_TESTED = 2600, 1200
 
 
 class Pictures(NamedTuple):
