@@ -76,53 +76,33 @@ def test_masked_tokens_are_not_pooled_by_what_sees_them():
         model(torch.randn(2, 3, 48, 48))
 
 
-def in_two_threads(work):
-    """What `work(number)` returned in each of two threads at once, many times over."""
+def assert_threads_share(model, both):
+    """Two threads, each with an input of its own, many times at once: each always gets what it gets alone."""
+    with torch.no_grad():
+        expected = [model(x) for x in both]
     got = {0: [], 1: []}
     start = threading.Barrier(2)
 
+    @torch.no_grad()
     def run(number):
         start.wait()
-        got[number] += [work(number) for _ in range(60)]
+        got[number] += [model(both[number]) for _ in range(60)]
 
     threads = [threading.Thread(target=run, args=(number,)) for number in got]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return got
+    for number, results in got.items():
+        assert len(results) == 60
+        for y in results:
+            torch.testing.assert_close(y, expected[number])
 
 
 def test_threads_share_a_model():
-    model = patch(make(), "tome", r=5)
-    both = torch.randn(2, 2, 3, 48, 48)
-    with torch.no_grad():
-        expected = [model(x) for x in both]
-
-    @torch.no_grad()
-    def work(number):
-        return model(both[number])
-
-    got = in_two_threads(work)
-    for number, results in got.items():
-        assert len(results) == 60
-        for y in results:
-            torch.testing.assert_close(y, expected[number])
+    assert_threads_share(patch(make(), "tome", r=5), torch.randn(2, 2, 3, 48, 48))
 
 
 def test_threads_share_a_segmenter():
-    encoder = make("")
-    model = tk.nn.LinearSegmenter(patch(encoder, "algm", layers=(1, 3), threshold=0.0), 3).eval()
-    both = torch.randn(2, 1, 3, 48, 48)
-    with torch.no_grad():
-        expected = [model(x) for x in both]
-
-    @torch.no_grad()
-    def work(number):
-        return model(both[number])
-
-    got = in_two_threads(work)
-    for number, results in got.items():
-        assert len(results) == 60
-        for y in results:
-            torch.testing.assert_close(y, expected[number])
+    encoder = patch(make(""), "algm", layers=(1, 3), threshold=0.0)
+    assert_threads_share(tk.nn.LinearSegmenter(encoder, 3).eval(), torch.randn(2, 1, 3, 48, 48))
