@@ -69,8 +69,8 @@ GPU_BACKENDS ?= cuda,triton
 GPU_DAY ?= $(shell date -u +%F)
 MINUTES ?= 60
 # What a GPU has to do with; a test fails where a GPU's test lies elsewhere. Other files need packages that it may lack.
-GPU_FILES ?= tests/ops tests/backends tests/benchmarks tests/test_token_map.py tests/test_torch_integration.py \
-  tests/test_token_attention_use.py
+GPU_FILES ?= tests/ops tests/backends tests/benchmarks tests/cuda/test_device.py tests/test_token_map.py \
+  tests/test_torch_integration.py tests/test_token_attention_use.py
 GPU_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -m gpu --continue-on-collection-errors \
   $(shell $(PYTHON) -c "import xdist; print('-n 16')" 2>/dev/null)
 TUNED_TESTS := tests/ops/test_token_attention.py tests/ops/test_token_attention_packed.py \

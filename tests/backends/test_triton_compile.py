@@ -255,6 +255,7 @@ def _attention_cases(target, dtypes):
         cases = [(width, True, mode) for width in widths]
         for channels, aligned, asked in [*cases, *others.get((name + suffix, dtype), ())]:
             types, constants = _attention_arguments(POINTER[dtype], *asked)
+            constants["WHOLE"] &= not target.startswith("gfx")
             yield _tiles(kernels[name], by_width, channels, types, constants, aligned)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -49,8 +50,11 @@ def shares(images: int, heads: int, tokens: int, block: int) -> tuple[tuple[int]
 
 
 def is_whole(config: AttentionConfig, tokens: int, policy: Tensor | None, starts: Tensor | None) -> bool:
-    """Whether blocks of keys may be read whole, see `key_block`: with a policy keys count that have no weight."""
-    return policy is None and starts is None and tokens >= config.block_keys
+    """Whether blocks of keys are read whole, see `key_block`: with a policy keys count that have no weight.
+
+    On AMD's GPUs the same program spills.
+    """
+    return torch.version.hip is None and policy is None and starts is None and tokens >= config.block_keys
 
 
 def launch_options(config: AttentionConfig, channels: int) -> dict[str, int]:
