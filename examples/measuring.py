@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 MIN_SAMPLE = 0.1  # seconds that one timing lasts at least, so that clocks and launches do not show
 MIN_ROUNDS = 3
+ROUNDS = 9  # of `speeds`, where there is time for them
 
 
 def in_turns(
@@ -41,6 +44,28 @@ def in_turns(
                 times[index].append(timed(model, x, repeats))
             progress.update()
     return times
+
+
+@torch.inference_mode()
+def speeds(forwards: Sequence[Callable[[Tensor], Any]], images: Tensor, seconds: int) -> list[dict[str, float]]:
+    """Images a second of each on one batch, and times the first's, as medians, in no more than so many seconds."""
+    stage: Any = nn.Module()
+
+    @contextmanager
+    def on_stage(forward: Callable[[Tensor], Any]) -> Iterator[None]:
+        stage.forward = forward
+        yield
+
+    variants = [partial(on_stage, forward) for forward in forwards]
+    with tqdm(total=ROUNDS * len(variants), desc="timing", unit="sample", leave=False) as progress, variants[0]():
+        times = in_turns(stage, images, variants, ROUNDS, seconds, progress)
+    return [
+        {
+            "images_per_s": len(images) / statistics.median(own),
+            "speedup": statistics.median(base / mine for base, mine in zip(times[0], own, strict=True)),
+        }
+        for own in times
+    ]
 
 
 def timed(model: nn.Module, x: Tensor, repeats: int) -> float:

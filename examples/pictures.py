@@ -68,8 +68,8 @@ def textures(seed: int) -> Pictures:
         down, across = (range(0, length - BLOCK + 1, BLOCK) for length in grey.shape)
         corners = generator.permutation([(y, x) for y in down for x in across])
         held_out = round(HELD_OUT * len(corners))
-        halves = (corners[held_out:], PATCHES_TRAINED), (corners[:held_out], PATCHES_TESTED)
-        for number, (blocks, wanted) in enumerate(halves):
+        regions = (corners[held_out:], PATCHES_TRAINED), (corners[:held_out], PATCHES_TESTED)
+        for number, (blocks, wanted) in enumerate(regions):
             count = math.ceil(wanted / len(TEXTURES))
             places = generator.choice(blocks, 2 * count) + generator.integers(0, BLOCK - SIDE + 1, (2 * count, 2))
             patches = [grey[y : y + SIDE, x : x + SIDE] for y, x in places]

@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from measuring import in_turns
 from pictures import Pictures
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-ROUNDS = 9  # of timing
 LEGEND = """Accuracy: percent of the test pictures; with several seeds the mean, each seed with pictures, beginnings and
 order of its own, and in brackets the least and the greatest change from the plain model of the same seed. Tokens left:
 after the last block; of LookupViT the compressed ones, beside which all others stay. GFLOPs: an image, a multiply-add
@@ -41,28 +36,6 @@ def evaluate(variant: Variant, data: Pictures) -> dict[str, Any]:
         "tokens": variant.tokens,
         "gflops": variant.gflops,
     }
-
-
-@torch.inference_mode()
-def timings(found: list[Variant], images: Tensor, seconds: int) -> list[dict[str, float]]:
-    """Images a second of each variant on one batch, in no more than so many seconds."""
-    stage: Any = nn.Module()
-
-    @contextmanager
-    def on_stage(variant: Variant) -> Iterator[None]:
-        stage.forward = variant.forward
-        yield
-
-    all_in_turn = [partial(on_stage, variant) for variant in found]
-    with tqdm(total=ROUNDS * len(found), desc="timing", unit="sample", leave=False) as progress, all_in_turn[0]():
-        times = in_turns(stage, images, all_in_turn, ROUNDS, seconds, progress)
-    return [
-        {
-            "images_per_s": len(images) / statistics.median(own),
-            "speedup": statistics.median(base / mine for base, mine in zip(times[0], own, strict=True)),
-        }
-        for own in times
-    ]
 
 
 def over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -22,9 +22,6 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,9 @@ from accelerate_vit import _positive as positive
 from accelerate_vit import choose_device, describe
 from drawing import side_by_side
 from masks import IGNORE, Data, crops, load
-from measuring import in_turns
+from measuring import speeds
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from tokred_kernels import flops, viz
@@ -53,7 +50,6 @@ WARM_UP = 0.1  # of all steps
 COMMON = 0.6  # of all steps
 CALIBRATED = "calibrated"
 CALIBRATION = 4  # batches of training crops
-ROUNDS = 9  # of timing
 PICTURE = 320  # pixels of one picture
 QUICK: dict[str, Any] = {"size": 64, "crop": 64, "steps": 3, "batch": 2, "width": 64, "depth": 3, "layers": [1, 2]}
 # Of Okabe and Ito: eight colours that the colour-blind tell apart too.
@@ -246,27 +242,10 @@ def tokens_left(segmenter: LinearSegmenter, images: Tensor) -> list[int]:
     return [token_map.num_out] * len(images) if token_map.packed is None else list(token_map.packed.lengths)
 
 
-@torch.inference_mode()
 def timings(segmenters: list[LinearSegmenter], data: Data, options: argparse.Namespace) -> list[dict[str, float]]:
     """Images a second of each on a batch of test crops."""
     images = data.images.repeat(math.ceil(options.batch / len(data.images)), 1, 1, 1)[: options.batch]
-    stage: Any = nn.Module()
-
-    @contextmanager
-    def on_stage(segmenter: LinearSegmenter) -> Iterator[None]:
-        stage.forward = segmenter.forward
-        yield
-
-    variants = [partial(on_stage, segmenter) for segmenter in segmenters]
-    with tqdm(total=ROUNDS * len(variants), desc="timing", unit="sample", leave=False) as progress, variants[0]():
-        times = in_turns(stage, images, variants, ROUNDS, options.seconds, progress)
-    return [
-        {
-            "images_per_s": options.batch / statistics.median(own),
-            "speedup": statistics.median(base / mine for base, mine in zip(times[0], own, strict=True)),
-        }
-        for own in times
-    ]
+    return speeds([segmenter.forward for segmenter in segmenters], images, options.seconds)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

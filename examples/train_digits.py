@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from accelerate_vit import _positive as positive
 from accelerate_vit import choose_device, describe
 from drawing import plot_accuracy
+from measuring import speeds
 from pictures import SIDE, SOURCES, Pictures, load, varied
-from scores import LEGEND, Variant, evaluate, markdown, over_seeds, timings
+from scores import LEGEND, Variant, evaluate, markdown, over_seeds
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--out {options.out}: cannot write there ({error.strerror})") from None
     device = choose_device(options.device)
     runs: list[list[dict[str, Any]]] = []
-    speeds: list[dict[str, float]] = []
+    measured: list[dict[str, float]] = []
     for seed in range(options.seed, options.seed + options.seeds):
         own = argparse.Namespace(**{**vars(options), "seed": seed})
         data = load(own.data, seed, device)
@@ -90,8 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
         found = prepared(data, own)
         runs.append([evaluate(variant, data) for variant in found])
-        speeds = speeds or timings(found, data.test[: own.batch], own.seconds)
-    rows = [{**row, **speed} for row, speed in zip(over_seeds(runs), speeds, strict=True)]
+        if not measured:
+            measured = speeds([variant.forward for variant in found], data.test[: own.batch], own.seconds)
+    rows = [{**row, **speed} for row, speed in zip(over_seeds(runs), measured, strict=True)]
     text = markdown(rows)
     print(f"\n{text}\n\n{LEGEND}")
     settings = {name: value for name, value in vars(options).items() if name != "out"}
