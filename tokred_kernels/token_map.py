@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -80,11 +80,10 @@ class TokenMap:
         packed: Packing | None = None,
         packed_in: Packing | None = None,
     ) -> None:
-        for name, part in (("dest", dest), ("members", members), ("begin", begin), ("count", count)):
-            if isinstance(part, Tensor) and part.dtype != torch.int32:  # a pytree may be rebuilt of other things
-                raise TypeError(
-                    f"TokenMap: {name} must be int32, got {part.dtype}; TokenMap.from_dest takes any integer dtype"
-                )
+        int32 = torch.int32
+        for part in (dest, members, begin, count):  # a pytree may be rebuilt of other things than tensors
+            if part is not None and getattr(part, "dtype", int32) is not int32:
+                _refuse_dtype(dest=dest, members=members, begin=begin, count=count)
         self.dest = dest.contiguous() if isinstance(dest, Tensor) and not dest.is_contiguous() else dest
         self.num_out = num_out
         self._members = members
@@ -266,6 +265,12 @@ class TokenMap:
 
     def _slots(self) -> str:
         return str(self.num_out) if self.packed is None else f"{list(self.packed.lengths)} packed"
+
+
+def _refuse_dtype(**parts: Any) -> NoReturn:
+    others = {name: part.dtype for name, part in parts.items() if getattr(part, "dtype", torch.int32) != torch.int32}
+    name, dtype = next(iter(others.items()))
+    raise TypeError(f"TokenMap: {name} must be int32, got {dtype}; TokenMap.from_dest takes any integer dtype")
 
 
 def _outside_inference_mode() -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ def best_match(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None =
         starts = cu_seqlens.data_ptr()
         code = DTYPE_CODE[metric.dtype]
         values = (metric.data_ptr(), 0, 0, metric.stride(0), *sizes, code, starts, *partition_values(partition))
-    score = metric.new_empty((images, partition.num_src), dtype=torch.float32)
+    score = metric.new_empty(images, partition.num_src, dtype=torch.float32)
     partner = metric.new_empty(score.shape, dtype=torch.int32)
     rank = torch.empty_like(partner)
     module = kernels(metric)

@@ -14,10 +14,10 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
     """See `backends.reference.bipartite_match`; this also writes the second view: dest, members, begin, count."""
     metric = inner_dense(metric)
     images, tokens, num_out = metric.shape[0], metric.shape[-2], partition.num_out
-    dest = metric.new_empty((images, tokens), dtype=torch.int32)
+    dest = metric.new_empty(images, tokens, dtype=torch.int32)
     members = dest.new_empty(images * tokens)
-    begin = dest.new_empty((images, num_out))
-    count = dest.new_empty((images, num_out))
+    begin = dest.new_empty(images, num_out)
+    count = dest.new_empty(images, num_out)
     views = (dest.data_ptr(), members.data_ptr(), begin.data_ptr(), count.data_ptr())
     values = problem(metric, partition)
     module = kernels(metric)

@@ -13,8 +13,8 @@ def invert(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
     dest = dest.contiguous()
     batch, tokens = dest.shape
     members = dest.new_empty(batch * tokens)
-    begin = dest.new_empty((batch, num_out))
-    count = dest.new_empty((batch, num_out))
+    begin = dest.new_empty(batch, num_out)
+    count = dest.new_empty(batch, num_out)
     views = (members.data_ptr(), begin.data_ptr(), count.data_ptr())
     kernels(dest).invert(dest.data_ptr(), batch, tokens, num_out, *views, stream(dest))
     return members, begin, count

@@ -14,7 +14,7 @@ def keep_topk(scores: Tensor, k: int, first: int, fuse: bool) -> tuple[Tensor, T
     """See `ops.keep_topk`: dest, members, begin, count."""
     scores = inner_dense(scores)
     images, tokens = scores.shape
-    dest = scores.new_empty((images, tokens), dtype=torch.int32)
+    dest = scores.new_empty(images, tokens, dtype=torch.int32)
     members = dest.new_empty(images * tokens)
     begin, count = (dest.new_empty((images, first + k + int(fuse))) for _ in range(2))
     kernels(scores).keep_topk(

@@ -24,7 +24,7 @@ def merge(
     channels = x.shape[2]
     y = room(x, (batch, num_out, channels))
     accumulator = accumulator_of(x)
-    sums = x.new_empty((batch, num_out) if weight_sum else (0,), dtype=accumulator)
+    sums = x.new_empty(batch, num_out, dtype=accumulator) if weight_sum else x.new_empty(0, dtype=accumulator)
     kernels(x).merge(
         *(x.data_ptr(), x.stride(1), address(weight), members.data_ptr(), begin.data_ptr(), count.data_ptr()),
         *(y.data_ptr(), sums.data_ptr() if weight_sum else 0, batch * num_out, channels),
