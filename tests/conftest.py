@@ -34,3 +34,18 @@ def backend(request):
     """Each compiled backend in turn; yields the device its tensors live on."""
     with tk.use_backend(request.param):
         yield "cpu" if request.param == "cpu" else "cuda"
+
+
+@pytest.fixture
+def one_thread():
+    """Models as small as those of tests only wait for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """No test is near the limit of recompilations by what those before it compiled."""
+    torch._dynamo.reset()

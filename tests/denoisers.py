@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Small denoisers of diffusers' own classes, with random weights that matter, and what they take."""
 
-import contextlib
-
 import torch
 
 from tokred_kernels.patch import patch, tomesd
@@ -67,15 +65,6 @@ def run(model, arguments):
 
 def patched(model, **settings):
     return patch(model, "tomesd", **settings)
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Models this small only wait for more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def record_matches(monkeypatch):

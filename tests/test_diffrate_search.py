@@ -21,13 +21,7 @@ timm = import_timm()
 LOOSE = {"progress": False, "tolerance": 1.0}
 QUICK = {"steps": 3, **LOOSE}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**settings):

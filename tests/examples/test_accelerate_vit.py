@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The demo, on a tiny model and two small pictures."""
 
-import importlib.util
 import json
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,27 +12,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 PIL = pytest.importorskip("PIL.Image")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = ["--model", "test_vit", "--batch", "2", "--rounds", "1", "--device", "cpu"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def demo(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("accelerate_vit", EXAMPLES / "accelerate_vit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for name in ("photos", "measuring", "drawing"):
-        sys.modules.pop(name, None)
+def demo(load_example):
+    return load_example("accelerate_vit")
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The segmentation example, on tiny models and small pictures."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,29 +13,16 @@ from tokred_kernels.calibrate import Similarity
 pytest.importorskip("tqdm")
 PIL = pytest.importorskip("PIL.Image")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--quick", "--device", "cpu"]
-HERE = ("photos", "masks", "measuring", "drawing", "accelerate_vit")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def demo(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("segment", EXAMPLES / "segment.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def demo(load_example):
+    module = load_example("segment")
     module.masks = sys.modules["masks"]
-    yield module
-    for name in HERE:
-        sys.modules.pop(name, None)
+    return module
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The example on handwritten digits, with a tiny model and a few steps."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,28 +13,14 @@ for needed in ("tqdm", "sklearn", "matplotlib", "PIL"):
     pytest.importorskip(needed)
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-HERE = ("pictures", "photos", "measuring", "drawing", "accelerate_vit", "scores")
 TINY = ["--quick", "--device", "cpu", "--batch", "512"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLES / "train_digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for name in HERE:
-        sys.modules.pop(name, None)
+def example(load_example):
+    return load_example("train_digits")
 
 
 def test_the_whole_run(example, tmp_path, capsys):

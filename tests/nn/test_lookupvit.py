@@ -26,14 +26,7 @@ timm = import_timm()
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2, "grid": (2, 2)}
 VIDEO = {**TINY, "img_size": (4, 32, 24), "patch_size": (2, 8, 8), "grid": (1, 2, 3)}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 def make(**settings):

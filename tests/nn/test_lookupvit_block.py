@@ -21,14 +21,7 @@ SETTINGS = {
     "no bias, other widths": {"qkv_bias": False, "mlp_ratio": 1.5, "lookup_ratio": 4},
 }
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # blocks this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 def make(**settings):

@@ -25,14 +25,7 @@ from tokred_kernels import unmerge, use_backend
 from tokred_kernels.calibrate import Similarity, Thresholds, calibrate_thresholds
 from tokred_kernels.patch import patch, unpatch
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the numbers

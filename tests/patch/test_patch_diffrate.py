@@ -46,13 +46,7 @@ COUNTS = {
     "nothing": ([41, 41, 41, 41], [50, 41, 41, 41]),
 }
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name="vit", **more):

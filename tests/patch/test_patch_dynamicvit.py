@@ -14,15 +14,7 @@ import tokred_kernels as tk
 from tokred_kernels.nn import ratio_loss
 from tokred_kernels.patch import dynamicvit, patch, unpatch
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 def decide_as_evaluating(monkeypatch, left=LEFT):

@@ -18,15 +18,7 @@ from tokred_kernels.patch import evit, patch, unpatch
 LEFT = (27, 20, 15)
 FUSING = pytest.mark.parametrize("fuse", [True, False], ids=["fuse", "drop"])
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 def assert_is(model, x, expected, sources, **how):

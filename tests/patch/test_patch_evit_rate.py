@@ -13,14 +13,7 @@ import tokred_kernels as tk
 from tokred_kernels.nn import cosine_keep_rate
 from tokred_kernels.patch import patch, unpatch
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_set_keep_rate_is_as_patched_anew():

@@ -15,16 +15,7 @@ VisionTransformer = timm.models.vision_transformer.VisionTransformer
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 METHODS = {
     "tome": {"r": (3, -1)},

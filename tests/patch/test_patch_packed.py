@@ -11,14 +11,7 @@ from tokred_kernels import unmerge, use_backend
 from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.patch.state import State
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def alone(model, x, **settings):

@@ -37,14 +37,7 @@ MODELS = {
     "position without prefix": (VisionTransformer, {"no_embed_class": True, "reg_tokens": 2}),
 }
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name="vit", **more):

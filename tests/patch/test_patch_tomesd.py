@@ -18,11 +18,7 @@ spec = importlib.util.spec_from_file_location("dense_tomesd", Path(__file__).par
 dense_tomesd = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dense_tomesd)
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    with denoisers.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -17,11 +17,7 @@ from tokred_kernels.patch import MARK, unpatch
 from tokred_kernels.patch.diffusers_import import import_diffusers
 from tokred_kernels.patch.tomesd import BasicTransformerBlock, MergingBlock
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    with denoisers.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
