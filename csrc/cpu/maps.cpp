@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../common/order.h"
+#include "for_each.h"
 #include "ops.h"
 
 namespace tokred::cpu {
@@ -74,20 +75,18 @@ void check_slots(const int32_t* dest, int64_t number, int64_t num_out) {
 
 void invert(const InvertArgs& a) {
   check_slots(a.dest, a.images * a.tokens, a.num_out);
-#pragma omp parallel for schedule(static) if (a.images * a.tokens > kSerialTokens)
-  for (int64_t b = 0; b < a.images; ++b) {
+  for_each(a.images, a.images * a.tokens > kSerialTokens, [&](int64_t b) {
     invert_image(a.dest + b * a.tokens, b * a.tokens, a.tokens, a.num_out, a.members + b * a.tokens,
                  a.begin + b * a.num_out, a.count + b * a.num_out);
-  }
+  });
 }
 
 void compose(const ComposeArgs& a) {
-#pragma omp parallel for schedule(static) if (a.images * a.tokens > kSerialTokens)
-  for (int64_t b = 0; b < a.images; ++b) {
+  for_each(a.images, a.images * a.tokens > kSerialTokens, [&](int64_t b) {
     const int32_t* first = a.first + b * a.tokens;
     const int32_t* second = a.second + b * a.middle;
     for (int64_t n = 0; n < a.tokens; ++n) a.dest[b * a.tokens + n] = first[n] < 0 ? -1 : second[first[n]];
-  }
+  });
 }
 
 }  // namespace tokred::cpu

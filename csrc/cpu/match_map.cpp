@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../common/slots.h"
+#include "for_each.h"
 #include "maps.h"
 #include "ops.h"
 
@@ -34,8 +35,7 @@ void dest_of_ranks(const Partition& p, int64_t image, int64_t tokens, const int3
 void match_map(const MatchMapArgs& a) {
   const int64_t sources = a.partition.num_src;
   const int64_t all_tokens = a.starts_in ? a.tokens : a.images * a.tokens;
-#pragma omp parallel for schedule(static) if (all_tokens > kSerialTokens)
-  for (int64_t b = 0; b < a.images; ++b) {
+  for_each(a.images, all_tokens > kSerialTokens, [&](int64_t b) {
     const int64_t first_row = a.starts_in ? a.starts_in[b] : b * a.tokens;
     const int64_t tokens = a.starts_in ? a.starts_in[b + 1] - first_row : a.tokens;
     Partition p = a.starts_in ? of_tokens(a.partition, tokens) : a.partition;
@@ -46,7 +46,7 @@ void match_map(const MatchMapArgs& a) {
     invert_image(dest, first_row, tokens, num_slots(p), a.members + first_row, a.begin + first_slot,
                  a.count + first_slot);
     if (a.starts_out) offset_slots(dest, tokens, static_cast<int32_t>(first_slot));
-  }
+  });
 }
 
 }  // namespace tokred::cpu

@@ -6,6 +6,7 @@
 
 #include "copy_row.h"
 #include "element.h"
+#include "for_each.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
@@ -70,8 +71,7 @@ void reduce_row(const MergeArgs& a, int64_t row) {
 template <class T, Reduce kReduce>
 void merge_rows(const MergeArgs& a) {
   const bool parallel = a.rows_out * a.channels * static_cast<int64_t>(sizeof(T)) > kSerialBytes;
-#pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t row = 0; row < a.rows_out; ++row) reduce_row<T, kReduce>(a, row);
+  for_each(a.rows_out, parallel, [&](int64_t row) { reduce_row<T, kReduce>(a, row); });
 }
 
 }  // namespace

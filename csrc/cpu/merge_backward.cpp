@@ -5,6 +5,7 @@
 
 #include "copy_row.h"
 #include "element.h"
+#include "for_each.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
@@ -100,8 +101,7 @@ void merge_backward(const MergeBackwardArgs& a) {
     const int64_t rows = a.images * a.tokens;
     const bool parallel = rows * a.channels * static_cast<int64_t>(sizeof(T)) > kSerialBytes;
     if (a.reduce != Reduce::amax) {
-#pragma omp parallel for schedule(static) if (parallel)
-      for (int64_t row = 0; row < rows; ++row) gather_row<T>(a, row);
+      for_each(rows, parallel, [&](int64_t row) { gather_row<T>(a, row); });
       return;
     }
     if (!a.grad_x) return;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "for_each.h"
 #include "ops.h"
 
 namespace tokred::cpu {
@@ -55,8 +56,7 @@ void similar_count(const SimilarCountArgs& a) {
     }
     shared.mean /= a.images, shared.deviation /= a.images;
   }
-#pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t b = 0; b < a.images; ++b) {
+  for_each(a.images, parallel, [&](int64_t b) {
     const float* score = a.score + b * a.sources;
     if (a.divisor == 0) {
       a.counts[b] = count_at_least(score, a.sources, static_cast<float>(a.threshold));
@@ -64,7 +64,7 @@ void similar_count(const SimilarCountArgs& a) {
       const Moments m = a.own ? moments(score, a.sources) : shared;
       a.counts[b] = count_at_least(score, a.sources, m.mean + m.deviation / a.divisor);
     }
-  }
+  });
 }
 
 }  // namespace tokred::cpu

@@ -2,6 +2,7 @@
 // Unmerge: a gather of rows.
 #include "copy_row.h"
 #include "element.h"
+#include "for_each.h"
 #include "maps.h"
 
 TOKRED_KERNELS_BEGIN
@@ -15,8 +16,7 @@ void unmerge(const UnmergeArgs& a) {
     const int64_t rows = a.images * a.tokens;
     const std::size_t bytes = a.channels * sizeof(T);
     const bool parallel = rows * static_cast<int64_t>(bytes) > kSerialBytes;
-#pragma omp parallel for schedule(static) if (parallel)
-    for (int64_t row = 0; row < rows; ++row) {
+    for_each(rows, parallel, [&](int64_t row) {
       T* out = x + row * a.channels;
       const int32_t slot = a.dest[row];
       if (slot < 0) {
@@ -24,7 +24,7 @@ void unmerge(const UnmergeArgs& a) {
       } else {
         copy_row(out, y + (row / a.tokens * a.num_out + slot) * a.y_stride, bytes);
       }
-    }
+    });
   });
 }
 
