@@ -66,4 +66,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--target", "_native"], check=True)
 
 
-setup(ext_modules=[Extension("tokred_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    license="MIT",
+    ext_modules=[Extension("tokred_kernels._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -115,6 +115,34 @@ def test_training_pictures_are_varied_and_the_same_in_every_run(example):
         assert not torch.equal(first[0], third[0])
 
 
+def tuned(example, scale=1.0):
+    """A small model before and after an epoch of 3 steps, in which its last block is what has learned nothing yet."""
+    options = example.parse(["--quick", "--tuning", "1", "--batch", "512"])
+    data = example.load("digits", 0, torch.device("cpu"))
+    model = example.make(options, data.classes, torch.device("cpu"))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    fresh = model.blocks[-1]
+
+    def loss(images, labels):
+        return scale * torch.nn.functional.cross_entropy(model(images), labels)
+
+    return example.train(model, data, options, example.fine_tuning(options), "", loss=loss, fresh=fresh), before
+
+
+def test_what_is_fresh_learns_alone_at_first(example, monkeypatch):
+    monkeypatch.setattr(example, "ALONE", 1.0)
+    model, before = tuned(example)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if name.startswith("blocks.2.")}
+
+
+def test_gradients_of_what_is_fresh_and_of_the_rest_are_bounded_apart(example):
+    model, _ = tuned(example, scale=1e6)
+    for parameters in (group["params"] for group in example.groups(model, model.blocks[-1])):
+        norm = torch.stack([parameter.grad.norm() for parameter in parameters if parameter.grad is not None]).norm()
+        assert norm == pytest.approx(example.GRADIENT_BOUND, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [

@@ -76,6 +76,10 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
     all tokens stay, so that gradients reach the predictor. Losses: `nn.ratio_loss(model.token_decisions, keep)`, and
     `nn.distillation_loss`. When evaluating, tokens are removed: those of lowest score, so many that the share is met.
 
+    To train: the gradient that a policy gets is huge where a dropped token outscores all that are kept, so bound it
+    (`nn.utils.clip_grad_norm_`). As published, `model.score_predictor` learns alone for a sixth of the epochs, and the
+    rest at a lower rate from then on.
+
     Raises as `patch` says.
     """
     timm_vit.check_switches(trace=trace)
