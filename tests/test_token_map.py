@@ -300,3 +300,11 @@ def test_packings_are_made_on_the_host():
     with torch.device("meta"):
         packing = tk.Packing.of((3, 2), torch.device("cpu"))
     assert packing.cu_seqlens.tolist() == [0, 3, 5]
+
+
+def test_only_tensors_must_be_int32():
+    class Proxy:  # as tracers put in place of a tensor when they rebuild a map
+        dtype = "not known yet"
+
+    leaf = Proxy()
+    assert tk.TokenMap(leaf, 3, leaf, leaf, leaf).dest is leaf

@@ -82,7 +82,7 @@ class TokenMap:
     ) -> None:
         int32 = torch.int32
         for part in (dest, members, begin, count):  # a pytree may be rebuilt of other things than tensors
-            if part is not None and getattr(part, "dtype", int32) is not int32:
+            if part is not None and isinstance(part, Tensor) and part.dtype is not int32:
                 _refuse_dtype(dest=dest, members=members, begin=begin, count=count)
         self.dest = dest.contiguous() if isinstance(dest, Tensor) and not dest.is_contiguous() else dest
         self.num_out = num_out
@@ -268,8 +268,8 @@ class TokenMap:
 
 
 def _refuse_dtype(**parts: Any) -> NoReturn:
-    others = {name: part.dtype for name, part in parts.items() if getattr(part, "dtype", torch.int32) != torch.int32}
-    name, dtype = next(iter(others.items()))
+    dtypes = ((name, part.dtype) for name, part in parts.items() if isinstance(part, Tensor))
+    name, dtype = next((name, dtype) for name, dtype in dtypes if dtype != torch.int32)
     raise TypeError(f"TokenMap: {name} must be int32, got {dtype}; TokenMap.from_dest takes any integer dtype")
 
 

@@ -16,7 +16,7 @@ def keep_topk(scores: Tensor, k: int, first: int, fuse: bool) -> tuple[Tensor, T
     images, tokens = scores.shape
     dest = scores.new_empty(images, tokens, dtype=torch.int32)
     members = dest.new_empty(images * tokens)
-    begin, count = (dest.new_empty((images, first + k + int(fuse))) for _ in range(2))
+    begin, count = (dest.new_empty(images, first + k + int(fuse)) for _ in range(2))
     kernels(scores).keep_topk(
         *(scores.data_ptr(), scores.stride(0), images, tokens, first, k, int(fuse)),
         *(dest.data_ptr(), members.data_ptr(), begin.data_ptr(), count.data_ptr(), stream(scores)),
