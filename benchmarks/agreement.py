@@ -76,8 +76,8 @@ def _check_choice(case: Case, provider: Provider, inputs: Inputs, output: Any) -
     if case.op == "adaptive_bipartite_match":
         prove_adaptive_count(r, inputs.metric, every_other_source(case, case.r), inputs.layer_index, tie)
     partition = _partition(case, chosen, r)
-    if token_map.num_out != partition.num_out:
-        raise Disagreement(f"{token_map.num_out} slots, not {partition.num_out}")
+    if token_map.num_out != partition.num_out():
+        raise Disagreement(f"{token_map.num_out} slots, not {partition.num_out()}")
     prove_choice(token_map.dest, inputs.metric, partition, tie)
     if case.op == "importance_match":
         off = float((output[1].double() - best_cosines(inputs.metric, partition)).abs().max())

@@ -32,9 +32,9 @@ def prove_choice(dest: Tensor, metric: Tensor, partition: Partition, tie: float)
         raise Disagreement("a destination is not in its slot")
     _prove_leading(dest, partition.first)
     source_slot = dest.gather(1, source)
-    if bool(((source_slot < 0) | (source_slot >= partition.num_out)).any()):
+    if bool(((source_slot < 0) | (source_slot >= partition.num_out())).any()):
         raise Disagreement("a token goes nowhere")
-    owner = dest.new_full((partition.num_out,), -1)
+    owner = dest.new_full((partition.num_out(),), -1)
     owner[slot] = j
     joined = owner[source_slot]  # the destination that each source joined, -1 for none
     if not bool(((joined >= 0).sum(1) == partition.r).all()) or bool((joined[:, :lead] >= 0).any()):
@@ -51,7 +51,7 @@ def prove_choice(dest: Tensor, metric: Tensor, partition: Partition, tie: float)
     _prove_best(best[:, lead:], joined[:, lead:] >= 0, tie, "token")
 
     # Those that stay: in the order of their slots, by index, or by descending similarity.
-    key = torch.where(joined < 0, source_slot, partition.num_out)
+    key = torch.where(joined < 0, source_slot, partition.num_out())
     order = key.argsort(1)[:, : partition.num_src - partition.r]
     if partition.sources_by_index:
         step = -order.diff(dim=1).double()
@@ -65,8 +65,8 @@ def prove_choice(dest: Tensor, metric: Tensor, partition: Partition, tie: float)
 def prove_windows(dest: Tensor, num_out: int, x: Tensor, windows: Windows, threshold: float, tie: float) -> None:
     """Raise Disagreement unless `dest` (B, N) merges the most similar windows of x (B, N, C), and the right number."""
     dest, first = dest.long(), windows.first
-    r, part = divmod(windows.num_tokens - num_out, windows.size - 1)
-    if part or not 0 <= r <= windows.number:
+    r, part = divmod(windows.num_tokens() - num_out, windows.size() - 1)
+    if part or not 0 <= r <= windows.number():
         raise Disagreement(f"{num_out} slots are left by no number of merged windows")
     cosine = window_cosines(x, windows)
     prove_count(cosine, r, cosine.new_tensor(threshold), tie)
@@ -88,7 +88,7 @@ def prove_windows(dest: Tensor, num_out: int, x: Tensor, windows: Windows, thres
     _prove_leading(dest, first)
     stays = torch.ones_like(dest, dtype=torch.bool)
     stays[:, :first] = False
-    stays[:, inside.flatten()] = ~merged.repeat_interleave(windows.size, 1)
+    stays[:, inside.flatten()] = ~merged.repeat_interleave(windows.size(), 1)
     by_index = first + r + stays.cumsum(1) - 1
     if bool((dest != by_index)[stays].any()):
         raise Disagreement("the tokens that stay are not in order")
@@ -120,16 +120,16 @@ def window_cosines(x: Tensor, windows: Windows) -> Tensor:
     unit = vectors * inverse_norm(vectors)
     pairs = unit @ unit.transpose(-1, -2)
     pairs.diagonal(dim1=-2, dim2=-1).zero_()
-    return pairs.sum((-1, -2)) / (windows.size * (windows.size - 1))
+    return pairs.sum((-1, -2)) / (windows.size() * (windows.size() - 1))
 
 
 def window_tokens(windows: Windows, device: torch.device) -> Tensor:
     """(W, size): the tokens of each window."""
     height, width = windows.height, windows.width
-    token = torch.arange(windows.first, windows.num_tokens, device=device)
-    inside = token.view(windows.grid_height, -1)[: windows.down * height, : windows.across * width]
-    cut = inside.reshape(windows.down, height, windows.across, width)
-    return cut.transpose(1, 2).reshape(windows.number, windows.size)
+    token = torch.arange(windows.first, windows.num_tokens(), device=device)
+    inside = token.view(windows.grid_height, -1)[: windows.down() * height, : windows.across() * width]
+    cut = inside.reshape(windows.down(), height, windows.across(), width)
+    return cut.transpose(1, 2).reshape(windows.number(), windows.size())
 
 
 def _prove_leading(dest: Tensor, first: int) -> None:

@@ -53,7 +53,7 @@ def assert_follows(token_map, metric, partition):
     """The same for any partition, as it is: with an `r` of its own."""
     metric = metric.cpu()
     dest = token_map.dest.cpu().long()
-    assert token_map.num_out == partition.num_out
+    assert token_map.num_out == partition.num_out()
     assert torch.equal(dest[:, : partition.first], torch.arange(partition.first).expand(dest.shape[0], -1))
     best, index = reference.best_destination(metric, partition, torch.float64)
     _, partner, rank = reference.rank_sources(best, index, partition.protected_src)
@@ -65,7 +65,7 @@ def assert_follows(token_map, metric, partition):
     for image in range(dest.shape[0]):
         slot_of_destination = dest[image, destination[image]]
         assert slot_of_destination.unique().numel() == partition.num_dst
-        where = torch.full((partition.num_out,), -1)
+        where = torch.full((partition.num_out(),), -1)
         where[slot_of_destination] = destination[image]
         target = where[dest[image, source[image]]]  # the destination token each source shares a slot with, or -1
         joined = target >= 0

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: MIT
+import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -67,6 +69,25 @@ def test_a_gpu_kernel_that_no_recorded_run_has_shown_right_is_not_taken_by_auto(
     assert backends._decide("unmerge", "auto", "cuda", torch.float32) == "triton"
     assert backends._decide("bipartite_match", "auto", "cuda", torch.float32) == "reference"
     assert backends._decide("bipartite_match", "cuda", "cuda", torch.float32) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("3.2.0", "triton 3.2.0 is too old: its kernels need 3.3"), ("3.3.0+git1", None), ("10.1", None), (None, None)],
+)
+def test_a_triton_that_is_too_old_is_not_taken(version, reason, monkeypatch):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    against = backends._against_triton()
+    assert against is None if reason is None else against.startswith(reason)
+    monkeypatch.setattr(backends, "_AGAINST_TRITON", against)
+    on_gpu = backends.reason_against("merge", "triton", "cuda", torch.float32)
+    assert on_gpu == against
 
 
 def test_show_config_tells_what_was_built(capsys):
@@ -192,18 +213,18 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
     for windows in (Windows(1, 8, 8, 2, 2), Windows(0, 7, 9, 3, 2), Windows(2, 1, 5, 1, 5), Windows(5, 20, 3, 2, 1)):
         for channels in (0, 5, 70):
             # Not of whole numbers: a similarity on the threshold would go either way.
-            x = torch.randn(3, windows.num_tokens, channels).to(dtype)
+            x = torch.randn(3, windows.num_tokens(), channels).to(dtype)
             if channels:
                 x[0, windows.first], x[1, windows.first + 1] = float("nan"), float("inf")
                 x[2, windows.first + 2], x[2, windows.first + 3] = 0, 1e25  # whose square is no float
             same("window_similarity", x, windows, 0.05)
 
 for windows in (Windows(1, 8, 8, 2, 2), Windows(0, 7, 9, 3, 2), Windows(2, 1, 5, 1, 5)):
-    score = torch.randint(-1, 3, (3, windows.number)).float()
-    for r in {0, 1, windows.number}:
+    score = torch.randint(-1, 3, (3, windows.number())).float()
+    for r in {0, 1, windows.number()}:
         same("window_map", score, windows, r)
-    counts = [0, windows.number, windows.number // 2]
-    lengths = [windows.num_tokens - r * (windows.size - 1) for r in counts]
+    counts = [0, windows.number(), windows.number() // 2]
+    lengths = [windows.num_tokens() - r * (windows.size() - 1) for r in counts]
     same("window_map", score, windows, 0, torch.tensor(counts).int(), starts(lengths), sum(lengths))
 
 for shape in ((3, 100), (2, 1), (1, 20000), (4, 7)):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from tokred_kernels.records import changed
+
 
 class Partition(NamedTuple):
     """Sources, destinations, what is protected, and how the slots are laid out; csrc/common/args.h has the formulas.
@@ -27,16 +29,15 @@ class Partition(NamedTuple):
     sources: Tensor | None = None
     destinations: Tensor | None = None
 
-    @property
     def numbers(self) -> tuple[int, ...]:
         """All fields but the lists, as `SCHEMA` declares them and `Partition(*numbers)` takes them back."""
-        return self[:8]
+        protected = self.protected_src, self.protected_dst
+        return self.first, self.stride, self.num_src, self.num_dst, *protected, self.sources_by_index, self.r
 
     def of_tokens(self, tokens: int) -> Partition:
         """The same split into even and odd, of so many tokens: for images of several lengths."""
-        return self._replace(num_src=(tokens + 1) // 2, num_dst=tokens // 2)
+        return changed(self, num_src=(tokens + 1) // 2, num_dst=tokens // 2)
 
-    @property
     def num_out(self) -> int:
         """N', the number of slots."""
         return self.first + self.num_src - self.r + self.num_dst

@@ -18,27 +18,22 @@ class Windows(NamedTuple):
     height: int
     width: int
 
-    @property
     def num_tokens(self) -> int:
         """N, with the leading tokens."""
         return self.first + self.grid_height * self.grid_width
 
-    @property
     def down(self) -> int:
         """Windows in a column."""
         return self.grid_height // self.height
 
-    @property
     def across(self) -> int:
         """Windows in a row."""
         return self.grid_width // self.width
 
-    @property
     def number(self) -> int:
         """W, all windows of an image."""
-        return self.down * self.across
+        return self.down() * self.across()
 
-    @property
     def size(self) -> int:
         """Tokens of a window."""
         return self.height * self.width

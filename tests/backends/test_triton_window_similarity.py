@@ -38,7 +38,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_the_mean_of_all_pairs(device, windows, dtype):
     for channels in (1, 33, 130):
-        x = torch.randn(2, windows.num_tokens, channels, device=device).to(dtype)
+        x = torch.randn(2, windows.num_tokens(), channels, device=device).to(dtype)
         x[:, windows.first] = 0
         assert_close_to_float64(x, windows)
 
@@ -55,7 +55,7 @@ def test_norms_that_come_first_are_the_same(device, windows, monkeypatch):
     from tokred_kernels.backends.triton import window_similarity as module
     from tokred_kernels.backends.triton.configs import WindowConfig
 
-    x = exact_tokens(2, windows.num_tokens, 64).to(device)
+    x = exact_tokens(2, windows.num_tokens(), 64).to(device)
     expected = window_similarity(x, windows, 0.0, "triton")
     monkeypatch.setattr(module, "window_config", lambda _: WindowConfig(2, 16, 4, 1))
     for got, want in zip(window_similarity(x, windows, 0.0, "triton"), expected, strict=True):
@@ -66,7 +66,7 @@ def test_norms_that_come_first_are_the_same(device, windows, monkeypatch):
 def test_what_rounding_does_not_touch_is_equal_in_every_bit(device, dtype):
     # Cosines are whole multiples of 1 / 8, and most windows tie with others; some tokens are zero.
     windows = Windows(1, 5, 12, 2, 2)
-    x = exact_tokens(3, windows.num_tokens, 16).to(device, dtype)
+    x = exact_tokens(3, windows.num_tokens(), 16).to(device, dtype)
     for threshold in (0.0, 1 / 12):
         got = window_similarity(x, windows, threshold, "triton")
         # On the CPU: a GPU's torch may round a norm or a quotient differently.
@@ -81,7 +81,7 @@ def test_what_rounding_does_not_touch_is_equal_in_every_bit(device, dtype):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_spoils_its_own_window_alone(device, value):
     windows = Windows(1, 5, 7, 2, 2)
-    x = torch.randn(2, windows.num_tokens, 24, device=device)
+    x = torch.randn(2, windows.num_tokens(), 24, device=device)
     expected = window_similarity(x, windows, 0.0, "triton")[0]
     for token in (0, 1 + 9, 1 + 6, 1 + 34):  # of the prefix, of window 1, of the rim at the right, of the one below
         x[1, token, 5] = value

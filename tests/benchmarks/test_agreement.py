@@ -222,7 +222,7 @@ def test_the_drawn_number_merges():
     for op in ("window_match", "adaptive_bipartite_match"):
         case = tiny(op)
         inputs = draw(case, 3)
-        gone = windows(case).size - 1 if op == "window_match" else 1
+        gone = windows(case).size() - 1 if op == "window_match" else 1
         assert ours(case, "reference")(inputs).num_out == case.shape[1] - case.r * gone
 
 

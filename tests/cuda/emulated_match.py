@@ -24,10 +24,10 @@ def lists_of(p):
 def emulated_match(emulator, metric, p, **options):
     """dest, members, begin, count of a (B, H, N, D) metric."""
     images, _, tokens, _ = metric.shape
-    outputs = poisoned(images * tokens, images * tokens, images * p.num_out, images * p.num_out)
+    outputs = poisoned(images * tokens, images * tokens, images * p.num_out(), images * p.num_out())
     emulator.call("bipartite_match", match_problem(metric, p), [flat(metric), None, *lists_of(p), *outputs], **options)
     dest, members, begin, count = outputs
-    return dest.view(images, tokens), members, begin.view(images, p.num_out), count.view(images, p.num_out)
+    return dest.view(images, tokens), members, begin.view(images, p.num_out()), count.view(images, p.num_out())
 
 
 def emulated_best(emulator, metric, p, cu_seqlens=None, **options):
@@ -37,7 +37,7 @@ def emulated_best(emulator, metric, p, cu_seqlens=None, **options):
     else:
         images = len(cu_seqlens) - 1
         sizes = images, 1, p.num_src + p.num_dst, metric.shape[1]
-        problem = (0, 0, metric.stride(0), *sizes, DTYPES[metric.dtype], *map(int, p.numbers))
+        problem = (0, 0, metric.stride(0), *sizes, DTYPES[metric.dtype], *map(int, p.numbers()))
     score = torch.full((images * p.num_src,), torch.nan)
     partner, rank = poisoned(images * p.num_src, images * p.num_src)
     buffers = [flat(metric), cu_seqlens, *lists_of(p), score, partner, rank]
@@ -56,7 +56,7 @@ def check_best(emulator, metric, p, cu_seqlens=None, **options):
 def check_match(emulator, metric, p, **options):
     squeezed = metric[:, 0] if metric.shape[1] == 1 else metric
     expected = bipartite_match.bipartite_match(squeezed, p)
-    assert_map(emulated_match(emulator, metric, p, **options), expected, p.num_out)
+    assert_map(emulated_match(emulator, metric, p, **options), expected, p.num_out())
 
 
 def random_lists(images, tokens, num_src, r, first=0, by_index=False):

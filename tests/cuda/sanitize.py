@@ -167,12 +167,12 @@ def check_packed(run: Run, lengths: tuple[int, ...], dtype: torch.dtype) -> None
 def check_windows(run: Run, windows: Windows, dtype: torch.dtype) -> None:
     """The scores up to rounding, and the map of given scores."""
     for channels in (33, 64):
-        x = run.normal(2, windows.num_tokens, channels, dtype=dtype)
+        x = run.normal(2, windows.num_tokens(), channels, dtype=dtype)
         scores = [window_similarity(x, windows, 0.0, backend)[0] for backend in (run.backend, "reference")]
         torch.testing.assert_close(*scores, rtol=0, atol=1e-5)
-    given = run.ternary(2, windows.number, dtype=torch.float32)
-    counts = torch.tensor([windows.number, windows.number // 2], dtype=torch.int32, device=run.device)
-    for r, each in ((0, None), (windows.number // 2, None), (windows.number, None), (0, counts)):
+    given = run.ternary(2, windows.number(), dtype=torch.float32)
+    counts = torch.tensor([windows.number(), windows.number() // 2], dtype=torch.int32, device=run.device)
+    for r, each in ((0, None), (windows.number() // 2, None), (windows.number(), None), (0, counts)):
         maps = [of_map(window_map(given, windows, r, backend, each)) for backend in (run.backend, "reference")]
         for got, want in zip(*maps, strict=True):
             assert torch.equal(got, want)

@@ -67,7 +67,7 @@ def emulated_map(emulator, partner, rank, p, tokens, counts=None, lengths=None, 
     """dest, members, begin, count; `counts` makes the map packed, and `lengths` what goes into it."""
     images = partner.shape[0]
     starts_in = starts_out = None
-    rows, slots, num_out = images * tokens, images * p.num_out, 0
+    rows, slots, num_out = images * tokens, images * p.num_out(), 0
     if lengths is not None:
         rows, starts_in = tokens, starts(lengths)
     if counts is not None:
@@ -77,7 +77,7 @@ def emulated_map(emulator, partner, rank, p, tokens, counts=None, lengths=None, 
     outputs = poisoned(rows, rows, slots, slots)
     lists = [None if t is None else t.flatten() for t in (p.sources, p.destinations)]
     buffers = [partner.flatten(), rank.flatten(), *lists, counts, starts_in, starts_out, *outputs]
-    emulator.call("match_map", (images, tokens, num_out, *map(int, p.numbers)), buffers, **options)
+    emulator.call("match_map", (images, tokens, num_out, *map(int, p.numbers())), buffers, **options)
     expected = match_map.match_map(partner, rank, p, tokens, counts, starts_in, starts_out, num_out)
     for name, ours, theirs in zip(("dest", "members", "begin", "count"), outputs, expected, strict=True):
         assert ours.tolist() == theirs.flatten().tolist(), name

@@ -71,7 +71,7 @@ def test_match_rounds_the_mean_over_heads(emulator):
     rounded = metric.float().mean(1).to(torch.bfloat16)
     p = every_other(64, 16, None, False, False)
     averaged = emulated_match(emulator, metric, p)
-    assert_map(averaged, emulated_match(emulator, rounded[:, None], p)[0], p.num_out)
+    assert_map(averaged, emulated_match(emulator, rounded[:, None], p)[0], p.num_out())
 
 
 @floats

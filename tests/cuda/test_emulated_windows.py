@@ -27,12 +27,12 @@ shapes = pytest.mark.parametrize("windows", SHAPES.values(), ids=SHAPES)
 def emulated_similarity(emulator, x, windows, threshold=0.5, **options):
     """The scores, with their counts checked."""
     images, _, channels = x.shape
-    score = torch.full((images * windows.number,), torch.nan)
+    score = torch.full((images * windows.number(),), torch.nan)
     (counts,) = poisoned(images)
     integers = (x.stride(0), x.stride(1), images, channels, DTYPES[x.dtype], *windows)
     buffers = [flat(x), torch.tensor([threshold], dtype=torch.float32), score, counts]
     emulator.call("window_similarity", integers, buffers, **options)
-    score = score.view(images, windows.number)
+    score = score.view(images, windows.number())
     assert counts.tolist() == (score >= threshold).sum(1).tolist()
     return score
 
@@ -40,8 +40,8 @@ def emulated_similarity(emulator, x, windows, threshold=0.5, **options):
 def alike(windows, images, channels, dtype=torch.float32):
     """Tokens that share a direction more or less, so that cosines of all kinds come."""
     base = torch.randn(images, 1, channels)
-    noise = torch.randn(images, windows.num_tokens, channels)
-    return (base + torch.rand(images, windows.num_tokens, 1) * 3 * noise).to(dtype)
+    noise = torch.randn(images, windows.num_tokens(), channels)
+    return (base + torch.rand(images, windows.num_tokens(), 1) * 3 * noise).to(dtype)
 
 
 def check_similarity(emulator, x, windows, **options):
@@ -86,7 +86,7 @@ def test_window_similarity_of_more_windows_than_a_block_has(emulator, name):
 def test_scores_do_not_depend_on_strides_and_alignment(emulator, name, dtype, channels, padding, offset):
     windows = SHAPES[name]
     x = alike(windows, 2, channels, dtype)
-    padded = torch.randn(2, windows.num_tokens + 1, channels + padding).to(dtype)
+    padded = torch.randn(2, windows.num_tokens() + 1, channels + padding).to(dtype)
     strided = padded[:, 1:, :channels]
     strided.copy_(x)
     expected = emulated_similarity(emulator, x, windows)
@@ -98,8 +98,8 @@ def test_scores_do_not_depend_on_strides_and_alignment(emulator, name, dtype, ch
 @floats
 @shapes
 def test_zero_tokens_are_similar_to_nothing(emulator, windows, dtype):
-    x = torch.zeros(2, windows.num_tokens, 24, dtype=dtype)
-    assert emulated_similarity(emulator, x, windows).tolist() == [[0.0] * windows.number] * 2
+    x = torch.zeros(2, windows.num_tokens(), 24, dtype=dtype)
+    assert emulated_similarity(emulator, x, windows).tolist() == [[0.0] * windows.number()] * 2
     x[:, ::2] = 1
     check_similarity(emulator, x, windows)
 
@@ -129,7 +129,7 @@ def test_tokens_whose_norms_overflow_count_as_zero(emulator, name):
 
 @shapes
 def test_equal_tokens_have_similarity_one_in_every_window(emulator, windows):
-    x = torch.randn(1, 1, 50).expand(2, windows.num_tokens, 50).contiguous()
+    x = torch.randn(1, 1, 50).expand(2, windows.num_tokens(), 50).contiguous()
     score = emulated_similarity(emulator, x, windows, threshold=-1.0)
     torch.testing.assert_close(score, torch.ones_like(score), rtol=0, atol=1e-6)
     assert (score == score[0, 0]).all()
@@ -138,19 +138,22 @@ def test_equal_tokens_have_similarity_one_in_every_window(emulator, windows):
 def test_window_similarity_without_channels_or_images(emulator):
     windows = SHAPES["2x2"]
     for name in ("2x2", "3x3"):
-        x = torch.zeros(2, SHAPES[name].num_tokens, 0)
+        x = torch.zeros(2, SHAPES[name].num_tokens(), 0)
         assert (emulated_similarity(emulator, x, SHAPES[name], 0.0) == 0).all()
-    assert emulated_similarity(emulator, torch.zeros(0, windows.num_tokens, 8), windows).shape == (0, windows.number)
+    assert emulated_similarity(emulator, torch.zeros(0, windows.num_tokens(), 8), windows).shape == (
+        0,
+        windows.number(),
+    )
 
 
 def test_window_similarity_refuses_float64(emulator):
     windows = SHAPES["2x2"]
     with pytest.raises(RuntimeError, match="window_similarity: float64 is not supported on CUDA"):
-        emulated_similarity(emulator, torch.zeros(1, windows.num_tokens, 8, dtype=torch.float64), windows)
+        emulated_similarity(emulator, torch.zeros(1, windows.num_tokens(), 8, dtype=torch.float64), windows)
 
 
 def check_map(emulator, score, windows, r, counts=None, **options):
-    images, tokens, gone = score.shape[0], windows.num_tokens, windows.size - 1
+    images, tokens, gone = score.shape[0], windows.num_tokens(), windows.size() - 1
     starts_out, num_out, slots = None, 0, images * (tokens - r * gone)
     if counts is not None:
         starts_out = starts((tokens - counts * gone).tolist())
@@ -165,7 +168,7 @@ def check_map(emulator, score, windows, r, counts=None, **options):
 
 # The order of the windows in shared memory, and, where that is too small, among the members.
 def limits(windows):
-    return {"shared": SMALL_SHARED, "global": 8 * windows.number + 255}
+    return {"shared": SMALL_SHARED, "global": 8 * windows.number() + 255}
 
 
 @pytest.mark.parametrize("memory", ["shared", "global"])
@@ -173,17 +176,17 @@ def limits(windows):
 def test_window_map(emulator, windows, memory):
     limit = limits(windows)[memory]
     for images in (1, 3):
-        score = whole_numbers(images, windows.number)  # ties
+        score = whole_numbers(images, windows.number())  # ties
         score[0, ::3] = -torch.inf
-        for r in sorted({0, 1, windows.number // 2, windows.number}):
+        for r in sorted({0, 1, windows.number() // 2, windows.number()}):
             check_map(emulator, score, windows, r, shared_limit=limit, reverse=r == 1)
 
 
 @pytest.mark.parametrize("memory", ["shared", "global"])
 @shapes
 def test_packed_window_map(emulator, windows, memory):
-    score = torch.randn(4, windows.number)
-    most = windows.number
+    score = torch.randn(4, windows.number())
+    most = windows.number()
     for counts in ((0, 0, 0, 0), (most, 0, most // 2, 1), (most, most, most, most)):
         given = torch.tensor(counts, dtype=torch.int32)
         check_map(emulator, score, windows, 0, given, shared_limit=limits(windows)[memory])
@@ -197,8 +200,8 @@ def test_packed_window_map(emulator, windows, memory):
     ids=str,
 )
 def test_window_map_orders_any_number_of_windows(emulator, windows, memory):
-    score = whole_numbers(2, windows.number, high=windows.number // 2)
-    for r in (windows.number // 3, windows.number):
+    score = whole_numbers(2, windows.number(), high=windows.number() // 2)
+    for r in (windows.number() // 3, windows.number()):
         check_map(emulator, score, windows, r, shared_limit=limits(windows)[memory])
 
 

@@ -18,12 +18,12 @@ def call(score, windows, r, counts=None):
 def truth(score, windows, r):
     """`dest` of one image."""
     members = window_members(windows.first, windows[1:3], windows[3:])
-    return dest_of(window_slots(score.tolist(), members, windows.first, windows.num_tokens, r), windows.num_tokens)
+    return dest_of(window_slots(score.tolist(), members, windows.first, windows.num_tokens(), r), windows.num_tokens())
 
 
 def tied_scores(images, windows):
     """Few values, so that most windows tie, and some that never merge."""
-    score = torch.randint(-2, 3, (images, windows.number)) / 2
+    score = torch.randint(-2, 3, (images, windows.number())) / 2
     score[torch.rand(score.shape) < 0.1] = -math.inf
     return score
 
@@ -44,20 +44,20 @@ SHAPES = [
 def test_merges_the_highest_at_any_r(everywhere, windows, monkeypatch):
     score = tied_scores(3, windows)
     poison(monkeypatch)
-    number = windows.number
+    number = windows.number()
     for r in sorted({0, 1, number // 3, number - 1, number}):
         token_map = call(score.to(everywhere), windows, r)
         assert token_map.dest.tolist() == [truth(image, windows, r) for image in score]
-        assert token_map.num_out == windows.num_tokens - r * (windows.size - 1)
+        assert token_map.num_out == windows.num_tokens() - r * (windows.size() - 1)
         assert token_map.packed is None
         assert_views(token_map)
 
 
 @pytest.mark.parametrize("windows", SHAPES, ids=str)
 def test_packed_images_each_merge_their_own_number(everywhere, windows, monkeypatch):
-    score, number = tied_scores(4, windows), windows.number
+    score, number = tied_scores(4, windows), windows.number()
     counts = torch.tensor([number // 2, 0, number, 1], dtype=torch.int32)
-    lengths = [windows.num_tokens - r * (windows.size - 1) for r in counts.tolist()]
+    lengths = [windows.num_tokens() - r * (windows.size() - 1) for r in counts.tolist()]
     poison(monkeypatch)
     token_map = call(score.to(everywhere), windows, 0, counts.to(everywhere))
     assert token_map.packed.lengths == tuple(lengths)

@@ -16,7 +16,7 @@ def call(x, windows, threshold=0.0):
 
 
 def tokens_for(windows, channels, batch=2):
-    return torch.randn(batch, windows.num_tokens, channels)
+    return torch.randn(batch, windows.num_tokens(), channels)
 
 
 # One window and many, in a row and in a column, the whole grid, a rim below, at the right and both, no prefix and some.
@@ -45,7 +45,7 @@ def test_is_the_mean_of_all_pairs(everywhere, windows, channels, dtype, monkeypa
     exact = torch.tensor([window_scores(image, members) for image in x])
     poison(monkeypatch)
     score, counts = call(x.to(everywhere), windows, 0.01)
-    assert score.shape == (2, windows.number)
+    assert score.shape == (2, windows.number())
     assert score.dtype == torch.float32
     assert counts.dtype == torch.int32
     assert (score.cpu() - exact).abs().max() <= COSINE_BAND
@@ -55,7 +55,7 @@ def test_is_the_mean_of_all_pairs(everywhere, windows, channels, dtype, monkeypa
 def test_equal_scores_are_equal_bits(everywhere):
     # Windows whose sums of cosines are the same whole number must tie, or the lower index does not win.
     windows = Windows(1, 16, 16, 2, 2)
-    x = exact_tokens(2, windows.num_tokens, 16)
+    x = exact_tokens(2, windows.num_tokens(), 16)
     exact = torch.tensor([window_scores(image, window_members(1, (16, 16), (2, 2))) for image in x])
     for dtype in DTYPES:
         score = call(x.to(everywhere, dtype), windows)[0].cpu()
@@ -97,7 +97,7 @@ def test_zero_tokens_have_similarity_zero(everywhere):
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_is_not_finite_spoils_its_own_window_alone(everywhere, value, whole):
     windows = Windows(1, 5, 7, 2, 2)
-    x = torch.randn(1, windows.num_tokens, 24, device=everywhere)
+    x = torch.randn(1, windows.num_tokens(), 24, device=everywhere)
     expected = call(x, windows)[0]
     spoilt = (0, 1 + 9, 1 + 6, 1 + 34)  # of the prefix, of window 1, of the rim at the right, of the one below
     for token in spoilt:

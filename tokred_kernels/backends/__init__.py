@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -68,10 +69,27 @@ TRITON_FIRST = ("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lo
 # GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
 VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
 
-_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = (3, 3)
 _FAMILY = {"reference": "reference", "cpu": "native", "cuda": "native", "triton": "triton"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = {"cpu": (*_FLOATS, torch.float64), "cuda": _FLOATS, "triton": _FLOATS}
+
+
+def _against_triton() -> str | None:
+    """Why no kernel of Triton can run at all; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed (pip install "tokred_kernels[triton]")'
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build of another name, such as those of torch's nightlies
+        return None
+    if tuple(map(int, version.split(".")[:2])) >= OLDEST_TRITON:
+        return None
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    return f"triton {version} is too old: its kernels need {oldest}, which comes with torch 2.7"
+
+
+_AGAINST_TRITON = _against_triton()
 
 
 def _valid(name: str) -> str:
@@ -119,11 +137,14 @@ def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> st
     if backend == "reference":
         return None
     if op in COMPOUNDS:
-        reasons = (reason_against(part, backend, device, dtype) for part in COMPOUNDS[op])
-        return next(filter(None, reasons), None)
+        for part in COMPOUNDS[op]:
+            reason = reason_against(part, backend, device, dtype)
+            if reason is not None:
+                return reason
+        return None
     if backend == "triton":
-        if not _TRITON_FOUND:
-            return 'triton is not installed (pip install "tokred_kernels[triton]")'
+        if _AGAINST_TRITON is not None:
+            return _AGAINST_TRITON
         if device != "cuda" and not (device == "cpu" and triton_interprets()):
             return f"triton kernels need a GPU tensor, got one on {device} (or set TRITON_INTERPRET=1 before importing)"
         if op not in TRITON_OPS:

@@ -17,6 +17,7 @@ from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_thre
 from tokred_kernels.ops.match_map import match_map
 from tokred_kernels.ops.similar_count import similar_count
 from tokred_kernels.partition import every_other
+from tokred_kernels.records import changed
 from tokred_kernels.token_map import Packing, TokenMap
 
 OP = "adaptive_bipartite_match"
@@ -94,7 +95,7 @@ def adaptive_bipartite_match(
     counts = similar_count(score, given, divisor, count == IMAGE, backend)
     if count == IMAGE:
         return match_map(partner, rank, partition, metric.shape[-2], backend, counts, packed)
-    partition = partition._replace(r=smallest(counts, group))
+    partition = changed(partition, r=smallest(counts, group))
     if partition.r == 0:
         return _identity(metric, packed, count)
     return match_map(partner, rank, partition, metric.shape[-2], backend)

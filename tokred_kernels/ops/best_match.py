@@ -30,7 +30,7 @@ def best_match(
     if backend == "reference":
         return reference.best_match(metric, partition, cu_seqlens)
     lists = partition.sources, partition.destinations
-    return _best_match(metric, *lists, *partition.numbers, cu_seqlens, backend)
+    return _best_match(metric, *lists, *partition.numbers(), cu_seqlens, backend)
 
 
 def _implementation(

@@ -62,9 +62,11 @@ def match(metric: Tensor, partition: Partition | None) -> TokenMap:
         metric = metric.detach()
     backend = backends.choose("bipartite_match", metric)
     if backend == "reference":
-        return TokenMap(reference.bipartite_match(metric, partition), partition.num_out)
-    dest, members, begin, count = _match(metric, partition.sources, partition.destinations, *partition.numbers, backend)
-    return TokenMap(dest, partition.num_out, members, begin, count)
+        return TokenMap(reference.bipartite_match(metric, partition), partition.num_out())
+    dest, members, begin, count = _match(
+        metric, partition.sources, partition.destinations, *partition.numbers(), backend
+    )
+    return TokenMap(dest, partition.num_out(), members, begin, count)
 
 
 def _implementation(
@@ -85,7 +87,7 @@ def _fake(
 def fake_map(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dest`, `members`, `begin` and `count` in shape and dtype alone."""
     batch, tokens = metric.shape[0], metric.shape[-2]
-    slots = (batch, partition.num_out)
+    slots = (batch, partition.num_out())
     return (
         metric.new_empty((batch, tokens), dtype=torch.int32),
         metric.new_empty(batch * tokens, dtype=torch.int32),

@@ -80,8 +80,8 @@ def bipartite_merge(
         return MergeOutput(*merge_wavg(x, token_map, size), token_map)
 
     weight = None if size is None else prepare_weight(op, "size", size, x)
-    y, total, dest, members, begin, count = _bipartite_merge(x, metric, weight, *partition.numbers, backend)
-    token_map = TokenMap(dest, partition.num_out, members, begin, count)
+    y, total, dest, members, begin, count = _bipartite_merge(x, metric, weight, *partition.numbers(), backend)
+    token_map = TokenMap(dest, partition.num_out(), members, begin, count)
     return MergeOutput(y, like_size(total, size, column=size is None or size.dim() == 3), token_map)
 
 

@@ -121,3 +121,11 @@ def once(op: str, gradient: torch.Tensor | None, anchor: torch.Tensor) -> torch.
     if gradient is None or not torch.is_grad_enabled():
         return gradient
     return _Once.apply(op, gradient, anchor)
+
+
+def anchor_of(*tensors: torch.Tensor | None) -> torch.Tensor:
+    """That of these by way of which a gradient may be differentiated again, for `once`; any where none may be."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not torch.is_grad_enabled():  # torch.compile always: torch 2.6 does not let it look any further
+        return given[0]
+    return next((tensor for tensor in given if tensor.requires_grad), given[0])

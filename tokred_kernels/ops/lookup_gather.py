@@ -14,7 +14,7 @@ from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
-from tokred_kernels.ops.library import distinct, is_differentiated, nobody_listens, once, register
+from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
@@ -131,8 +131,7 @@ class _LookupGather(torch.autograd.Function):
         scatter_grad: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        came = [g for g in (grad_out, grad_lse, scatter_v, scatter_grad) if g is not None]
-        anchor = next((g for g in came if g.requires_grad), came[0])
+        anchor = anchor_of(grad_out, grad_lse, scatter_v, scatter_grad)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         arguments = grad_out, grad_lse, q, k, v, out, lse, ctx.scale
         with torch.no_grad():

@@ -93,7 +93,8 @@ class _LookupScatter(torch.autograd.Function):
         if ctx.by_gather:  # see `carried`
             of_weights = [t if need else None for t, need in zip((v, grad_out.transpose(1, 2)), needs[:2], strict=True)]
         else:
-            of_weights = [once(OP, heads_first(g), grad_out) if n else None for g, n in zip(grads, needs, strict=False)]
+            pairs = zip(map(heads_first, grads), needs[:2], strict=True)
+            of_weights = [once(OP, g, grad_out) if need else None for g, need in pairs]
         rest = (once(OP, g, grad_out) if need else None for g, need in zip(own, needs[2:], strict=True))
         return (*of_weights, *rest, None, None, None)
 

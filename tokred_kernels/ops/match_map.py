@@ -40,7 +40,7 @@ def match_map(
         None if packed_in is None else packed_in.cu_seqlens,
         None if packed is None else packed.cu_seqlens,
     )
-    num_out = partition.num_out if packed is None else packed.rows
+    num_out = partition.num_out() if packed is None else packed.rows
     if backend == "reference":
         if packed is None:  # no second view before it is asked for: this is what is exported
             return TokenMap(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
@@ -48,7 +48,7 @@ def match_map(
     else:
         lists = partition.sources, partition.destinations
         others = counts, *starts, num_out, backends.beside("match_map", backend, partner)
-        views = _match_map(partner, rank, *lists, *partition.numbers, num_tokens, *others)
+        views = _match_map(partner, rank, *lists, *partition.numbers(), num_tokens, *others)
     return TokenMap(views[0], num_out, *views[1:], packed, packed_in)
 
 

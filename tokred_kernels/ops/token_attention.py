@@ -15,7 +15,7 @@ from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
-from tokred_kernels.ops.library import distinct, is_differentiated, nobody_listens, once, register
+from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.token_map import Packing
 
 OP = "token_attention"
@@ -84,7 +84,8 @@ def token_attention(
         if low < 0 or high > 1:
             raise ValueError(f"tokred_kernels.{OP}: policy must be from 0 to 1, got values from {low:g} to {high:g}")
     bias = None if size is None else size.log()
-    if policy is None and importance is None and packed is None:
+    # Older releases of torch (2.11 is one) divide by the number of heads, and take the process with them.
+    if policy is None and importance is None and packed is None and q.shape[1] > 0:
         wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         if not wants_bias and backends.torch_attends(OP, q, plain=bias is None, unfit=too_wide(q)):
             mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
@@ -198,8 +199,7 @@ class _TokenAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need_bias, need_policy = bias is not None and needs[3], policy is not None and needs[4]
         # Attention is linear in no input but v, so a second derivative may be asked for by way of any of them.
-        anchors = [t for t in (grad_out, grad_worth, q, k, v, bias, policy) if t is not None and t.requires_grad]
-        anchor: Any = anchors[0] if anchors else q
+        anchor = anchor_of(grad_out, grad_worth, q, k, v, bias, policy)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         with torch.no_grad():

@@ -22,12 +22,12 @@ def window_map(score: Tensor, windows: Windows, r: int, backend: str, counts: Te
     With `counts` (B,) int32 so many of each image merge instead, and the map is packed; they are read back to the host,
     once. Slots: the leading tokens, the merged windows by descending score, all other tokens by index.
     """
-    gone = windows.size - 1
+    gone = windows.size() - 1
     packed = None
     if counts is not None:
-        packed = packing_after((windows.num_tokens,) * score.shape[0], counts, each=gone)
+        packed = packing_after((windows.num_tokens(),) * score.shape[0], counts, each=gone)
     starts_out = None if packed is None else packed.cu_seqlens
-    num_out = windows.num_tokens - r * gone if packed is None else packed.rows
+    num_out = windows.num_tokens() - r * gone if packed is None else packed.rows
     if backend == "reference":
         if packed is None:  # no second view before it is asked for: this is what is exported
             return TokenMap(reference.window_dest(score, windows, r), num_out)
@@ -45,7 +45,7 @@ def _implementation(score: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor
 
 def _fake(score: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *numbers, _, counts, _, num_out, _ = others
-    images, tokens = score.shape[0], Windows(*numbers).num_tokens
+    images, tokens = score.shape[0], Windows(*numbers).num_tokens()
     slots = (images, num_out) if counts is None else (num_out,)
     return (
         score.new_empty((images, tokens), dtype=torch.int32),

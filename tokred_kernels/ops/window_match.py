@@ -72,7 +72,7 @@ def window_match(
     backend = backends.choose("window_similarity", x)
     score, counts = window_similarity(x, windows, float(threshold), backend)
     if not isinstance(count, str):
-        return window_map(score, windows, min(count, windows.number), backend)
+        return window_map(score, windows, min(count, windows.number()), backend)
     if count == IMAGE:
         return window_map(score, windows, 0, backend, counts)
     return window_map(score, windows, smallest(counts, group), backend)

@@ -32,7 +32,7 @@ def _implementation(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    score = x.new_empty((x.shape[0], Windows(*others[:-2]).number), dtype=torch.float32)
+    score = x.new_empty((x.shape[0], Windows(*others[:-2]).number()), dtype=torch.float32)
     return score, x.new_empty(x.shape[0], dtype=torch.int32)
 
 

@@ -54,7 +54,7 @@ class MergeWindows(Step):
         if isinstance(self.number, str):
             return None
         windows = Windows(self.num_prefix, *grid, *self.window)
-        return tokens - min(self.number, windows.number) * (windows.size - 1)
+        return tokens - min(self.number, windows.number()) * (windows.size() - 1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class MergeAlike(Step):
         if isinstance(self.number, str):
             return None
         partition = every_other(tokens, self.number, self.num_prefix, False, False)
-        return tokens if partition is None else partition.num_out
+        return tokens if partition is None else partition.num_out()
 
     def choice_flops(self, entering: int, attended: int, block: Any) -> int:
         """See `Step`: the product of sources and destinations, of all channels."""

@@ -22,6 +22,7 @@ from tokred_kernels.ops.merge import merge
 from tokred_kernels.partition import prefix_and_rest
 from tokred_kernels.patch import timm_vit
 from tokred_kernels.patch.state import State, Step
+from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 PRUNE, MERGE = "prune_kept_num", "merge_kept_num"  # the keys of the published compression_rate.json
@@ -52,13 +53,13 @@ class Compress(Step):
         stay, _ = self._stages(tokens)
         sort = keep_topk(importance, stay - self.num_prefix, num_prefix=self.num_prefix)  # type: ignore[arg-type]
         x, size = merge(x, sort, reduce="sum"), merge(_sizes(x, state), sort, reduce="sum")
-        state = state._replace(size=size, grid=None)
+        state = changed(state, size=size, grid=None)
         if self.merge >= stay:
             return x, state, sort
         join, similarity = importance_match(x, self.merge, num_prefix=self.num_prefix)
         scaled = _scale(size, similarity, self.merge)
         size = merge(scaled, join, reduce="sum").clamp_min(LEAST_SIZE)
-        return merge(x, join, reduce="mean"), state._replace(size=size), sort.then(join)
+        return merge(x, join, reduce="mean"), changed(state, size=size), sort.then(join)
 
     def _stages(self, tokens: int) -> tuple[int, int]:
         """How many of `tokens` tokens pruning leaves, and how many merging does."""
@@ -127,7 +128,7 @@ class CompressLearned(Step):
             scaled = _scale(size[:, :stay], similarity, left).clamp_min(1)
             x = torch.cat([merge(x[:, :stay], join, reduce="mean"), x[:, left:]], 1)
             size = torch.cat([merge(scaled, join, reduce="sum"), scaled[:, left:], size[:, stay:]], 1)
-        return x, state._replace(size=size, grid=None, policy=policy), sort
+        return x, changed(state, size=size, grid=None, policy=policy), sort
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
         """See `Step`: that is for `at` to say; without a block at hand the last forward has it."""

@@ -17,6 +17,7 @@ from tokred_kernels.ops.merge import merge
 from tokred_kernels.patch import timm_vit
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
+from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 # Where the predictors are in the model, as in the published checkpoints.
@@ -45,12 +46,12 @@ class KeepPredicted(Step):
         if model.training:
             decision = decide(scores, before)
             policy = F.pad(decision, (self.num_prefix, 0), value=1.0)
-            return x, state._replace(policy=policy, decisions=(*state.decisions, decision)), None
+            return x, changed(state, policy=policy, decisions=(*state.decisions, decision)), None
         k = self.kept(state.patches, x.shape[1])
         if k == patches.shape[1]:
             return x, state, None
         token_map = keep_topk(F.pad(scores[..., KEEP], (self.num_prefix, 0)), k, num_prefix=self.num_prefix)
-        return merge(x, token_map, reduce="sum"), state._replace(grid=None), token_map
+        return merge(x, token_map, reduce="sum"), changed(state, grid=None), token_map
 
     def tokens_attended(self, tokens: int, grid: tuple[int, int]) -> int:
         """See `Step`: when evaluating."""

@@ -13,6 +13,7 @@ from tokred_kernels.nn.evit import keep_attentive
 from tokred_kernels.patch import MARK, timm_vit
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
+from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 METHOD = "evit"
@@ -44,7 +45,7 @@ class KeepAttentive(Step):
         if importance is None or k == x.shape[1] - self.num_prefix:
             return x, state, None
         x, token_map = keep_attentive(x, importance, k, num_prefix=self.num_prefix, fuse=self.fuse)
-        return x, state._replace(grid=None), token_map
+        return x, changed(state, grid=None), token_map
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int:
         """See `Step`."""

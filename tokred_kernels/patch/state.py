@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.ops.merge_wavg import merge_wavg
+from tokred_kernels.records import changed
 from tokred_kernels.token_map import Packing, TokenMap
 
 
@@ -77,7 +78,7 @@ class Step:
         if token_map is None:
             return x, state, None
         x, size = merge_wavg(x, token_map, state.size)
-        return x, state._replace(size=size, grid=None, packing=token_map.packed), token_map
+        return x, changed(state, size=size, grid=None, packing=token_map.packed), token_map
 
     def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
         """Where the tokens go between attention and MLP; None where all stay."""
@@ -119,12 +120,12 @@ class Record:
     def __init__(
         self,
         maps: tuple[TokenMap, ...] | None = None,
-        state: State = State(),  # noqa: B008  (it never changes)
+        state: State | None = None,
         entered: tuple[int, int, torch.device] | None = None,
         counts: tuple[tuple[int | tuple[int, ...], int | tuple[int, ...]], ...] = (),
     ) -> None:
         self.maps = maps
-        self.state = state
+        self.state = State() if state is None else state
         self.entered = entered
         self.counts = counts
 

@@ -13,7 +13,7 @@ from tokred_kernels.partition import Partition
 def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `backends.reference.bipartite_match`; this also writes the second view: dest, members, begin, count."""
     metric = inner_dense(metric)
-    images, tokens, num_out = metric.shape[0], metric.shape[-2], partition.num_out
+    images, tokens, num_out = metric.shape[0], metric.shape[-2], partition.num_out()
     dest = metric.new_empty(images, tokens, dtype=torch.int32)
     members = dest.new_empty(images * tokens)
     begin = dest.new_empty(images, num_out)
@@ -49,4 +49,4 @@ def problem(metric: Tensor, partition: Partition) -> tuple[int, ...]:
 
 def partition_values(partition: Partition) -> tuple[int, ...]:
     """The numbers of a Partition, its lists as addresses."""
-    return (address(partition.sources), address(partition.destinations), *partition.numbers)
+    return (address(partition.sources), address(partition.destinations), *partition.numbers())

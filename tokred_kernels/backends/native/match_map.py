@@ -22,7 +22,7 @@ def match_map(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.match_map`: dest, members, begin, count."""
     images = partner.shape[0]
-    slots = (images, partition.num_out) if counts is None else (num_out,)
+    slots = (images, partition.num_out()) if counts is None else (num_out,)
     dest = partner.new_empty((num_tokens,) if starts_in is not None else (images, num_tokens))
     members = partner.new_empty(dest.numel())
     begin, count = partner.new_empty(slots), partner.new_empty(slots)

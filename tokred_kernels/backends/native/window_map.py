@@ -20,8 +20,8 @@ def window_map(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.window_map`: dest, members, begin, count."""
     score = score.contiguous()
-    images, tokens = score.shape[0], windows.num_tokens
-    slots = (images, tokens - r * (windows.size - 1)) if counts is None else (num_out,)
+    images, tokens = score.shape[0], windows.num_tokens()
+    slots = (images, tokens - r * (windows.size() - 1)) if counts is None else (num_out,)
     dest = score.new_empty(images, tokens, dtype=torch.int32)
     members = dest.new_empty(images * tokens)
     begin, count = dest.new_empty(slots), dest.new_empty(slots)

@@ -15,7 +15,7 @@ def window_similarity(x: Tensor, windows: Windows, threshold: float) -> tuple[Te
     """See `ops.window_similarity`."""
     x = inner_dense(x)
     images, _, channels = x.shape
-    score = x.new_empty(images, windows.number, dtype=torch.float32)
+    score = x.new_empty(images, windows.number(), dtype=torch.float32)
     counts = x.new_empty(images, dtype=torch.int32)
     kernels(x).window_similarity(
         *(tuple(windows), x.data_ptr(), x.stride(0), x.stride(1), images, channels, DTYPE_CODE[x.dtype]),

@@ -9,6 +9,7 @@ from torch import Tensor
 from tokred_kernels.backends.reference.best_match import tokens
 from tokred_kernels.backends.reference.invert import invert
 from tokred_kernels.partition import Partition
+from tokred_kernels.records import changed
 
 
 def match_map(
@@ -24,11 +25,11 @@ def match_map(
     """See `ops.match_map`."""
     if counts is None or starts_out is None:
         dest = dest_of_ranks(partner, rank, num_tokens, partition)
-        return dest, *invert(dest, partition.num_out)
+        return dest, *invert(dest, partition.num_out())
     rows = [num_tokens] * len(counts) if starts_in is None else starts_in.diff().tolist()
     parts = []
     for image, (length, r, start) in enumerate(zip(rows, counts.tolist(), starts_out.tolist(), strict=False)):
-        own = partition.of_tokens(length)._replace(r=r)
+        own = changed(partition.of_tokens(length), r=r)
         ours = slice(image, image + 1), slice(own.num_src)
         parts.append(dest_of_ranks(partner[ours], rank[ours], length, own)[0] + start)
     dest = torch.cat(parts).int() if parts else partner.new_zeros(0)

@@ -22,7 +22,7 @@ def window_map(
     """See `ops.window_map`."""
     if counts is None or starts_out is None:
         dest = window_dest(score, windows, r)
-        return dest, *invert(dest, windows.num_tokens - r * (windows.size - 1))
+        return dest, *invert(dest, windows.num_tokens() - r * (windows.size() - 1))
     dest = window_dest(score, windows, counts[:, None]) + starts_out[:-1, None]
     members, begin, count = invert(dest.view(1, -1), num_out)
     return dest, members, begin[0], count[0]
@@ -33,10 +33,12 @@ def window_dest(score: Tensor, windows: Windows, r: Tensor | int) -> Tensor:
     first, batch, device = windows.first, score.shape[0], score.device
     row = torch.arange(windows.grid_height, device=device)[:, None] // windows.height
     column = torch.arange(windows.grid_width, device=device) // windows.width
-    window = torch.where((row < windows.down) & (column < windows.across), row * windows.across + column, -1).flatten()
+    window = torch.where(
+        (row < windows.down()) & (column < windows.across()), row * windows.across() + column, -1
+    ).flatten()
 
     rank = ranks(score)
-    of_token = rank[:, window.clamp(min=0)] if windows.number else rank.new_zeros(batch, window.numel())
+    of_token = rank[:, window.clamp(min=0)] if windows.number() else rank.new_zeros(batch, window.numel())
     merged = (window >= 0) & (of_token < r)
     others = (~merged).cumsum(1) - 1
     slot = first + torch.where(merged, of_token, r + others)

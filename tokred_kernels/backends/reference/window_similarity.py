@@ -20,12 +20,12 @@ def mean_cosine(x: Tensor, windows: Windows, dtype: torch.dtype = torch.float32)
     """(B, W), computed in `dtype`."""
     batch, _, channels = x.shape
     grid = x[:, windows.first :].reshape(batch, windows.grid_height, windows.grid_width, channels)
-    inside = grid[:, : windows.down * windows.height, : windows.across * windows.width].to(dtype)
-    cut = inside.reshape(batch, windows.down, windows.height, windows.across, windows.width, channels)
-    vectors = cut.transpose(2, 3).reshape(batch, windows.number, windows.size, channels)
+    inside = grid[:, : windows.down() * windows.height, : windows.across() * windows.width].to(dtype)
+    cut = inside.reshape(batch, windows.down(), windows.height, windows.across(), windows.width, channels)
+    vectors = cut.transpose(2, 3).reshape(batch, windows.number(), windows.size(), channels)
     unit = vectors * inverse_norm(vectors)
     # The sum over i != j of u_i . u_j is |sum u_i|^2 - sum |u_i|^2.
     total = unit.sum(2)
     pairs = (total * total).sum(-1) - (unit * unit).sum((-1, -2))
-    similarity = pairs / (windows.size * (windows.size - 1))
+    similarity = pairs / (windows.size() * (windows.size() - 1))
     return torch.where(similarity.isnan(), -torch.inf, similarity)

@@ -25,7 +25,7 @@ from tokred_kernels.partition import Partition
 def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `backends.reference.bipartite_match`; this also writes the second view: dest, members, begin, count."""
     first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, sources, destinations = partition
-    images, tokens, num_out = metric.shape[0], metric.shape[-2], partition.num_out
+    images, tokens, num_out = metric.shape[0], metric.shape[-2], partition.num_out()
     config = select_config(num_src, num_dst)
     if config is None:
         _, partner, rank = best_match(metric, partition)

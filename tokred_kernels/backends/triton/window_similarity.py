@@ -19,15 +19,15 @@ def window_similarity(x: Tensor, windows: Windows, threshold: float) -> tuple[Te
     """See `ops.window_similarity`."""
     x = inner_dense(x)
     images, _, channels = x.shape
-    score = x.new_empty((images, windows.number), dtype=torch.float32)
+    score = x.new_empty((images, windows.number()), dtype=torch.float32)
     if score.numel():
         config = window_config(channels)
         one_chunk = channels <= config.block_channels
-        inverse = None if one_chunk else x.new_empty(score.numel() * windows.size, dtype=torch.float32)
+        inverse = None if one_chunk else x.new_empty(score.numel() * windows.size(), dtype=torch.float32)
         with on_device(x):
             window_kernel[(triton.cdiv(score.numel(), config.block_windows),)](
-                *(x, inverse, score, *x.stride()[:2], images * windows.number, channels),
-                *(windows.first, windows.grid_width, windows.height, windows.width, windows.down, windows.across),
+                *(x, inverse, score, *x.stride()[:2], images * windows.number(), channels),
+                *(windows.first, windows.grid_width, windows.height, windows.width, windows.down(), windows.across()),
                 ONE_CHUNK=one_chunk,
                 BLOCK_WINDOWS=config.block_windows,
                 BLOCK_CHANNELS=config.block_channels,
