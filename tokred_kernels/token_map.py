@@ -81,10 +81,16 @@ class TokenMap:
         packed_in: Packing | None = None,
     ) -> None:
         int32 = torch.int32
-        for part in (dest, members, begin, count):  # a pytree may be rebuilt of other things than tensors
-            if part is not None and isinstance(part, Tensor) and part.dtype is not int32:
-                _refuse_dtype(dest=dest, members=members, begin=begin, count=count)
-        self.dest = dest.contiguous() if isinstance(dest, Tensor) and not dest.is_contiguous() else dest
+        if isinstance(dest, Tensor):  # a pytree may be rebuilt of other things
+            if dest.dtype is not int32:
+                _refuse_dtype(dest=dest)
+            if not dest.is_contiguous():
+                dest = dest.contiguous()
+        if members is not None or begin is not None or count is not None:
+            for part in (members, begin, count):
+                if isinstance(part, Tensor) and part.dtype is not int32:
+                    _refuse_dtype(members=members, begin=begin, count=count)
+        self.dest = dest
         self.num_out = num_out
         self._members = members
         self._begin = begin
@@ -197,9 +203,11 @@ class TokenMap:
         if not isinstance(after, TokenMap):
             raise TypeError(f"TokenMap.then: after must be a TokenMap, got {type(after).__name__}")
         first, second = self.dest, after.dest
-        lengths = None if self.packed is None else self.packed.lengths
-        lengths_in = None if after.packed_in is None else after.packed_in.lengths
-        if self.out_shape != second.shape or lengths != lengths_in:
+        if self.packed is None and after.packed_in is None:
+            fits = second.shape == (first.shape[0], self.num_out)
+        else:
+            fits = _lengths(self.packed) == _lengths(after.packed_in)
+        if not fits:
             raise ValueError(f"TokenMap.then: after must map {_rows(self, out=True)}, got a map of {_rows(after)}")
         if second.device != first.device:
             raise ValueError(f"TokenMap.then: after is on {after.device}, this map on {self.device}")
@@ -207,7 +215,7 @@ class TokenMap:
             dest = compose(first, second)
         else:
             dest = compose(first.view(1, -1), second.view(1, -1)).view(first.shape)
-        return TokenMap(dest, after.num_out, packed=after.packed, packed_in=self.packed_in)
+        return TokenMap(dest, after.num_out, None, None, None, after.packed, self.packed_in)
 
     def image(self, index: int) -> TokenMap:
         """The map of one image alone, rectangular: of its N tokens, or however many it has, to its own slots.
@@ -278,6 +286,10 @@ def _outside_inference_mode() -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)
+
+
+def _lengths(packing: Packing | None) -> tuple[int, ...] | None:
+    return None if packing is None else packing.lengths
 
 
 def _rows(token_map: TokenMap, out: bool = False) -> str:

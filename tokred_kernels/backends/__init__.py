@@ -40,7 +40,7 @@ OPS = (
     "compose",
 )
 # Of scores and whole numbers, not of tokens: what dtype these have does not matter.
-MAP_OPS = ("match_map", "window_map", "similar_count", "keep_topk", "invert", "compose")
+MAP_OPS = frozenset(("match_map", "window_map", "similar_count", "keep_topk", "invert", "compose"))
 # Registered ops that run the kernels of others, and can be where all of those can.
 COMPOUNDS = {"bipartite_merge": ("bipartite_match", "merge")}
 TRITON_OPS = (
@@ -165,6 +165,8 @@ def reason_against(op: str, backend: str, device: str, dtype: torch.dtype) -> st
 
 def best(op: str, tensor: Tensor) -> str:
     """The backend that `auto` takes."""
+    if tensor.is_cpu and op in MAP_OPS and native.MODULE is not None:
+        return "cpu"  # what `_choose` says too; but between two layers of a model its way there shows
     return _choose(op, AUTO, tensor)
 
 
