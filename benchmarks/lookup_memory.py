@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="N (default: 1024 to 65536)")
     parser.add_argument("--out", type=Path, default=Path("lookup_memory.png"), help="the picture (%(default)s)")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
     rows = [measure(options.device, tokens) for tokens in options.tokens]
     for row in rows:
         print(", ".join(f"{name} {value}" for name, value in row.items()))

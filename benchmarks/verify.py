@@ -151,6 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="what run.py --json wrote; default: the newest run on a GPU")
     parser.add_argument("--output", type=Path, default=VERIFIED)
     options = parser.parse_args(arguments)
+    for path in (*options.junit, *filter(None, [options.results])):
+        if not path.is_file():
+            parser.error(f"there is no {path}: the tests and the micro suite on a GPU write what this reads")
     run = None if options.results else newest(report.RESULTS, "cuda", "micro", complete=False)
     if run is None and options.results is None:
         parser.error(f"{report.RESULTS} has no run of the micro suite on a GPU")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from benchmarks import agreement, lookup, lookup_memory, traffic
 from benchmarks.cases import Case
@@ -59,3 +60,10 @@ def test_memory_is_drawn(tmp_path):
     assert (first["tokens"], second["tokens"]) == (256, 512)
     for row in (first, second):
         assert row["results"] <= row["tokred"] < row["materialised"]
+
+
+def test_the_memory_of_a_gpu_that_there_is_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        lookup_memory.main(["--device", "cuda", "--out", str(tmp_path / "memory.png")])
+    assert "--device cuda: torch sees no CUDA device here" in capsys.readouterr().err

@@ -46,6 +46,19 @@ def test_every_op_has_tests_that_a_gpu_can_run(op):
     assert re.search(rf"def test_\w*{word}", text) and re.search(r"\((backend|everywhere)\b|\"(cuda|triton)\"", text)
 
 
+@pytest.mark.parametrize("missing", ["gpu.xml", "run.json"])
+def test_what_is_not_there_yet_is_told(missing, tmp_path, capsys):
+    for name in {"gpu.xml", "run.json"} - {missing}:
+        (tmp_path / name).write_text("")
+    output = tmp_path / "verified.json"
+    with pytest.raises(SystemExit):
+        verify.main(
+            [str(tmp_path / "gpu.xml"), "--results", str(tmp_path / "run.json"), "--output", str(output)],
+        )
+    assert f"there is no {tmp_path / missing}: the tests and the micro suite" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_only_what_was_tested_and_timed_is_verified(tmp_path, capsys):
     code, found = verified(tmp_path)
     # Triton's merge was tested by its gradient, which is another test of the same file; its unmerge was skipped.
