@@ -233,7 +233,7 @@ CPU_CASES = (
         quick=True,
         targets=POLICY,
     ),
-    Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="size"),
+    Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="size", quick=True, targets=AS_TORCHS),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="class", quick=True),
     Case("token_attention", "vit_base_384", (2, 577, 768), 0, "cpu", heads=12, variant="size+class"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", BF16, heads=6, variant="policy", training=True),

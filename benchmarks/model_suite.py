@@ -83,7 +83,7 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], 
             "dtype": case.dtype,
             "device": case.device,
             "provider": name,
-            "serves": _serving(case, name),
+            "serves": _serving(case, name, model, flops[name].tokens[:-1]),
             # The unpatched model's time is beside it by the same clock, whatever the unpatched model's row stands for.
             "clocks": {clock: _statistics(case, of, name) for clock, of in seconds.items() if name in of},
             "tokens_left": flops[name].tokens[-1],
@@ -97,7 +97,7 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], 
         # A row stands for the last clock that could be used on its provider: graphs, where the model can be captured.
         row["clock"] = list(row["clocks"])[-1]
         row |= row["clocks"][row["clock"]]
-        ours = name not in (UNPATCHED, REFERENCE) and REFERENCE not in row["serves"].values()
+        ours = name not in (UNPATCHED, REFERENCE) and not any(REFERENCE in who for who in row["serves"].values())
         row["targets"] = [judge(t, row) for t in case.targets] if ours else []
         rows.append(row)
     return rows, lost
@@ -114,15 +114,22 @@ def reason_against(case: ModelCase, backend: str) -> str | None:
     return None
 
 
-def _serving(case: ModelCase, name: str) -> dict[str, str]:
-    """Who serves a patched model's ops: by `auto` they may be several, and the reference where nothing is verified."""
+def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) -> dict[str, str]:
+    """Who serves a patched model's ops: by `auto` they may be several, and the reference where nothing is verified.
+
+    Attention with so many `tokens` in each block may be served by more than one: those, with "+" between.
+    """
     if name == UNPATCHED:
         return {}
     with tk.use_backend(name):
         tensor = torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype))
         served = {op: backends.choose(op, tensor) for op in PATCHED_OPS}
-        by_torch = backends.torch_attends("token_attention", tensor, plain=False)
-        return served | {"token_attention": "torch" if by_torch else backends.choose("token_attention", tensor)}
+        attends = []
+        for number in tokens:
+            q = tensor.new_empty(0, 1, int(number), model.blocks[0].attn.head_dim)
+            by_torch = backends.torch_attends("token_attention", q, plain=False)
+            attends.append("torch" if by_torch else backends.choose("token_attention", q))
+        return served | {"token_attention": "+".join(dict.fromkeys(attends))}
 
 
 def _statistics(case: ModelCase, seconds: dict[str, list[float]], name: str) -> dict[str, Any]:

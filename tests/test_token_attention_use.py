@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_attention import ALL_DTYPES, KERNELS, TERMS, accumulator, drawn
+from torch.utils.flop_counter import FlopCounterMode
 
 import tokred_kernels as tk
 from tokred_kernels.backends import native
@@ -141,6 +142,40 @@ def test_with_tiles_bfloat16_is_ours(counted, which, monkeypatch):
             assert not counted
         drawn((2, 3, 33, 16), torch.float16).run()
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize("which", ["auto", "cpu"])
+@pytest.mark.parametrize(("width", "longest"), [(64, 95), (63, 127), (32, 127), (80, 95)])
+def test_with_wide_vectors_long_float32_is_ours(counted, which, width, longest, monkeypatch):
+    monkeypatch.setattr(native, "WIDE_VECTORS", True)
+    with tk.use_backend(which):
+        for names in ((), ("size",)):
+            long = drawn((1, 2, longest + 1, width), torch.float32, names)
+            out = long.run()[0]
+            assert not counted
+            mask = None if not names else long.size.log()[:, None, None, :]
+            torch.testing.assert_close(out, F.scaled_dot_product_attention(*long[:3], attn_mask=mask))
+            drawn((1, 2, longest, width), torch.float32, names).run()
+            drawn((1, 2, longest + 1, width), torch.float64, names).run()
+            drawn((1, 2, longest + 1, width), torch.float16, names).run()
+            assert len(counted) == 4
+            counted.clear()
+    monkeypatch.setattr(native, "WIDE_VECTORS", False)
+    long.run()
+    assert len(counted) == 1
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_long_attention_is_torchs_where_somebody_listens(counted, fresh_dynamo, monkeypatch):
+    monkeypatch.setattr(native, "WIDE_VECTORS", True)
+    q = torch.randn(1, 2, 128, 64)
+    torch.compile(lambda q: tk.token_attention(q, q, q), backend="eager", fullgraph=True)(q)
+    torch.func.vmap(lambda q: tk.token_attention(q, q, q))(q[None])
+    with FlopCounterMode(display=False):
+        tk.token_attention(q, q, q)
+    assert len(counted) == 3
+    tk.token_attention(q, q, q)
+    assert len(counted) == 3
 
 
 def test_torchs_attention_is_not_asked_for_what_it_lacks(counted):

@@ -69,6 +69,10 @@ TRITON_FIRST = ("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lo
 # GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
 VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
 
+# From how many tokens on the CPU's attention is faster than torch's in float32, with vectors of 64 bytes, as measured:
+# in heads of so many channels or more, and in narrower ones.
+WIDE_HEADS, LONG, LONG_IF_NARROW = 64, 96, 128
+
 OLDEST_TRITON = (3, 3)
 _FAMILY = {"reference": "reference", "cpu": "native", "cuda": "native", "triton": "triton"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -187,18 +191,27 @@ def choose(op: str, tensor: Tensor, *, unfit: tuple[str, ...] = ()) -> str:
     return _choose(op, _wanted, tensor, unfit)
 
 
-def torch_attends(op: str, tensor: Tensor, *, plain: bool, unfit: tuple[str, ...] = ()) -> bool:
+def torch_attends(op: str, tensor: Tensor, *, plain: bool, eager: bool = True, unfit: tuple[str, ...] = ()) -> bool:
     """Whether torch's own fused attention serves the call: `plain`, or with a bias on keys.
 
     It is as good as attention without a bias can be. With one, so it is on the CPU, and it beats weights that are all
-    stored where nothing else can be chosen. But of bfloat16 in AMX tiles the kernel here is faster, most of all at the
-    odd lengths that merging leaves.
+    stored where nothing else can be chosen. But on the CPU the kernel here is faster of bfloat16 in AMX tiles, most of
+    all at the odd lengths that merging leaves, and of float32 in wide vectors from some length on: there it serves
+    what is `eager` alone, for in a graph the length would become a guard.
     """
-    if native.AMX and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and (
+        (native.AMX and tensor.dtype == torch.bfloat16)
+        or (eager and native.WIDE_VECTORS and tensor.dtype == torch.float32 and _is_long(tensor))
+    ):
         return _wanted == "cuda"
     if _wanted == AUTO:
         return plain or choose(op, tensor, unfit=unfit) in ("cpu", "reference")
     return _wanted in ("cpu", "cuda")
+
+
+def _is_long(q: Tensor) -> bool:
+    """Whether the CPU's kernel outruns torch's in float32, q being (B, H, N, d)."""
+    return q.shape[-2] >= (LONG if q.shape[-1] >= WIDE_HEADS else LONG_IF_NARROW)
 
 
 def _choose(op: str, wanted: str, tensor: Tensor, unfit: tuple[str, ...] = ()) -> str:

@@ -56,7 +56,8 @@ def token_attention(
 
     Differentiable once in q, k, v, size and policy, by way of both results. Scores and sums are kept in float32.
     O(B H N d) memory, forward and backward. Without size, policy and importance, and where it can serve a size alone,
-    torch's own scaled_dot_product_attention does the work; but not of bfloat16 on CPUs with AMX, where this is faster.
+    torch's own scaled_dot_product_attention does the work; but on CPUs neither of bfloat16 with AMX, nor, in eager
+    calls, of float32 with AVX-512 from some hundred tokens on, where this is faster.
 
     Raises:
         TypeError: a wrong type or dtype.
@@ -87,7 +88,8 @@ def token_attention(
     # Older releases of torch (2.11 is one) divide by the number of heads, and take the process with them.
     if policy is None and importance is None and packed is None and q.shape[1] > 0:
         wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        if not wants_bias and backends.torch_attends(OP, q, plain=bias is None, unfit=too_wide(q)):
+        eager = nobody_listens(q, but_the_profiler=True)
+        if not wants_bias and backends.torch_attends(OP, q, plain=bias is None, eager=eager, unfit=too_wide(q)):
             mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     backend = backends.choose(OP, q, unfit=too_wide(q))

@@ -23,6 +23,8 @@ except ImportError as error:  # a source tree that was never built still has the
 
 # Whether products of bfloat16 are done in AMX tiles on the CPU.
 AMX = MODULE is not None and MODULE.cpu.instruction_set() == "amx"
+# Whether the CPU's vectors have 64 bytes.
+WIDE_VECTORS = MODULE is not None and MODULE.cpu.instruction_set() in ("avx512", "amx")
 
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 # A result on the CPU of so many bytes is asked for in large pages. As numpy has it: below, the pages may not fill.
