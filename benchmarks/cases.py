@@ -234,6 +234,9 @@ CPU_CASES = (
         targets=POLICY,
     ),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="size", quick=True, targets=AS_TORCHS),
+    # The shortest that are not torch's; see `backends.LONG`.
+    Case("token_attention", "shortest", (8, 96, 384), 0, "cpu", heads=6, variant="size"),
+    Case("token_attention", "shortest_narrow", (8, 128, 384), 0, "cpu", metric_dim=32, heads=12, variant="size"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="class", quick=True),
     Case("token_attention", "vit_base_384", (2, 577, 768), 0, "cpu", heads=12, variant="size+class"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", BF16, heads=6, variant="policy", training=True),

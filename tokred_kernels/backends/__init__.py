@@ -69,8 +69,8 @@ TRITON_FIRST = ("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lo
 # GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
 VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
 
-# From how many tokens on the CPU's attention is faster than torch's in float32, with vectors of 64 bytes, as measured:
-# in heads of so many channels or more, and in narrower ones.
+# From how many tokens on the CPU's attention is not slower than torch's in float32, with vectors of 64 bytes: in heads
+# of so many channels or more, and in narrower ones. The CPU's benchmarks have these very lengths.
 WIDE_HEADS, LONG, LONG_IF_NARROW = 64, 96, 128
 
 OLDEST_TRITON = (3, 3)
