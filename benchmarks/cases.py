@@ -235,8 +235,9 @@ CPU_CASES = (
     ),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="size", quick=True, targets=AS_TORCHS),
     # The shortest that are not torch's; see `backends.LONG`.
-    Case("token_attention", "shortest", (8, 96, 384), 0, "cpu", heads=6, variant="size"),
-    Case("token_attention", "shortest_narrow", (8, 128, 384), 0, "cpu", metric_dim=32, heads=12, variant="size"),
+    Case("token_attention", "long", (8, 160, 384), 0, "cpu", heads=6, variant="size"),
+    Case("token_attention", "ragged", (8, 97, 384), 0, "cpu", heads=6, variant="size"),
+    Case("token_attention", "ragged_narrow", (8, 129, 384), 0, "cpu", metric_dim=32, heads=12, variant="size"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", heads=6, variant="class", quick=True),
     Case("token_attention", "vit_base_384", (2, 577, 768), 0, "cpu", heads=12, variant="size+class"),
     Case("token_attention", "deit_small", DEIT_S, 0, "cpu", BF16, heads=6, variant="policy", training=True),

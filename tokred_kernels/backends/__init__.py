@@ -69,9 +69,11 @@ TRITON_FIRST = ("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lo
 # GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
 VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
 
-# From how many tokens on the CPU's attention is not slower than torch's in float32, with vectors of 64 bytes: in heads
-# of so many channels or more, and in narrower ones. The CPU's benchmarks have these very lengths.
-WIDE_HEADS, LONG, LONG_IF_NARROW = 64, 96, 128
+# From how many tokens on the CPU's attention outruns torch's in float32, with vectors of 64 bytes. Torch's is at its best
+# where TORCHS_BLOCK divides them, which is seldom what merging leaves; of other numbers, ragged ones, fewer are enough,
+# fewest in heads of WIDE_HEADS channels or more. The CPU's benchmarks have the shortest of each.
+LONG, RAGGED, RAGGED_IF_NARROW = 160, 97, 129
+WIDE_HEADS, TORCHS_BLOCK = 64, 16
 
 OLDEST_TRITON = (3, 3)
 _FAMILY = {"reference": "reference", "cpu": "native", "cuda": "native", "triton": "triton"}
@@ -211,7 +213,9 @@ def torch_attends(op: str, tensor: Tensor, *, plain: bool, eager: bool = True, u
 
 def _is_long(q: Tensor) -> bool:
     """Whether the CPU's kernel outruns torch's in float32, q being (B, H, N, d)."""
-    return q.shape[-2] >= (LONG if q.shape[-1] >= WIDE_HEADS else LONG_IF_NARROW)
+    tokens, channels = q.shape[-2:]
+    ragged = RAGGED if channels >= WIDE_HEADS else RAGGED_IF_NARROW
+    return tokens >= LONG or (tokens >= ragged and tokens % TORCHS_BLOCK != 0)
 
 
 def _choose(op: str, wanted: str, tensor: Tensor, unfit: tuple[str, ...] = ()) -> str:
