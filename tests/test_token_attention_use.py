@@ -151,33 +151,36 @@ def test_with_tiles_bfloat16_is_ours(counted, which, monkeypatch):
 )
 def test_with_wide_vectors_long_float32_is_ours(counted, which, width, shortest, torchs, monkeypatch):
     monkeypatch.setattr(native, "WIDE_VECTORS", True)
+    long = drawn((1, 2, shortest, width), torch.float32, ("size",))
     with tk.use_backend(which):
-        for names in ((), ("size",)):
-            long = drawn((1, 2, shortest, width), torch.float32, names)
-            out = long.run()[0]
-            assert not counted
-            mask = None if not names else long.size.log()[:, None, None, :]
-            torch.testing.assert_close(out, F.scaled_dot_product_attention(*long[:3], attn_mask=mask))
-            drawn((1, 2, torchs, width), torch.float32, names).run()
-            drawn((1, 2, shortest, width), torch.float64, names).run()
-            drawn((1, 2, shortest, width), torch.float16, names).run()
-            assert len(counted) == 4
-            counted.clear()
-    monkeypatch.setattr(native, "WIDE_VECTORS", False)
-    long.run()
-    assert len(counted) == 1
+        out = long.run()[0]
+        assert not counted
+        bias = long.size.log()[:, None, None, :]
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(*long[:3], attn_mask=bias))
+        drawn((1, 2, shortest, width), torch.float32).run()
+        drawn((1, 2, torchs, width), torch.float32, ("size",)).run()
+        drawn((1, 2, shortest, width), torch.float64, ("size",)).run()
+        drawn((1, 2, shortest, width), torch.float16, ("size",)).run()
+        assert len(counted) == 5
+        monkeypatch.setattr(native, "WIDE_VECTORS", False)
+        long.run()
+    assert len(counted) == 6
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_long_attention_is_torchs_where_somebody_listens(counted, fresh_dynamo, monkeypatch):
     monkeypatch.setattr(native, "WIDE_VECTORS", True)
-    q = torch.randn(1, 2, 160, 64)
-    torch.compile(lambda q: tk.token_attention(q, q, q), backend="eager", fullgraph=True)(q)
-    torch.func.vmap(lambda q: tk.token_attention(q, q, q))(q[None])
+    q, size = torch.randn(1, 2, 160, 64), torch.full((1, 160), 2.0)
+
+    def attend(q):
+        return tk.token_attention(q, q, q, size=size)
+
+    torch.compile(attend, backend="eager", fullgraph=True)(q)
+    torch.func.vmap(attend)(q[None])
     with FlopCounterMode(display=False):
-        tk.token_attention(q, q, q)
+        attend(q)
     assert len(counted) == 3
-    tk.token_attention(q, q, q)
+    attend(q)
     assert len(counted) == 3
 
 

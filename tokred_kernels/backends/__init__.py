@@ -69,9 +69,9 @@ TRITON_FIRST = ("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lo
 # GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
 VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
 
-# From how many tokens on the CPU's attention outruns torch's in float32, with vectors of 64 bytes. Torch's is at its best
-# where TORCHS_BLOCK divides them, which is seldom what merging leaves; of other numbers, ragged ones, fewer are enough,
-# fewest in heads of WIDE_HEADS channels or more. The CPU's benchmarks have the shortest of each.
+# From how many tokens on the CPU's attention serves sizes in float32, with vectors of 64 bytes, and not torch's with a
+# bias. Torch's is at its best where TORCHS_BLOCK divides them, which is seldom what merging leaves; of other numbers,
+# ragged ones, fewer are enough, fewest in heads of WIDE_HEADS channels or more. The CPU's benchmarks time the shortest.
 LONG, RAGGED, RAGGED_IF_NARROW = 160, 97, 129
 WIDE_HEADS, TORCHS_BLOCK = 64, 16
 
@@ -198,12 +198,12 @@ def torch_attends(op: str, tensor: Tensor, *, plain: bool, eager: bool = True, u
 
     It is as good as attention without a bias can be. With one, so it is on the CPU, and it beats weights that are all
     stored where nothing else can be chosen. But on the CPU the kernel here is faster of bfloat16 in AMX tiles, most of
-    all at the odd lengths that merging leaves, and of float32 in wide vectors from some length on: there it serves
-    what is `eager` alone, for in a graph the length would become a guard.
+    all at the odd lengths that merging leaves, and of float32 with a bias, in wide vectors from some length on: there
+    it serves what is `eager` alone, for in a graph the length would become a guard.
     """
     if tensor.device.type == "cpu" and (
         (native.AMX and tensor.dtype == torch.bfloat16)
-        or (eager and native.WIDE_VECTORS and tensor.dtype == torch.float32 and _is_long(tensor))
+        or (eager and not plain and native.WIDE_VECTORS and tensor.dtype == torch.float32 and _is_long(tensor))
     ):
         return _wanted == "cuda"
     if _wanted == AUTO:
@@ -212,7 +212,7 @@ def torch_attends(op: str, tensor: Tensor, *, plain: bool, eager: bool = True, u
 
 
 def _is_long(q: Tensor) -> bool:
-    """Whether the CPU's kernel outruns torch's in float32, q being (B, H, N, d)."""
+    """Whether the CPU's kernel is preferred to torch's in float32 with a bias, q being (B, H, N, d)."""
     tokens, channels = q.shape[-2:]
     ragged = RAGGED if channels >= WIDE_HEADS else RAGGED_IF_NARROW
     return tokens >= LONG or (tokens >= ragged and tokens % TORCHS_BLOCK != 0)

@@ -57,7 +57,7 @@ def token_attention(
     Differentiable once in q, k, v, size and policy, by way of both results. Scores and sums are kept in float32.
     O(B H N d) memory, forward and backward. Without size, policy and importance, and where it can serve a size alone,
     torch's own scaled_dot_product_attention does the work; but on CPUs neither of bfloat16 with AMX, nor, in eager
-    calls, of float32 with AVX-512 from some hundred tokens on, where this is faster.
+    calls, of float32 with sizes and AVX-512 from some hundred tokens on, where this is faster.
 
     Raises:
         TypeError: a wrong type or dtype.
