@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -30,17 +28,16 @@ SEED = 7
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", choices=tuple(BATCH), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=tuple(BATCH), help=machine.DEVICE_HELP)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="N (default: 1024 to 65536)")
     parser.add_argument("--out", type=Path, default=Path("lookup_memory.png"), help="the picture (%(default)s)")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
-    rows = [measure(options.device, tokens) for tokens in options.tokens]
+    device = machine.chosen_device(parser, options.device)
+    rows = [measure(device, tokens) for tokens in options.tokens]
     for row in rows:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine.describe(), "memory": memory_of(options.device), "rows": rows}
+    report = {"machine": machine.describe(), "memory": memory_of(device), "rows": rows}
     options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     draw(rows, options.out)
 

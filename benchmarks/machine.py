@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import importlib.util
@@ -18,6 +19,15 @@ import tokred_kernels as tk
 from tokred_kernels.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE_HELP = "default: cuda where there is one"
+
+
+def chosen_device(parser: argparse.ArgumentParser, named: str | None) -> str:
+    """The device that --device names, or the one that is there; an error of `parser` where there is none like it."""
+    device = named or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    return device
 
 
 def describe() -> dict[str, Any]:

@@ -44,9 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     names = _list(parser, "--backend", options.backend, (*backends.BACKENDS, backends.AUTO))
     ops = _list(parser, "--op", options.op, OPS)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here")
+    device = machine.chosen_device(parser, options.device)
     if ops and options.suite == "model":
         parser.error("--op chooses among the cases of --suite micro; the model suite has no ops")
     if backends.AUTO in names and options.suite == "micro":
@@ -171,7 +169,7 @@ def _failure(failure: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help=machine.DEVICE_HELP)
     parser.add_argument("--suite", choices=SUITES, help="default: both")
     parser.add_argument("--op", help=f"one or more of {', '.join(OPS)}, with commas between")
     parser.add_argument("--backend", help=f"one or more of {', '.join(backends.BACKENDS)}; default: all that can")

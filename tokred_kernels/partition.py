@@ -31,6 +31,7 @@ class Partition(NamedTuple):
 
     def numbers(self) -> tuple[int, ...]:
         """All fields but the lists, as `SCHEMA` declares them and `Partition(*numbers)` takes them back."""
+        # Not self[:8]: torch.compile of torch 2.6 does not follow a slice of a named tuple.
         protected = self.protected_src, self.protected_dst
         return self.first, self.stride, self.num_src, self.num_dst, *protected, self.sources_by_index, self.r
 

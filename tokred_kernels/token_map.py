@@ -81,16 +81,10 @@ class TokenMap:
         packed_in: Packing | None = None,
     ) -> None:
         int32 = torch.int32
-        if isinstance(dest, Tensor):  # a pytree may be rebuilt of other things
-            if dest.dtype is not int32:
-                _refuse_dtype(dest=dest)
-            if not dest.is_contiguous():
-                dest = dest.contiguous()
-        if members is not None or begin is not None or count is not None:
-            for part in (members, begin, count):
-                if isinstance(part, Tensor) and part.dtype is not int32:
-                    _refuse_dtype(members=members, begin=begin, count=count)
-        self.dest = dest
+        for part in (dest, members, begin, count):  # a pytree may be rebuilt of other things than tensors
+            if part is not None and isinstance(part, Tensor) and part.dtype is not int32:
+                _refuse_dtype(dest=dest, members=members, begin=begin, count=count)
+        self.dest = dest.contiguous() if isinstance(dest, Tensor) and not dest.is_contiguous() else dest
         self.num_out = num_out
         self._members = members
         self._begin = begin
@@ -203,10 +197,10 @@ class TokenMap:
         if not isinstance(after, TokenMap):
             raise TypeError(f"TokenMap.then: after must be a TokenMap, got {type(after).__name__}")
         first, second = self.dest, after.dest
-        if self.packed is None and after.packed_in is None:
+        if self.packed is None and after.packed_in is None:  # the usual case, in few steps: a model's layers compose
             fits = second.shape == (first.shape[0], self.num_out)
         else:
-            fits = _lengths(self.packed) == _lengths(after.packed_in)
+            fits = second.shape == self.out_shape and _lengths(self.packed) == _lengths(after.packed_in)
         if not fits:
             raise ValueError(f"TokenMap.then: after must map {_rows(self, out=True)}, got a map of {_rows(after)}")
         if second.device != first.device:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -106,7 +107,6 @@ def _valid(name: str) -> str:
 
 _wanted = _valid(os.environ.get("TOKRED_BACKEND", AUTO))
 _chosen: dict[tuple[str, str, torch.device, torch.dtype, tuple[str, ...]], str] = {}
-_implementations: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 class use_backend:
@@ -252,14 +252,10 @@ def _decide(op: str, wanted: str, device: str, dtype: torch.dtype, unfit: tuple[
     return wanted
 
 
+@functools.cache
 def implementation(backend: str, op: str) -> Callable[..., Any]:
     """The function of `backend` that computes `op`; imported at first use."""
-    key = (backend, op)
-    found = _implementations.get(key)
-    if found is None:
-        module = importlib.import_module(f"tokred_kernels.backends.{_FAMILY[backend]}.{op}")
-        found = _implementations[key] = getattr(module, op)
-    return found
+    return getattr(importlib.import_module(f"tokred_kernels.backends.{_FAMILY[backend]}.{op}"), op)
 
 
 def show_config() -> str:

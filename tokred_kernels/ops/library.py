@@ -25,7 +25,6 @@ _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transform_level: Any = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
 _profiler_runs: Any = getattr(torch.autograd, "_profiler_enabled", None)
 _is_tracing: Any = getattr(torch._C, "_is_tracing", None)
-_is_compiling = torch.compiler.is_compiling
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_tracing)
 
@@ -39,7 +38,7 @@ def nobody_listens(tensor: Any, *, but_the_profiler: bool = False) -> bool:
     """
     return (
         _CAN_SKIP
-        and not _is_compiling()
+        and not torch.compiler.is_compiling()
         and type(tensor) in _PLAIN
         and _dispatch_modes() == 0
         and _transform_level() is None
@@ -55,14 +54,8 @@ def register(schema: str, fake: Callable[..., Any], implementation: Callable[...
     """
     name = schema.partition("(")[0]
 
-    functions: dict[str, Callable[..., Any]] = {}
-
     def serve(*arguments: Any) -> Any:
-        backend = arguments[-1]
-        function = functions.get(backend)
-        if function is None:
-            function = functions[backend] = backends.implementation(backend, name)
-        return function(*arguments[:-1])
+        return backends.implementation(arguments[-1], name)(*arguments[:-1])
 
     direct = implementation or serve
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -88,7 +88,7 @@ def token_attention(
     # Older releases of torch (2.11 is one) divide by the number of heads, and take the process with them.
     if policy is None and importance is None and packed is None and q.shape[1] > 0:
         wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        eager = nobody_listens(q, but_the_profiler=True)
+        eager = q.is_cpu and nobody_listens(q, but_the_profiler=True)
         if not wants_bias and backends.torch_attends(OP, q, plain=bias is None, eager=eager, unfit=too_wide(q)):
             mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
