@@ -20,8 +20,9 @@ from tokred_kernels.ops.random_bipartite_match import random_bipartite_match
 from tokred_kernels.ops.token_attention import token_attention
 from tokred_kernels.ops.unmerge import unmerge
 from tokred_kernels.ops.window_match import window_match
+from tokred_kernels.packing import Packing
 from tokred_kernels.patch import patch, set_keep_rate, unpatch
-from tokred_kernels.token_map import Packing, TokenMap
+from tokred_kernels.token_map import TokenMap
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,33 +13,7 @@ from torch.utils import _pytree as pytree
 from tokred_kernels.checks import MAX_ROWS, check_count, shape
 from tokred_kernels.ops.compose import compose
 from tokred_kernels.ops.invert import invert
-
-
-class Packing(NamedTuple):
-    """How images of several lengths lie one after the other in one tensor, as variable-length attention takes them.
-
-    Attributes:
-        cu_seqlens: (B + 1,) int32, where each image's rows start, and, last, where they end.
-        lengths: the same as a row count for each image, on the host.
-    """
-
-    cu_seqlens: Tensor
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Packing:
-        """The packing of images of these lengths."""
-        starts = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-        return cls(starts.to(device), lengths)
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are in all."""
-        return sum(self.lengths)
-
-    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Packing:
-        """The same, with its tensor on `device`."""
-        return Packing(self.cu_seqlens.to(device, non_blocking=non_blocking), self.lengths)
+from tokred_kernels.packing import Packing
 
 
 class TokenMap:

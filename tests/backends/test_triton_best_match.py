@@ -12,8 +12,8 @@ from tokred_kernels.backends.reference.best_match import NO_RANK
 from tokred_kernels.backends.reference.bipartite_match import bipartite_match as reference_dest
 from tokred_kernels.ops.best_match import best_match
 from tokred_kernels.ops.bipartite_match import match
+from tokred_kernels.packing import Packing
 from tokred_kernels.partition import every_kth, every_other, prefix_and_rest
-from tokred_kernels.token_map import Packing
 
 # Images without a token, with one, a pair, an odd tail, and more than one block of sources, whose second block is empty
 # in all the others.

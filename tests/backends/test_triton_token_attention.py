@@ -12,7 +12,7 @@ import tokred_kernels as tk
 from tokred_kernels.backends.triton import configs_attention
 from tokred_kernels.ops import token_attention as ops
 from tokred_kernels.ops.token_attention import token_attention
-from tokred_kernels.token_map import Packing
+from tokred_kernels.packing import Packing
 
 IMPORTANCES = (None, "class", "mean", "last")
 TERMS = list(itertools.product((False, True), repeat=2))  # size, policy

@@ -8,8 +8,8 @@ from support import COSINE_BAND, DTYPES, cosines, exact_tokens, partners, poison
 from tokred_kernels import backends
 from tokred_kernels.backends.reference.best_match import NO_RANK
 from tokred_kernels.ops.best_match import best_match
+from tokred_kernels.packing import Packing
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
-from tokred_kernels.token_map import Packing
 
 
 def call(metric, partition, packed=None):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokred_kernels.backends.reference.token_attention import attention_weights, importance_of
 from tokred_kernels.ops.token_attention import token_attention
-from tokred_kernels.token_map import Packing
+from tokred_kernels.packing import Packing
 
 
 def size_bias(size: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.ops.merge import merge
-from tokred_kernels.token_map import Packing, TokenMap
+from tokred_kernels.packing import Packing
+from tokred_kernels.token_map import TokenMap
 
 
 def pool_sized(x: Tensor, size: Tensor, *, kind: str, begin: int) -> Tensor:

@@ -16,9 +16,10 @@ from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
 from tokred_kernels.ops.match_map import match_map
 from tokred_kernels.ops.similar_count import similar_count
+from tokred_kernels.packing import Packing, check_packing
 from tokred_kernels.partition import every_other
 from tokred_kernels.records import changed
-from tokred_kernels.token_map import Packing, TokenMap
+from tokred_kernels.token_map import TokenMap
 
 OP = "adaptive_bipartite_match"
 
@@ -71,6 +72,8 @@ def adaptive_bipartite_match(
         RuntimeError: the backend asked for cannot serve the call.
     """
     check_count_mode(OP, count, group)
+    if packed is not None:
+        packed = check_packing(OP, packed)
     _check_metric(metric, packed, count)
     if threshold is not None:
         check_threshold(OP, threshold)
@@ -101,11 +104,9 @@ def adaptive_bipartite_match(
     return match_map(partner, rank, partition, metric.shape[-2], backend)
 
 
-def _check_metric(metric: Any, packed: Any, count: Any) -> None:
+def _check_metric(metric: Any, packed: Packing | None, count: Any) -> None:
     if packed is None:
         return check_metric(OP, metric)
-    if not isinstance(packed, Packing):
-        raise TypeError(f"tokred_kernels.{OP}: packed must be a Packing, got {type(packed).__name__}")
     if count != IMAGE:
         raise ValueError(f'tokred_kernels.{OP}: packed needs count="image", got count={count!r}')
     check_floating(OP, "metric", metric)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.checks import check_count
-from tokred_kernels.token_map import Packing
+from tokred_kernels.packing import Packing
 
 BATCH, IMAGE = "batch", "image"
 

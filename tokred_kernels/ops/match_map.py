@@ -12,8 +12,9 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import match_map as reference
 from tokred_kernels.ops.counts import packing_after
 from tokred_kernels.ops.library import register
+from tokred_kernels.packing import Packing
 from tokred_kernels.partition import SCHEMA, Partition
-from tokred_kernels.token_map import Packing, TokenMap
+from tokred_kernels.token_map import TokenMap
 
 
 def match_map(

@@ -16,7 +16,7 @@ from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
 from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register
-from tokred_kernels.token_map import Packing
+from tokred_kernels.packing import Packing, check_packing
 
 OP = "token_attention"
 WIDEST = {"triton": 128, "cuda": 256}  # head widths that fit their tiles
@@ -68,6 +68,8 @@ def token_attention(
     for name, value in (("q", q), ("k", k), ("v", v)):
         check_floating(OP, name, value)
     q, k, v = autocasted(q, k, v)
+    if packed is not None:
+        packed = check_packing(OP, packed)
     rows = _check(q, k, v, packed)
     if importance is not None and importance not in IMPORTANCES:
         names = ", ".join(map(repr, IMPORTANCES))
@@ -102,10 +104,8 @@ def too_wide(q: Tensor) -> tuple[str, ...]:
     return tuple(name for name, widest in WIDEST.items() if q.shape[-1] > widest)
 
 
-def _check(q: Any, k: Any, v: Any, packed: Any) -> tuple[int, ...]:
+def _check(q: Any, k: Any, v: Any, packed: Packing | None) -> tuple[int, ...]:
     """Raise unless the three fit; the shape of what there is one of for each token."""
-    if packed is not None and not isinstance(packed, Packing):
-        raise TypeError(f"tokred_kernels.{OP}: packed must be a Packing, got {type(packed).__name__}")
     wanted, rank = ("(B, H, N, d)", 4) if packed is None else ("(T, H, d), packed", 3)
     if q.dim() != rank:
         raise ValueError(f"tokred_kernels.{OP}: q must be {wanted}, got shape {shape(q)}")

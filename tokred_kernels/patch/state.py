@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.ops.merge_wavg import merge_wavg
+from tokred_kernels.packing import Packing
 from tokred_kernels.records import changed
-from tokred_kernels.token_map import Packing, TokenMap
+from tokred_kernels.token_map import TokenMap
 
 
 class State(NamedTuple):

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, leading, pool_packed, pool_sized
+from tokred_kernels.packing import Packing
 from tokred_kernels.patch import MARK
 from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, State, Step
 from tokred_kernels.patch.timm_import import import_timm
-from tokred_kernels.token_map import Packing, TokenMap
+from tokred_kernels.token_map import TokenMap
 
 import_timm()
 

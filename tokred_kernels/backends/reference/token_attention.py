@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels.backends.reference import unrounded
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.token_map import Packing
+from tokred_kernels.packing import Packing
 
 POLICY_EPS = 1e-6  # DynamicViT's, models/dyvit.py: keeps rows of dropped keys finite
 

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""How images of several lengths lie in one tensor."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokred_kernels.checks import shape
+from tokred_kernels.ops.library import nobody_listens
+
+
+class Packing(NamedTuple):
+    """How images of several lengths lie one after the other in one tensor, as variable-length attention takes them.
+
+    Attributes:
+        cu_seqlens: (B + 1,) int32, where each image's rows start, and, last, where they end.
+        lengths: the same as a row count for each image, on the host.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Packing:
+        """The packing of images of these lengths."""
+        starts = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+        return cls(starts.to(device), lengths)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are in all."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Packing:
+        """The same, with its tensor on `device`."""
+        return Packing(self.cu_seqlens.to(device, non_blocking=non_blocking), self.lengths)
+
+
+def check_packing(op: str, packed: Any) -> Packing:
+    """`packed` with a contiguous tensor; raise unless it is a Packing whose tensor a kernel may follow.
+
+    Whether the tensor tells the lengths is looked at where it costs nothing: on a CPU, outside of graphs.
+    """
+    if not isinstance(packed, Packing):
+        raise TypeError(f"tokred_kernels.{op}: packed must be a Packing, got {type(packed).__name__}")
+    starts, lengths = packed
+    if not isinstance(starts, Tensor) or starts.dtype != torch.int32:
+        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
+        raise TypeError(f"tokred_kernels.{op}: packed.cu_seqlens must be an int32 tensor, got {got}")
+    if not isinstance(lengths, tuple):
+        raise TypeError(f"tokred_kernels.{op}: packed.lengths must be a tuple of ints, got {type(lengths).__name__}")
+    if starts.shape != (len(lengths) + 1,):
+        raise ValueError(
+            f"tokred_kernels.{op}: packed.cu_seqlens must be ({len(lengths) + 1},), one more than packed.lengths has, "
+            f"got shape {shape(starts)}"
+        )
+    if starts.is_cpu and nobody_listens(starts):
+        told = starts.tolist()
+        if (
+            told[0] != 0
+            or min(lengths, default=0) < 0
+            or any(end - begin != length for (begin, end), length in zip(pairwise(told), lengths, strict=True))
+        ):
+            raise ValueError(
+                f"tokred_kernels.{op}: packed.cu_seqlens must be where images of packed.lengths = {lengths} start and "
+                f"end, got {told}"
+            )
+    return packed if starts.is_contiguous() else Packing(starts.contiguous(), lengths)
