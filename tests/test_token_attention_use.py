@@ -125,12 +125,27 @@ def test_plain_attention_is_torchs_on_a_gpu(counted):
 def test_sizes_alone_are_torchs_bias(counted, which, dtype, monkeypatch):
     monkeypatch.setattr(native, "AMX", False)
     call = drawn((2, 3, 33, 16), dtype, ("size",))
-    mask = call.size.to(accumulator(dtype)).log()[:, None, None, :].to(dtype)
+    mask = call.size.to(accumulator(dtype)).log()[:, None, None, :]
     with tk.use_backend(which):
         out = call.run()[0]
     assert len(counted) == 1
     assert torch.equal(counted[0]["attn_mask"], mask)
     assert torch.equal(out, F.scaled_dot_product_attention(*call[:3], attn_mask=mask))
+
+
+@pytest.mark.parametrize("cast", ["given", "autocast"])
+@pytest.mark.parametrize("dtype,rounding", [(torch.float16, 1.2e-3), (torch.bfloat16, 8e-3)])
+def test_sizes_are_not_rounded_to_half_precision(counted, dtype, rounding, cast, monkeypatch):
+    monkeypatch.setattr(native, "AMX", False)
+    q, v = torch.zeros(1, 1, 64, 64), torch.eye(64).view(1, 1, 64, 64)
+    size = torch.arange(1.0, 190.0, 3.0).view(1, 63)
+    size = torch.cat([size, size[:, -1:]], 1)
+    with torch.autocast("cpu", dtype, enabled=cast == "autocast"):
+        out = tk.token_attention(*(t.to(torch.float32 if cast == "autocast" else dtype) for t in (q, q, v)), size=size)
+    assert out.dtype == dtype
+    assert len(counted) == 1
+    wanted = (size / size.sum()).expand(64, 64)
+    torch.testing.assert_close(out[0, 0].float(), wanted, rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("which", ["auto", "cpu"])

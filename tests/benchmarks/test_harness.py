@@ -10,6 +10,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from tokred_kernels.ops.token_attention import WIDEST
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = ROOT / "Makefile"
@@ -64,6 +67,11 @@ def test_what_was_written_is_collected(tmp_path):
 def test_every_op_that_is_sanitized_runs(sanitize, capsys):
     sanitize.main(["cpu", "--device", "cpu"])
     assert "all ops ran on cpu" in capsys.readouterr().out
+
+
+def test_the_sanitizer_passes_over_heads_that_a_backend_does_not_take(sanitize):
+    shape = 1, 1, 2, 3, WIDEST["triton"] + 1
+    sanitize.check_lookup(sanitize.Run("triton", "cpu"), shape, torch.float32)  # it would raise
 
 
 def test_the_sanitizer_looks_at_all_kernels_of_triton(sanitize, capsys):

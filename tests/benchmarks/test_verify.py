@@ -98,6 +98,9 @@ TRITON = ["merge", "merge_backward"]
         ("ops.test_bipartite_merge", "test_x[cuda]", [], TRITON),
         ("backends.test_triton_lookup", "test_x[16]", ["merge"], TRITON),
         ("backends.test_triton", "test_x", ["merge"], []),
+        # Their device is a parameter.
+        ("backends.test_triton_lookup", "test_x[cuda-16]", ["merge"], TRITON),
+        ("backends.test_triton", "test_x[cuda-16]", ["merge"], []),
         ("test_torch_integration", "test_x", [], []),
         ("benchmarks.test_benchmarks", "test_x", ["merge"], TRITON),
     ],

@@ -10,17 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred_kernels.backends.reference.token_attention import attention_weights, importance_of
-from tokred_kernels.ops.token_attention import token_attention
+from tokred_kernels.dtypes import autocasted
+from tokred_kernels.ops.token_attention import key_bias, token_attention, torchs_attention
 from tokred_kernels.packing import Packing
 
 
 def size_bias(size: Tensor, like: Tensor) -> Tensor:
-    """`log size` as a bias on keys, (B, 1, 1, N) in `like`'s dtype, from sizes (B, N, 1).
-
-    It stays a row: scaled_dot_product_attention broadcasts it over heads and queries without a copy, so proportional
-    attention costs O(B N) memory, not the O(B H N^2) of a bias added to explicit scores.
-    """
-    return size.log().transpose(1, 2).unsqueeze(1).to(like.dtype)
+    """`log size` as a bias on keys of `like`'s dtype, (B, 1, 1, N), from sizes (B, N, 1)."""
+    return key_bias(size.log().squeeze(2), like)
 
 
 def attend(
@@ -52,8 +49,9 @@ def attend(
     if packed is not None:
         return _each_image(q, k, v, size, policy, packed, importance=importance, dropout=dropout, fused=fused)
     if fused and policy is None and importance is None:
-        bias = None if size is None else size_bias(size.reshape(q.shape[0], q.shape[2], 1), q)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout), None
+        bias = None if size is None else size.reshape(q.shape[0], q.shape[2]).log()
+        q, k, v = autocasted(q, k, v)
+        return torchs_attention(q, k, v, bias, dropout_p=dropout), None
     size, policy = (None if t is None else t.reshape(q.shape[0], q.shape[2]) for t in (size, policy))
     bias = None if size is None else size.to(torch.promote_types(q.dtype, size.dtype)).log()
     weights = attention_weights(q, k, bias, policy, q.shape[-1] ** -0.5)
