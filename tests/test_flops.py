@@ -49,6 +49,17 @@ def test_count_agrees_with_torchs_counter(name, r, backend):
         assert flops.count(model).total == pytest.approx(counted(model), rel=1e-9)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_base_mci_224"])
+def test_patches_embedded_by_a_network(name, training):
+    model = patch(timm.create_model(name, num_classes=10).requires_grad_(False).eval(), "tome", r=8)
+    expected = counted(model)
+    state = {key: part.clone() for key, part in model.state_dict().items()}
+    assert flops.count(model.train(training)).total == pytest.approx(expected, rel=1e-9)
+    for key, part in model.state_dict().items():
+        assert torch.equal(part, state[key]), key
+
+
 ALGM = {
     "fixed": {"count": [9, 5]},
     "more than there are": {"count": 100},

@@ -80,7 +80,7 @@ def count(
         raise NotImplementedError(
             f"tokred_kernels.flops.count: {type(model).__name__} is not supported; {timm_vit.SUPPORTED} are"
         )
-    return _count(model, _grid(model, img_size), tokens)
+    return _count(model, _pixels(model, img_size), tokens)
 
 
 def counter(**settings: Any) -> FlopCounterMode:
@@ -147,11 +147,11 @@ _token_attention._get_raw = True  # type: ignore[attr-defined]
 _token_attention_backward._get_raw = True  # type: ignore[attr-defined]
 
 
-def _grid(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Patches down and across."""
+def _pixels(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the images."""
     embed = model.patch_embed
     if img_size is None:
-        return embed.dynamic_feat_size(embed.img_size)
+        return tuple(embed.img_size)
     size = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else tuple(img_size)
     if len(size) != 2:
         raise ValueError(f"tokred_kernels.flops.count: img_size must be one number or (height, width), got {img_size}")
@@ -162,19 +162,34 @@ def _grid(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]
             f"tokred_kernels.flops.count: the model takes images of {tuple(embed.img_size)} pixels only, got {size}; "
             "make it with dynamic_img_size=True, or call its set_input_size"
         )
-    return embed.dynamic_feat_size(size)
+    return size
 
 
-def _count(model: Any, grid: tuple[int, int], given: Sequence[int] | None) -> Flops:
+def _count(model: Any, pixels: tuple[int, int], given: Sequence[int] | None) -> Flops:
+    grid = model.patch_embed.dynamic_feat_size(pixels)
     entering = grid[0] * grid[1] + model.num_prefix_tokens
     images = _tokens(model, entering, grid, given)
     per_block = []
     for index, block in enumerate(model.blocks):
         per_block.append(round(_mean([_block(block, *_around(entering, image, index)) for image in images])))
-    embed = grid[0] * grid[1] * 2 * model.patch_embed.proj.weight.numel()
     head = round(_mean([_head(model, image[-1][1]) for image in images]))
     left = [[entering, *(after for _, after in image)] for image in images]
+    embed = _patch_embed(model.patch_embed, pixels, grid)
     return Flops(tuple(per_block), embed, head, tuple(_mean(column) for column in zip(*left, strict=True)))
+
+
+def _patch_embed(embed: Any, pixels: tuple[int, int], grid: tuple[int, int]) -> int:
+    from timm.layers import PatchEmbed  # noqa: PLC0415  (timm is optional)
+
+    if type(embed) is PatchEmbed:
+        return grid[0] * grid[1] * 2 * embed.proj.weight.numel()
+    # Others may be whole networks, as those of hybrids: they run, on shapes alone.
+    parts = {name: part.to("meta") for name, part in (*embed.named_parameters(), *embed.named_buffers())}
+    first = next(part for part in embed.modules() if isinstance(part, nn.Conv2d))
+    image = torch.empty(1, first.in_channels, *pixels, dtype=first.weight.dtype, device="meta")
+    with torch.no_grad(), counter(display=False) as counted:
+        torch.func.functional_call(embed, parts, (image,))
+    return counted.get_total_flops()
 
 
 def _around(entering: int, image: list[tuple[int, int]], index: int) -> tuple[int, int, int]:

@@ -44,9 +44,14 @@ __device__ __forceinline__ void multiply<float>(float (&acc)[4], const uint32_t 
     b_high[k] = round_tf32(__uint_as_float(b[k]));
     b_low[k] = round_tf32(__uint_as_float(b[k]) - __uint_as_float(b_high[k]));
   }
-  mma_tf32(acc, a_low, b_high[0], b_high[1]);
-  mma_tf32(acc, a_high, b_low[0], b_low[1]);
-  mma_tf32(acc, a_high, b_high[0], b_high[1]);
+  // The tensor cores cut off what does not fit into their sum, always towards zero. So that over many channels this
+  // does not add up, they sum one step, and the additions here round.
+  float step[4] = {};
+  mma_tf32(step, a_low, b_high[0], b_high[1]);
+  mma_tf32(step, a_high, b_low[0], b_low[1]);
+  mma_tf32(step, a_high, b_high[0], b_high[1]);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) acc[e] += step[e];
 }
 
 template <int kRows>
@@ -72,21 +77,28 @@ struct LaneRows {
   int b[kColumnFragments / 2];
 };
 
-template <int kUnrolled, class T, int kRows>
+// How many steps are in flight: float32 takes each apart, and has no registers for two.
+template <class T>
+constexpr int kUnrolled = sizeof(T) < sizeof(float) ? 2 : 1;
+
+template <int kSteps, class T, int kRows>
 __device__ __forceinline__ void multiply_steps(const char* sources, const char* destinations,
                                                const LaneRows<kRows>& rows, int steps, Accumulators<kRows>& acc) {
-#pragma unroll kUnrolled
+#pragma unroll kSteps
   for (int step = 0; step < steps; ++step) {
-    uint32_t a[kRows][4], b[kColumnFragments / 2][4];
+    uint32_t a[kRows][4];
 #pragma unroll
     for (int f = 0; f < kRows; ++f) load_matrices(sources + rows.a[f], a[f]);
 #pragma unroll
-    for (int f = 0; f < kColumnFragments / 2; ++f) load_matrices(destinations + rows.b[f], b[f]);
+    for (int pair = 0; pair < kColumnFragments / 2; ++pair) {
+      // Float32 takes each pair apart; all of them ahead of their products would need more registers than there are.
+      if constexpr (sizeof(T) == sizeof(float)) __syncwarp();
+      uint32_t b[4];
+      load_matrices(destinations + rows.b[pair], b);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+      for (int k = 0; k < 2; ++k) {
 #pragma unroll
-      for (int f = 0; f < kColumnFragments; ++f) {
-        multiply<T>(acc[r][f], a[r], b[f / 2][f % 2 * 2], b[f / 2][f % 2 * 2 + 1]);
+        for (int r = 0; r < kRows; ++r) multiply<T>(acc[r][2 * pair + k], a[r], b[2 * k], b[2 * k + 1]);
       }
     }
     sources += kStepUnits * kUnitBytes, destinations += kStepUnits * kUnitBytes;
@@ -224,8 +236,8 @@ __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Par
       set_columns(destinations);
       zero<kRows>(acc);
       const int row = p.num_src + destination0;
-      multiply_steps<2, T, kRows>(memory.operands + source0 * c.pitch, memory.operands + row * c.pitch, rows,
-                                  c.row_units / kStepUnits, acc);
+      multiply_steps<kUnrolled<T>, T, kRows>(memory.operands + source0 * c.pitch, memory.operands + row * c.pitch, rows,
+                                             c.row_units / kStepUnits, acc);
       keep_best<kRows>(acc, memory.inverse_norms + source0, memory.inverse_norms + row, warp_row, sources, warp_column,
                        destination0, destinations, p.protected_dst, best);
     }
@@ -259,7 +271,7 @@ __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Par
         const char* operands = memory.stages + stage * Chunk::kStageBytes;
         const int steps = min(kChunkUnits, c.row_units - chunk * kChunkUnits) / kStepUnits;
         // Unrolled, the steps of 512 threads would need the registers that hold the chunk on its way.
-        multiply_steps<kThreads == kMatchThreads ? 1 : 2, T, kRows>(
+        multiply_steps<kThreads == kMatchThreads ? 1 : kUnrolled<T>, T, kRows>(
             kResident == Resident::none ? operands : memory.operands + chunk * kChunkUnits * kUnitBytes,
             operands + Chunk::kSourceRows * Chunk::kGroups * kStagePitch, rows, steps, acc);
         if (ends_tile) {

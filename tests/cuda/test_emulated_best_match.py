@@ -106,6 +106,18 @@ def test_packed_images_are_each_what_they_are_alone(emulator, longest):
             torch.testing.assert_close(ours[image, : own.num_src], expected[0], rtol=0, atol=0)
 
 
+# Tokens alike, as a model's are: their products add up to much, of which the tensor cores cut a little off each time.
+@pytest.mark.parametrize("limit", [H100_SHARED, STREAMING_SHARED], ids=["resident", "streamed"])
+def test_float32_scores_of_many_channels_are_exact(emulator, limit):
+    metric = torch.randn(1, 1, 64, 1280, generator=torch.Generator().manual_seed(5)) + 1
+    score, partner, _ = emulated_best(emulator, metric, every_other(64, 64, 0, False, False), shared_limit=limit)
+    unit = torch.nn.functional.normalize(metric[0, 0].double(), dim=-1)
+    cosines = unit[::2] @ unit[1::2].T
+    torch.testing.assert_close(
+        score[0].double(), cosines.gather(1, partner.long().view(-1, 1))[:, 0], rtol=0, atol=1e-6
+    )
+
+
 # Above the sources that are all compared with each other: ties, protected sources, rows that are no numbers; packed.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_best_match_of_many_sources(emulator, dtype):

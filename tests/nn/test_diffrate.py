@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The count that is learned: what the authors' code gives, and its gradients by hand."""
 
+import copy
+
 import pytest
 import torch
 from support import golden
@@ -101,6 +103,27 @@ def test_counts_are_not_rounded_under_autocast_and_in_half_precision():
     assert kept.dtype == mask.dtype == torch.float32
     assert torch.equal(half.float().kept(), kept)
     assert torch.equal(half.float().mask(), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("number", [576, 575, 574, 573, 301, 2, 1])
+def test_half_precision_counts_beyond_256(dtype, number):
+    rate = CompressionRate(576)
+    rate.selected_probability.data[576 - number] = 40.0
+    assert rate.kept() == number + 1
+    half = copy.deepcopy(rate).to(dtype)
+    assert half.kept() == number + 1
+    assert half.least == rate.least == 2
+    assert torch.equal(half.mask(), rate.mask())
+    weight = torch.arange(577.0)
+    grads = [torch.autograd.grad((one.mask() * weight).sum(), one.selected_probability)[0] for one in (half, rate)]
+    torch.testing.assert_close(grads[0].float(), grads[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(("patches", "granularity"), [(36, 1), (36, 4), (35, 4), (36, 37), (1, 1)])
+def test_the_least_count_is_the_last_candidate(patches, granularity):
+    rate = CompressionRate(patches, granularity)
+    assert rate.least == rate.kept_token_candidate[-1] + 1
 
 
 def test_flops_reach_both_counts_of_every_block():

@@ -14,7 +14,7 @@ from torch import nn
 
 from tokred_kernels import flops, use_backend
 from tokred_kernels.nn.diffrate import compression_flops, kept_counts
-from tokred_kernels.patch import patch, unpatch
+from tokred_kernels.patch import patch, timm_vit, unpatch
 from tokred_kernels.patch.diffrate import LEAST_SIZE
 from tokred_kernels.patch.state import State
 from tokred_kernels.patch.timm_import import import_timm
@@ -185,6 +185,33 @@ def test_images_of_any_size():
         model(images(size=size))
         assert flops.count(model, size).tokens == tokens
         assert model.token_map.num_out == 9
+
+
+def test_counts_hold_for_images_of_a_size_set_later():
+    kept = {"prune_kept_num": [37, 37, 30, 12], "merge_kept_num": [37, 37, 25, 9]}
+    late = patch(make(), "diffrate", kept=kept)
+    late.set_input_size(img_size=96)
+    early = make()
+    early.set_input_size(img_size=96)
+    early.load_state_dict(late.state_dict())
+    patch(early, "diffrate", kept=kept)
+    x = images(size=96)
+    assert torch.equal(late(x), early(x))
+    assert [left for _, left in late.tokred_record.counts] == [37, 37, 25, 9]
+
+
+@pytest.mark.parametrize(("kept", "asked"), [(41, 0), (37, 0), (36, 1)])
+def test_importance_is_asked_for_only_where_tokens_go(kept, asked, monkeypatch):
+    model = patch(make(), "diffrate", kept={"prune_kept_num": [kept] + [41] * 3, "merge_kept_num": [41] * 4})
+    wanted, attend = [], timm_vit.attend
+
+    def count(*tokens, importance, **more):
+        wanted.append(importance)
+        return attend(*tokens, importance=importance, **more)
+
+    monkeypatch.setattr(timm_vit, "attend", count)
+    model(images())
+    assert wanted == ["class"] * asked + [None] * (4 - asked)
 
 
 def test_autocast_keeps_sizes_in_float32():

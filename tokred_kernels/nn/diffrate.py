@@ -36,22 +36,27 @@ class CompressionRate(nn.Module):
         if num_prefix is not None:
             check_count("nn.CompressionRate", "num_prefix", num_prefix)
         self.patch_number = patch_number
+        self.granularity = granularity
         self.prefix = int(class_token) if num_prefix is None else num_prefix
-        candidates = torch.arange(patch_number, 0, -granularity, dtype=torch.float32)
+        candidates = self._candidates(torch.device("cpu")).float()
         # Published checkpoints have it among the parameters, so it is in the state dict, and no gradient reaches it.
+        # Nothing is computed with it: half precision, in which a model may be, has no 575.
         self.kept_token_candidate = nn.Parameter(candidates, requires_grad=False)
         self.selected_probability = nn.Parameter(torch.zeros_like(candidates))
 
     @property
     def least(self) -> int:
         """The lowest count there is to learn, the tokens that are always kept included."""
-        return int(self.kept_token_candidate[-1]) + self.prefix
+        return (self.patch_number - 1) % self.granularity + 1 + self.prefix
+
+    def _candidates(self, device: torch.device) -> Tensor:
+        return torch.arange(self.patch_number, 0, -self.granularity, device=device)
 
     def kept(self) -> Tensor:
         """The expected number of tokens kept, class token included, rounded up; its gradient is that of the mean."""
         # No matrix product: under autocast that would round to half precision, and counts with it.
-        candidates = self.kept_token_candidate
-        mean = (_full(candidates) * _full(self.selected_probability).softmax(-1)).sum()
+        probability = _full(self.selected_probability).softmax(-1)
+        mean = (self._candidates(probability.device) * probability).sum()
         # The zero is added to a whole number, so that the count is exactly one.
         return mean.ceil().detach() + self.prefix + (mean - mean.detach())
 
@@ -65,7 +70,7 @@ class CompressionRate(nn.Module):
         total = self.patch_number + self.prefix
         probability = _full(self.selected_probability).softmax(-1)
         # Candidate c keeps tokens 0 to c + prefix - 1. Put at its last token, the sum from the end is each token's own.
-        last = self.kept_token_candidate.long() + self.prefix - 1
+        last = self._candidates(probability.device) + self.prefix - 1
         at_last = probability.new_zeros(total).scatter(0, last, probability)
         soft = at_last.flip(0).cumsum(0).flip(0)
         index = torch.arange(total, device=soft.device)

@@ -41,14 +41,16 @@ class Compress(Step):
     merge: int = 0
     num_prefix: int = 0
 
-    importance = "class"  # type: ignore[assignment]
+    def importance(self, tokens: int) -> str | None:
+        """See `Step`."""
+        return None if self._is_idle(tokens) else "class"
 
     def reduce(
         self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
     ) -> tuple[Tensor, State, TokenMap | None]:
         """See `Step`; sorting without removing anything would change nothing, and is left out."""
         tokens = x.shape[1]
-        if self.tokens_after(tokens, (0, 0)) == tokens:
+        if self._is_idle(tokens):
             return x, state, None
         stay, _ = self._stages(tokens)
         sort = keep_topk(importance, stay - self.num_prefix, num_prefix=self.num_prefix)  # type: ignore[arg-type]
@@ -65,6 +67,9 @@ class Compress(Step):
         """How many of `tokens` tokens pruning leaves, and how many merging does."""
         stay = min(tokens, self.prune)
         return stay, min(stay, self.merge)
+
+    def _is_idle(self, tokens: int) -> bool:
+        return self._stages(tokens)[1] == tokens
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
         """See `Step`."""
@@ -85,7 +90,9 @@ class CompressLearned(Step):
 
     num_prefix: int = 0
 
-    importance = "class"  # type: ignore[assignment]
+    def importance(self, tokens: int) -> str | None:
+        """See `Step`."""
+        return "class"
 
     def at(self, block: Any) -> Compress:
         """The step with the counts that `block` has learned so far."""
@@ -185,16 +192,12 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
         _install_learned(model, granularity, prop_attn, settings)
         return
     prefix = model.num_prefix_tokens
-    counts = read_kept(kept, len(model.blocks), prefix)
-    # From the first images on, if they may be of any size; else from where fewer are asked for than there can be.
-    most = None if getattr(model, "dynamic_img_size", False) else model.patch_embed.num_patches + prefix
-    steps: list[Step] = []
-    for prune, merged in zip(*counts, strict=True):
-        left = min(prune, merged)
-        idle = most is not None and left >= most
-        steps.append(Step(prop_attn) if idle else Compress(prop_attn, prune, merged, prefix))
-        most = left if most is None else min(most, left)
-    timm_vit.install(model, timm_vit.Mark("diffrate", settings), lambda index: steps[index])
+    prune, merged = read_kept(kept, len(model.blocks), prefix)
+    timm_vit.install(
+        model,
+        timm_vit.Mark("diffrate", settings),
+        lambda index: Compress(prop_attn, prune[index], merged[index], prefix),
+    )
 
 
 def _install_learned(model: Any, granularity: int, prop_attn: bool, settings: dict[str, Any]) -> None:

@@ -49,12 +49,13 @@ class Step:
 
     proportional: bool = False
 
-    # The `importance` that is wanted of the block's attention; see `ops.token_attention`.
-    importance = None
-
     def at(self, block: Any) -> Step:
         """The step with what it takes from `block`, where that is not fixed."""
         return self
+
+    def importance(self, tokens: int) -> str | None:
+        """The `importance` that is wanted of the block's attention over so many tokens; see `ops.token_attention`."""
+        return None
 
     def enter(self, model: Any, x: Tensor, state: State) -> tuple[Tensor, State, TokenMap | None]:
         """What happens before the block: x (B, N, C), or packed (T, C), its state, and the map that was followed."""

@@ -122,7 +122,8 @@ class PatchedBlock(Patched, Block):
         """x (B, N, C), or packed (T, C), and its state, to those that leave, and the map that was followed, if any."""
         step = self.tokred_step
         size = state.size if step.proportional else None
-        attended, keys, importance = self.attn(self.norm1(x), size, state.policy, state.packing, step.importance)
+        wanted = step.importance(x.shape[-2])
+        attended, keys, importance = self.attn(self.norm1(x), size, state.policy, state.packing, wanted)
         x = x + _drop_path(self.drop_path1, self.ls1(attended), state.packing)
         x, state, token_map = step.reduce(self, x, keys, importance, state)
         del attended, keys  # the keys are a view of all of qkv, which would else live on through the MLP
@@ -255,7 +256,8 @@ class PatchedVisionTransformer(Patched, VisionTransformer):
         if packing is not None and size is not None:
             if self.attn_pool is not None:
                 images = zip(x.split(packing.lengths), size.split(packing.lengths), strict=True)
-                return torch.cat([self._attend(one[None, begin:], own[None, begin:]) for one, own in images])
+                pooled = [self._attend(one[None, begin:], own[None, begin:]) for one, own in images]
+                return torch.cat(pooled) if pooled else x
             return pool_packed(x, size, packing, kind=kind, begin=begin) if kind else x
         if size is None or not weighs:
             return super().pool(x, pool_type)

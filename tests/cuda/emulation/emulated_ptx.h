@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 
 namespace tokred::cuda {
@@ -34,6 +35,13 @@ struct Fragments {
   float c[4];
 };
 
+// The nearest float that is no farther from zero. The PTX ISA leaves open how the tensor cores round their sums, and
+// they are known to cut them off (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021).
+inline float toward_zero(double value) {
+  const float nearest = static_cast<float>(value);
+  return std::fabs(double{nearest}) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // c += a b for a 16 x depth and a depth x 8 matrix; a_element(all, row, k) and b_element(all, k, column) find the rest.
 template <int kDepth, class A, class B>
 void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, A a_element, B b_element) {
@@ -45,7 +53,7 @@ void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
       const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
       double sum = 0;
       for (int k = 0; k < kDepth; ++k) sum += double{a_element(all, row, k)} * b_element(all, k, column);
-      result[i] = static_cast<float>(all[lane].c[i] + sum);
+      result[i] = toward_zero(all[lane].c[i] + sum);
     }
     return result;
   });
