@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Photographs inside the packages themselves; scikit-image downloads others, which are left alone.
@@ -30,7 +31,7 @@ def load(folder: Path | None) -> dict[str, Image.Image]:
     for path in paths:
         try:
             with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file).convert("RGB")
+                picture = _in_rgb(ImageOps.exif_transpose(file))
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             print(f"{path.name} is left out, it cannot be read: {error}", file=sys.stderr)
             continue
@@ -46,6 +47,19 @@ def load(folder: Path | None) -> dict[str, Image.Image]:
     if not pictures:
         raise SystemExit(f"--images {folder}: no picture in it can be read ({', '.join(ENDINGS)} are looked for).")
     return pictures
+
+
+def _in_rgb(picture: Image.Image) -> Image.Image:
+    """Pillow's own conversion, but for grey of 16 bits, whose upper 8 are what is seen: Pillow makes it nearly white.
+
+    Raises:
+        ValueError: a mode whose white nobody knows.
+    """
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"a picture of mode {picture.mode!r} does not say how bright white is")
+    return picture.convert("RGB")
 
 
 def _packaged() -> list[Path]:

@@ -109,6 +109,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nIn {options.out}/ after {took} s: {options.data}.png, .md, .json")
 
 
+def learning_rate(text: str) -> float:
+    """A rate of learning, for argparse."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, and finite, got {text!r}")
+    return number
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--method", choices=(*METHODS, ALL), default=ALL, help="beside the plain model (%(default)s)")
@@ -119,7 +127,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--positions", choices=("random", "waves"), default="random", help="what the ViT's begin as (%(default)s)"
     )
     parser.add_argument("--epochs", type=positive, default=30, help="of training with all tokens (%(default)s)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="of learning, at most (%(default)s)")
+    parser.add_argument("--rate", type=learning_rate, default=2e-3, help="of learning, at most (%(default)s)")
     parser.add_argument("--tuning", type=positive, default=10, help="epochs of fine-tuning (%(default)s)")
     parser.add_argument("--search", type=positive, default=100, help="steps of DiffRate's search (%(default)s)")
     parser.add_argument("--batch", type=positive, default=64, help="digits at once (%(default)s)")

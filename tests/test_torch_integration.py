@@ -395,3 +395,19 @@ def test_selectors_replay_in_a_cuda_graph():
         graph.replay()
         for got, want in zip(out, select_by_all(images), strict=True):
             assert torch.equal(got, want)
+
+
+def test_gradients_in_batches_are_those_one_by_one():
+    x = torch.randn(2, 20, 8, requires_grad=True)
+    q, size = torch.randn(2, 2, 20, 8, requires_grad=True), torch.rand(2, 20).add(0.5).requires_grad_()
+    token_map = tk.bipartite_match(x, 5)
+    merged, sizes = tk.merge_wavg(x, token_map, size)
+    out, worth = tk.token_attention(q, q, q, size=size, importance="mean")
+    bare = tk.unmerge(merged, token_map)
+    for value, leaves in ((merged, (x, size)), (bare, (x,)), (out, (q, size)), (worth, (q, size)), (sizes, (size,))):
+        directions = torch.randn(3, *value.shape)
+        kept = {"retain_graph": True, "allow_unused": False}
+        batched = torch.autograd.grad(value, leaves, directions, is_grads_batched=True, **kept)
+        one_by_one = [torch.autograd.grad(value, leaves, direction, **kept) for direction in directions]
+        for got, want in zip(batched, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.stack(want))

@@ -140,6 +140,16 @@ def test_a_slow_download_is_given_up(demo, monkeypatch, capsys):
     assert "not fetched within 1 s" in capsys.readouterr().out
 
 
+def test_pictures_of_more_than_eight_bits(demo, tmp_path, capsys):
+    ramp = np.linspace(0, 65535, 256 * 64).astype(np.uint16).reshape(64, 256)
+    PIL.fromarray(ramp).save(tmp_path / "grey.png")
+    PIL.fromarray(ramp.astype(np.float32)).save(tmp_path / "floats.tif")
+    (picture,) = demo.photos.load(tmp_path).values()
+    assert picture.mode == "RGB"
+    assert np.array_equal(np.asarray(picture), np.repeat((ramp // 257)[..., None], 3, 2))
+    assert "floats.tif is left out, it cannot be read: a picture of mode 'F'" in capsys.readouterr().err
+
+
 def test_default_photographs(demo):
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")

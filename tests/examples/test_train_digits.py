@@ -150,6 +150,9 @@ def test_gradients_of_what_is_fresh_and_of_the_rest_are_bounded_apart(example):
         (["--width", "50"], "--width must be a multiple of 32, got 50"),
         (["--depth", "2"], "--depth must be at least 3"),
         (["--epochs", "0"], "--epochs"),
+        (["--rate", "nan"], "argument --rate: must be above 0, and finite, got 'nan'"),
+        (["--rate", "-1"], "argument --rate: must be above 0, and finite, got '-1'"),
+        (["--rate", "fast"], "argument --rate"),
         (["--seeds", "0"], "--seeds"),
     ],
 )

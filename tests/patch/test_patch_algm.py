@@ -173,9 +173,10 @@ def test_images_of_one_colour(value, count):
         assert model.tokred_record.left[0] in (10, (10, 10))  # the class token and 9 windows
 
 
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
 @pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
-def test_an_empty_batch(count):
-    model = patch(make(), "algm", layers=(1, 3), threshold=0.5, count=count)
+def test_an_empty_batch(count, pool):
+    model = patch(make(global_pool=pool), "algm", layers=(1, 3), threshold=0.5, count=count)
     assert model(images(0)).shape == (0, 5)
     assert model.token_map.batch == 0
     assert model.token_sizes.numel() == 0

@@ -24,9 +24,11 @@ DEVICES = ("CPU", "CUDA")
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transform_level: Any = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
 _profiler_runs: Any = getattr(torch.autograd, "_profiler_enabled", None)
+# Of the tensors that torch.autograd.grad(is_grads_batched=True) runs a backward with.
+_is_batched: Any = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
 _is_tracing: Any = getattr(torch._C, "_is_tracing", None)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_tracing)
+_CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_batched, _is_tracing)
 
 
 def nobody_listens(tensor: Any, *, but_the_profiler: bool = False) -> bool:
@@ -42,6 +44,7 @@ def nobody_listens(tensor: Any, *, but_the_profiler: bool = False) -> bool:
         and type(tensor) in _PLAIN
         and _dispatch_modes() == 0
         and _transform_level() is None
+        and not _is_batched(tensor)
         and (but_the_profiler or not _profiler_runs())
         and not _is_tracing()
     )
@@ -68,7 +71,11 @@ def register(schema: str, fake: Callable[..., Any], implementation: Callable[...
     def call(*arguments: Any) -> Any:
         return (direct if nobody_listens(arguments[0]) else overload)(*arguments)
 
-    return call
+    def call_backward(*arguments: Any) -> Any:
+        gradients = [one for one in arguments[:2] if isinstance(one, torch.Tensor)]  # either may be a batch of them
+        return (direct if all(map(nobody_listens, gradients)) else overload)(*arguments)
+
+    return call_backward if name.endswith("_backward") else call
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:
