@@ -28,10 +28,9 @@ class KeepAttentive(Step):
     attended_by: str = "class"
     num_prefix: int = 0
 
-    @property
-    def importance(self) -> str | None:  # type: ignore[override]
+    def importance(self, tokens: int) -> str | None:
         """See `Step`."""
-        return self.attended_by if float(self.keep) < 1 else None
+        return self.attended_by if self.kept(tokens) < tokens - self.num_prefix else None
 
     def kept(self, tokens: int) -> int:
         """How many of `tokens` tokens stay, besides the prefix."""
@@ -41,9 +40,9 @@ class KeepAttentive(Step):
         self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
     ) -> tuple[Tensor, State, TokenMap | None]:
         """See `Step`."""
-        k = self.kept(x.shape[1])
-        if importance is None or k == x.shape[1] - self.num_prefix:
+        if importance is None:
             return x, state, None
+        k = self.kept(x.shape[1])
         x, token_map = keep_attentive(x, importance, k, num_prefix=self.num_prefix, fuse=self.fuse)
         return x, changed(state, grid=None), token_map
 
