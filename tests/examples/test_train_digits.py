@@ -178,12 +178,25 @@ def test_the_readme_says_what_was_recorded(example, data):
     assert any(row["accuracy"] >= plain["accuracy"] and row["gflops"] < plain["gflops"] for row in lookups)
 
 
-def test_the_readme_says_what_fewer_pictures_gave():
-    report = json.loads((ROOT / "docs" / "textures_fewer.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "how"), [("fewer", "half as many patches to train on"), ("longer", "twice the epochs")]
+)
+def test_the_readme_says_what_fewer_pictures_and_longer_training_gave(name, how):
+    report = json.loads((ROOT / "docs" / f"textures_{name}.json").read_text())
     plain, *lookups = report["rows"]
     change = max(row["accuracy"] for row in lookups) - plain["accuracy"]
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"the best grid is at {change:+.1f}, the mean of {report['seeds']} seeds" in readme
+    assert f"ith {how} the best grid is at {change:+.1f}, the mean of {report['seeds']} seeds" in readme
+
+
+def test_the_readme_says_how_far_longer_training_differs_by_seeds():
+    plain, *lookups = json.loads((ROOT / "docs" / "textures_longer.json").read_text())["rows"]
+    best = max(lookups, key=lambda row: row["accuracy"])
+    changes = [own - beside for own, beside in zip(best["accuracies"], plain["accuracies"], strict=True)]
+    three = max(sum(row["accuracies"][:3]) for row in lookups) - sum(plain["accuracies"][:3])
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"from {min(changes):+.1f} to {max(changes):+.1f} ([one run]" in readme
+    assert f"the first three of these seeds alone would have said {three / 3:+.1f}" in readme
 
 
 def test_the_readme_says_what_equal_starts_give():
