@@ -233,6 +233,13 @@ def test_wrong_settings_are_refused(settings, error, words):
         diffrate_search(make(), data(), **{"target_gflops": 0.001, **settings})
 
 
+def test_inference_mode_is_refused_and_the_model_left_alone():
+    model = make()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="call it outside of torch.inference_mode"):
+        diffrate_search(model, data(), 0.001)
+    assert not any("prune_ddp" in name for name in model.state_dict())
+
+
 def test_wrong_models_are_refused():
     with pytest.raises(ValueError, match=r'with "diffrate" and no counts given, got "tome"'):
         diffrate_search(patch(make(), "tome", r=3), data(), 0.001)

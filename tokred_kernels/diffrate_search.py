@@ -102,6 +102,7 @@ def diffrate_search(
         TypeError: a wrong type, also of a batch.
         ValueError: a target out of reach (the message says what is in reach), a model that is patched otherwise, no
             batches, or a wrong number.
+        RuntimeError: called inside of torch.inference_mode, where nothing can be learned.
         FloatingPointError: a loss that is NaN or infinite.
         NotImplementedError: a model that `patch` does not take, or patch dropout.
         ImportError: timm is not installed.
@@ -112,6 +113,10 @@ def diffrate_search(
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     _check_numbers(target_gflops=target_gflops, lr=lr, flops_weight=flops_weight, tolerance=tolerance)
     check_count(OP, "steps", steps, least=1)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"tokred_kernels.{OP}: counts are learned by gradients; call it outside of torch.inference_mode"
+        )
     ours = _patched(inner, granularity)
     try:
         _check_reach(inner, target_gflops)
