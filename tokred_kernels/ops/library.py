@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from tokred_kernels import backends
 
@@ -40,11 +41,10 @@ def nobody_listens(tensor: Any, *, but_the_profiler: bool = False) -> bool:
     """
     return (
         _CAN_SKIP
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and type(tensor) in _PLAIN
         and _dispatch_modes() == 0
         and _transform_level() is None
-        and not _is_batched(tensor)
         and (but_the_profiler or not _profiler_runs())
         and not _is_tracing()
     )
@@ -71,11 +71,13 @@ def register(schema: str, fake: Callable[..., Any], implementation: Callable[...
     def call(*arguments: Any) -> Any:
         return (direct if nobody_listens(arguments[0]) else overload)(*arguments)
 
-    def call_backward(*arguments: Any) -> Any:
-        gradients = [one for one in arguments[:2] if isinstance(one, torch.Tensor)]  # either may be a batch of them
-        return (direct if all(map(nobody_listens, gradients)) else overload)(*arguments)
+    def call_floats(first: torch.Tensor, second: Any, *others: Any) -> Any:
+        alone = nobody_listens(first) and not (
+            _is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second))
+        )
+        return (direct if alone else overload)(first, second, *others)
 
-    return call_backward if name.endswith("_backward") else call
+    return call if name in backends.MAP_OPS else call_floats
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:
@@ -99,7 +101,7 @@ def is_differentiated(*tensors: torch.Tensor | None) -> bool:
 
 def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """These tensors, for an autograd.Function: while torch.compile traces, which refuses one twice, a view instead."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return tensors
     return tuple(
         tensor.view_as(tensor) if any(tensor is before for before in tensors[:place]) else tensor
