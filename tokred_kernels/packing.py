@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -60,11 +60,7 @@ def check_packing(op: str, packed: Any) -> Packing:
         )
     if starts.is_cpu and nobody_listens(starts):
         told = starts.tolist()
-        if (
-            told[0] != 0
-            or min(lengths, default=0) < 0
-            or any(end - begin != length for (begin, end), length in zip(pairwise(told), lengths, strict=True))
-        ):
+        if told != list(accumulate(lengths, initial=0)) or min(lengths, default=0) < 0:
             raise ValueError(
                 f"tokred_kernels.{op}: packed.cu_seqlens must be where images of packed.lengths = {lengths} start and "
                 f"end, got {told}"

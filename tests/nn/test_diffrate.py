@@ -126,6 +126,12 @@ def test_the_least_count_is_the_last_candidate(patches, granularity):
     assert rate.least == rate.kept_token_candidate[-1] + 1
 
 
+def test_is_made_where_torch_makes_tensors():
+    with torch.device("meta"):
+        rate = CompressionRate(36)
+    assert all(parameter.is_meta for parameter in rate.parameters())
+
+
 def test_flops_reach_both_counts_of_every_block():
     settings = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
     model = patch(VisionTransformer(**settings).eval(), "diffrate")

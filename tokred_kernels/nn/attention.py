@@ -16,7 +16,7 @@ from tokred_kernels.packing import Packing
 
 
 def size_bias(size: Tensor, like: Tensor) -> Tensor:
-    """`log size` as a bias on keys of `like`'s dtype, (B, 1, 1, N), from sizes (B, N, 1)."""
+    """The `key_bias` (B, 1, 1, N) of attention in `like`'s dtype, from sizes (B, N, 1): their logarithm."""
     return key_bias(size.log().squeeze(2), like)
 
 
@@ -48,11 +48,10 @@ def attend(
         return out if isinstance(out, tuple) else (out, None)
     if packed is not None:
         return _each_image(q, k, v, size, policy, packed, importance=importance, dropout=dropout, fused=fused)
-    if fused and policy is None and importance is None:
-        bias = None if size is None else size.reshape(q.shape[0], q.shape[2]).log()
-        q, k, v = autocasted(q, k, v)
-        return torchs_attention(q, k, v, bias, dropout_p=dropout), None
     size, policy = (None if t is None else t.reshape(q.shape[0], q.shape[2]) for t in (size, policy))
+    if fused and policy is None and importance is None:
+        q, k, v = autocasted(q, k, v)
+        return torchs_attention(q, k, v, None if size is None else size.log(), dropout_p=dropout), None
     bias = None if size is None else size.to(torch.promote_types(q.dtype, size.dtype)).log()
     weights = attention_weights(q, k, bias, policy, q.shape[-1] ** -0.5)
     worth = None if importance is None else importance_of(weights, importance)

@@ -38,7 +38,7 @@ class CompressionRate(nn.Module):
         self.patch_number = patch_number
         self.granularity = granularity
         self.prefix = int(class_token) if num_prefix is None else num_prefix
-        candidates = self._candidates(torch.device("cpu")).float()
+        candidates = self._candidates().float()
         # Published checkpoints have it among the parameters, so it is in the state dict, and no gradient reaches it.
         # Nothing is computed with it: half precision, in which a model may be, has no 575.
         self.kept_token_candidate = nn.Parameter(candidates, requires_grad=False)
@@ -49,7 +49,7 @@ class CompressionRate(nn.Module):
         """The lowest count there is to learn, the tokens that are always kept included."""
         return (self.patch_number - 1) % self.granularity + 1 + self.prefix
 
-    def _candidates(self, device: torch.device) -> Tensor:
+    def _candidates(self, device: torch.device | None = None) -> Tensor:
         return torch.arange(self.patch_number, 0, -self.granularity, device=device)
 
     def kept(self) -> Tensor:

@@ -71,6 +71,7 @@ def register(schema: str, fake: Callable[..., Any], implementation: Callable[...
     def call(*arguments: Any) -> Any:
         return (direct if nobody_listens(arguments[0]) else overload)(*arguments)
 
+    # Gradients may come in batches, and either of two may; ops of whole numbers get none, and need not ask.
     def call_floats(first: torch.Tensor, second: Any, *others: Any) -> Any:
         alone = nobody_listens(first) and not (
             _is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second))
