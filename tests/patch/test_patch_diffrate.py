@@ -414,3 +414,14 @@ def test_counts_are_learned_on_all_tokens():
     model(images())
     with pytest.raises(ValueError, match="counts are learned on all 37 tokens of an image, got 19"):
         model.train()(images())
+
+
+@pytest.mark.parametrize(
+    ("evaluating", "words"), [((0, 1), "counts are learned on all 37"), ((2,), "got masked tokens")]
+)
+def test_blocks_must_train_or_evaluate_alike(evaluating, words):
+    model = learned(counts=COUNTS["both"]).train()
+    for index in evaluating:
+        model.blocks[index].eval()
+    with pytest.raises(ValueError, match=f"{words}.* have every block in one mode"):
+        model(images())

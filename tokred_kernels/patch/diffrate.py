@@ -31,6 +31,7 @@ UNMASKED_POOLS = ("max", "avgmax", "map")
 # A token that joins one of opposite direction takes away from its size, and attention has no logarithm for 0 or less:
 # then the key all but vanishes.
 LEAST_SIZE = 1e-6
+ALIKE = "have every block in one mode, by model.train() or model.eval()"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class CompressLearned(Step):
     ) -> tuple[Tensor, State, TokenMap | None]:
         """See `Step`."""
         if not block.training:
+            if state.policy is not None:
+                raise ValueError(f"tokred_kernels: a block in eval mode got masked tokens of one that trains; {ALIKE}")
             return self.at(block).reduce(block, x, keys, importance, state)
         return self._mask(block, x, importance, state)
 
@@ -114,7 +117,7 @@ class CompressLearned(Step):
         if tokens != known:
             raise ValueError(
                 f"tokred_kernels: counts are learned on all {known} tokens of an image, got {tokens}; train on images "
-                "of the model's own size, without patch dropout"
+                f"of the model's own size, without patch dropout, and {ALIKE}"
             )
         policy = x.new_ones(batch, tokens, dtype=importance.dtype) if state.policy is None else state.policy
         # Those that are masked stay behind the others, however little these are worth.
