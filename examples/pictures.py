@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small real pictures with a class each, as packages ship them: handwritten digits, and patches of textures."""
+"""Small real pictures with a class each, as packages ship them: handwritten digits, patches of textures, and faces."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ BLOCK = 64  # pixels
 HELD_OUT = 0.3  # of the blocks
 FLAT = 0.005  # deviation, of 0 to 1: no texture is to be seen in such a patch of sky
 PATCHES_TRAINED, PATCHES_TESTED = 2600, 1200
+
+# scikit-image's 200 patches of Labeled Faces in the Wild, of 25 x 25 pixels: the first half are faces, the others are
+# what lies beside them. So few are tested fold by fold: FOLDS seeds that follow each other test each of them once.
+FACES = 100
+FOLDS = 5
 
 
 class Pictures(NamedTuple):
@@ -76,9 +81,26 @@ def textures(seed: int) -> Pictures:
             patches = [patch for patch in patches if patch.std() > FLAT][:count]
             parts[number].append(torch.tensor(np.stack(patches), dtype=torch.float32)[:, None])
     labels = [torch.arange(len(TEXTURES)).repeat_interleave(len(own[0])) for own in parts]
-    patches = [torch.cat(own) for own in parts]
-    scaled = [(p - p.mean((1, 2, 3), True)) / p.std((1, 2, 3), keepdim=True) for p in patches]
-    return Pictures(scaled[0], labels[0], scaled[1], labels[1])
+    train, test = (_scaled(torch.cat(own)) for own in parts)
+    return Pictures(train, labels[0], test, labels[1])
+
+
+def faces(seed: int) -> Pictures:
+    """Faces and what is none, each of mean 0 and deviation 1; the seed says which fold is held out."""
+    import skimage.data  # noqa: PLC0415  (slow to import)
+    from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415
+
+    patches = torch.tensor(skimage.data.lfw_subset(), dtype=torch.float32)[:, None]
+    patches = _scaled(F.interpolate(patches, (SIDE, SIDE), mode="bicubic"))
+    labels = torch.tensor([1] * FACES + [0] * (len(patches) - FACES))
+    turn, fold = divmod(seed, FOLDS)
+    train, test = list(StratifiedKFold(FOLDS, shuffle=True, random_state=turn).split(labels, labels))[fold]
+    return Pictures(patches[train], labels[train], patches[test], labels[test])
+
+
+def _scaled(pictures: Tensor) -> Tensor:
+    """Each of mean 0 and deviation 1."""
+    return (pictures - pictures.mean((1, 2, 3), True)) / pictures.std((1, 2, 3), keepdim=True)
 
 
 def _grey(name: str) -> np.ndarray:
@@ -88,7 +110,7 @@ def _grey(name: str) -> np.ndarray:
     return picture if picture.ndim == 2 else picture.mean(2)
 
 
-SOURCES: dict[str, Callable[[int], Pictures]] = {"digits": digits, "textures": textures}
+SOURCES: dict[str, Callable[[int], Pictures]] = {"digits": digits, "textures": textures, "faces": faces}
 
 
 def load(name: str, seed: int, device: torch.device) -> Pictures:

@@ -140,6 +140,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if parser.parse_known_args(arguments)[0].quick:
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"--seed must be at least 0, got {options.seed}")
     if options.width % HEAD_WIDTH:
         parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
     if len(set(stages(options.depth))) < len(STAGES):

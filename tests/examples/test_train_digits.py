@@ -104,6 +104,18 @@ def test_textures_are_of_every_class_alike_and_none_is_told_by_its_brightness(ex
     assert (data.test.std((1, 2, 3)) - 1).abs().max() < 1e-2
 
 
+def test_every_face_is_tested_once_in_as_many_seeds_as_there_are_folds(example):
+    parts = [example.load("faces", seed, torch.device("cpu")) for seed in range(5)]
+    assert [(len(data.train), len(data.test)) for data in parts] == [(160, 40)] * 5
+    assert all(data.test_labels.bincount().tolist() == [20, 20] for data in parts)
+    assert len(torch.cat([data.test for data in parts]).unique(dim=0)) == 200
+    assert len(torch.cat([parts[3].train, parts[3].test]).unique(dim=0)) == 200
+    assert parts[0].train.mean((1, 2, 3)).abs().max() < 1e-4
+    other = example.load("faces", 5, torch.device("cpu"))
+    assert other.test.shape == (40, 1, 32, 32)
+    assert not torch.equal(other.test, parts[0].test)
+
+
 def test_training_pictures_are_varied_and_the_same_in_every_run(example):
     data = example.load("digits", 0, torch.device("cpu"))
     options = example.parse(["--batch", "100"])
@@ -154,6 +166,7 @@ def test_gradients_of_what_is_fresh_and_of_the_rest_are_bounded_apart(example):
         (["--rate", "-1"], "argument --rate: must be above 0, and finite, got '-1'"),
         (["--rate", "fast"], "argument --rate"),
         (["--seeds", "0"], "--seeds"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
     ],
 )
 def test_wrong_arguments_are_told(example, arguments, words, capsys):
@@ -162,7 +175,7 @@ def test_wrong_arguments_are_told(example, arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("data", ["digits", "textures"])
+@pytest.mark.parametrize("data", ["digits", "textures", "faces"])
 def test_the_readme_says_what_was_recorded(example, data):
     rows = json.loads((ROOT / "docs" / f"{data}.json").read_text())["rows"]
     readme = (ROOT / "README.md").read_text()
@@ -199,15 +212,16 @@ def test_the_readme_says_how_far_longer_training_differs_by_seeds():
     assert f"the first three of these seeds alone would have said {three / 3:+.1f}" in readme
 
 
-def test_the_readme_says_what_equal_starts_give():
-    report, beside = (json.loads((ROOT / "docs" / f"{name}.json").read_text()) for name in ("digits_waves", "digits"))
+@pytest.mark.parametrize("data", ["digits", "faces"])
+def test_the_readme_says_what_equal_starts_give(data):
+    report, beside = (json.loads((ROOT / "docs" / f"{name}.json").read_text()) for name in (f"{data}_waves", data))
     (plain,) = report["rows"]
     best = max(row["accuracy"] for row in beside["rows"] if row["method"].startswith("lookupvit"))
     assert (report["positions"], beside["positions"]) == ("waves", "random")
     for alike in ("data", "rate", "epochs", "tuning", "seed", "seeds", "width", "depth"):
         assert report[alike] == beside[alike]
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"digits {plain['accuracy']:.1f} % and {best:.1f} %" in readme
+    assert f"on {data} {plain['accuracy']:.1f} % and {best:.1f} %" in readme
 
 
 def test_a_vit_may_begin_with_the_positions_of_a_lookupvit(example):
