@@ -21,7 +21,10 @@ from benchmarks.cases import CASES, MODEL_CASES, Case, ModelCase, Target
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU (targets are for an H100)"}
-ABSENT = {"cpu": "not measured yet", "cuda": "not measured yet: no GPU at hand"}
+ABSENT = "not measured yet"
+UNMEASURED = {"cpu": "Not measured yet.", "cuda": "Not measured yet: no GPU at hand."}
+OP_COLUMNS = "Op|Shape|Published|Compiled|Beside|Ours|Reached|Target|Met"
+MODEL_COLUMNS = "Model, ToMe|Unpatched, images/s|Patched, images/s|Speed|FLOPs|Speed over FLOPs|Target|Met"
 DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Who else is timed, and how the table calls them.
 BESIDE = {"clone": "`x.clone()`", "fused": "torch's attention", "flex": "FlexAttention"}
@@ -104,27 +107,47 @@ def build(folder: Path, root: Path) -> str:
         micro, model = newest(folder, device, "micro"), newest(folder, device, "model")
         parts.append(f"**{title}**")
         files = dict.fromkeys(run.describe(root) for run in (micro, model) if run is not None)
-        parts += files or [ABSENT[device][0].upper() + ABSENT[device][1:] + "."]
-        ops = [case for case in CASES if case.device == device and case.targets]
-        parts.append(_rows(
-            "Op|Shape|Published|Compiled|Beside|Ours|Reached|Target|Met",
-            [_op_cells(case, target, micro) for case in ops for target in case.targets],
-        ))  # fmt: skip
-        models = [case for case in MODEL_CASES if case.device == device and (model or case.targets)]
-        parts.append(_rows(
-            "Model, ToMe|Unpatched, images/s|Patched, images/s|Speed|FLOPs|Speed over FLOPs|Target|Met",
-            [_model_cells(case, model) for case in models],
-        ) if models else "")  # fmt: skip
+        parts += files or [f"{UNMEASURED[device]} What is asked:"]
+        parts += _tables(device, micro, model)
     parts.append(NOTE)
     return "\n\n".join(filter(None, parts))
 
 
-def _op_cells(case: Case, target: Target, run: Run | None) -> list[str]:
-    title = f"`{case.op}`" + (", what a call costs the host" if case.host else "")
-    shape = f"{case.label}, {DTYPE_NAMES[case.dtype]}"
-    ours = run.ours(case.name) if run else None
-    if run is None or ours is None:
-        return [title, shape, "-", "-", "-", "-", "-", str(target), ABSENT[case.device]]
+def _tables(device: str, micro: Run | None, model: Run | None) -> list[str]:
+    """The tables of ops and of models; of what no run has measured, the targets alone."""
+    ops = [(case, target) for case in CASES if case.device == device for target in case.targets]
+    models = [case for case in MODEL_CASES if case.device == device and (model or case.targets)]
+    if micro:
+        tables = [_rows(OP_COLUMNS, [_op_cells(case, target, micro) for case, target in ops])]
+    else:
+        tables = [_rows("Op|Shape|Target", [[_op(case), _shape(case), str(target)] for case, target in ops])]
+    if models and model:
+        tables.append(_rows(MODEL_COLUMNS, [_model_cells(case, model) for case in models]))
+    elif models:
+        tables.append(_rows("Model, ToMe|Target", [[_model(case), _targets(case)] for case in models]))
+    return tables
+
+
+def _op(case: Case) -> str:
+    return f"`{case.op}`" + (", what a call costs the host" if case.host else "")
+
+
+def _shape(case: Case) -> str:
+    return f"{case.label}, {DTYPE_NAMES[case.dtype]}"
+
+
+def _model(case: ModelCase) -> str:
+    return f"{case.model}, batch {case.batch}, r {case.r}, {DTYPE_NAMES[case.dtype]}"
+
+
+def _targets(case: ModelCase) -> str:
+    return "; ".join(map(str, case.targets)) or "-"
+
+
+def _op_cells(case: Case, target: Target, run: Run) -> list[str]:
+    ours = run.ours(case.name)
+    if ours is None:
+        return [_op(case), _shape(case), "-", "-", "-", "-", "-", str(target), ABSENT]
     # A target that the recorded run did not judge (it came later) is not judged here either.
     judged = next((t for t in ours["targets"] if t["target"] == str(target)), None)
     value = judged["value"] if judged else None
@@ -133,23 +156,21 @@ def _op_cells(case: Case, target: Target, run: Run | None) -> list[str]:
     times = [_time(run.row(case.name, name)) for name in ("published", "compiled")]
     beside = ((title, run.row(case.name, name)) for name, title in BESIDE.items())
     others = "; ".join(f"{title} {_time(row)}" for title, row in beside if row is not None) or "-"
-    return [title, shape, *times, others, f"{_time(ours)} ({ours['provider']})", reached, str(target), met]
+    return [_op(case), _shape(case), *times, others, f"{_time(ours)} ({ours['provider']})", reached, str(target), met]
 
 
-def _model_cells(case: ModelCase, run: Run | None) -> list[str]:
-    title = f"{case.model}, batch {case.batch}, r {case.r}, {DTYPE_NAMES[case.dtype]}"
-    target = "; ".join(map(str, case.targets)) or "-"
-    ours, plain = (run.ours(case.name), run.row(case.name, "unpatched")) if run else (None, None)
+def _model_cells(case: ModelCase, run: Run) -> list[str]:
+    ours, plain = run.ours(case.name), run.row(case.name, "unpatched")
     if ours is None or plain is None:
-        return [title, "-", "-", "-", "-", "-", target, ABSENT[case.device]]
+        return [_model(case), "-", "-", "-", "-", "-", _targets(case), ABSENT]
     met = "; ".join(report.verdict(t["met"]) for t in ours["targets"]) or "-"
     return [
-        title,
+        _model(case),
         # By the same clock as the patched model's; files of before 2026-11-22 have but one.
         report.number(ours.get("unpatched_images_per_second", plain["images_per_second"])),
         f"{report.number(ours['images_per_second'])} ({ours['provider']})",
         f"{ours['speed_ratio']:.2f}x", f"{ours['flops_ratio']:.2f}x", f"{ours['flops_efficiency']:.2f}",
-        target, met,
+        _targets(case), met,
     ]  # fmt: skip
 
 

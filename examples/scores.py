@@ -58,7 +58,7 @@ def changes(row: dict[str, Any], first: dict[str, Any]) -> list[float]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table that is printed, and stands in the README; its first row is the plain model."""
+    """The table that is printed, and stands in the README and docs/; its first row is the plain model."""
     first = rows[0]
     lines = [
         "| method | accuracy | change | tokens left | GFLOPs | fewer | images/s | faster |",

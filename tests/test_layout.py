@@ -4,6 +4,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import tokred_kernels as tk
 from tokred_kernels import backends
 
@@ -74,3 +76,19 @@ def test_no_file_has_grown_past_reading():
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.*"), *(ROOT / "benchmarks").glob("*.py")]:
         if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
             assert len(path.read_text().splitlines()) <= 400, f"{path} is longer than 400 lines"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_of_the_pages_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in re.findall(r"^#+ .*", text, re.M)
+    }
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        elif not link.startswith("https://"):
+            assert (ROOT / page).parent.joinpath(link).exists(), link

@@ -281,7 +281,8 @@ def test_table_is_made_of_the_newest_complete_run(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 1 ms | - | - | 200 us (cpu) | 5.0x | at least 6x the published chain | **missed** |" in text
     assert "[2026-01-03.json](results/2026-01-03.json)" in text
-    assert "not measured yet: no GPU at hand" in text
+    assert "Not measured yet: no GPU at hand." in text and "| (256, 577, 1024), r 23, bf16 | at least 70% of" in text
+    assert "| at least 15x the published chain | not measured yet |" in text
     assert table.main([*options, "--check"]) == 0
     readme.write_text(text.replace("5.0x", "50x"))
     assert table.main([*options, "--check"]) == 1

@@ -13,6 +13,8 @@ for needed in ("tqdm", "sklearn", "matplotlib", "PIL"):
     pytest.importorskip(needed)
 
 ROOT = Path(__file__).parents[2]
+# Where the runs that are recorded in docs/ are told.
+PAGES = {"digits": "README.md", "textures": "docs/lookupvit.md", "faces": "docs/lookupvit.md"}
 TINY = ["--quick", "--device", "cpu", "--batch", "512"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,11 +177,15 @@ def test_wrong_arguments_are_told(example, arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("data", ["digits", "textures", "faces"])
-def test_the_readme_says_what_was_recorded(example, data):
+def words_of(page):
+    """The text of a page in one line."""
+    return " ".join((ROOT / page).read_text().split())
+
+
+@pytest.mark.parametrize("data", PAGES)
+def test_the_pages_say_what_was_recorded(example, data):
     rows = json.loads((ROOT / "docs" / f"{data}.json").read_text())["rows"]
-    readme = (ROOT / "README.md").read_text()
-    assert example.markdown(rows) in readme
+    assert example.markdown(rows) in (ROOT / PAGES[data]).read_text()
     plain = rows[0]
     lookups = [row for row in rows if row["method"].startswith("lookupvit")]
     for row in rows[1:]:
@@ -194,34 +200,33 @@ def test_the_readme_says_what_was_recorded(example, data):
 @pytest.mark.parametrize(
     ("name", "how"), [("fewer", "half as many patches to train on"), ("longer", "twice the epochs")]
 )
-def test_the_readme_says_what_fewer_pictures_and_longer_training_gave(name, how):
+def test_the_page_says_what_fewer_pictures_and_longer_training_gave(name, how):
     report = json.loads((ROOT / "docs" / f"textures_{name}.json").read_text())
     plain, *lookups = report["rows"]
     change = max(row["accuracy"] for row in lookups) - plain["accuracy"]
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"ith {how} the best grid is at {change:+.1f}, the mean of {report['seeds']} seeds" in readme
+    page = words_of(PAGES["textures"])
+    assert f"ith {how} the best grid is at {change:+.1f}, the mean of {report['seeds']} seeds" in page
 
 
-def test_the_readme_says_how_far_longer_training_differs_by_seeds():
+def test_the_page_says_how_far_longer_training_differs_by_seeds():
     plain, *lookups = json.loads((ROOT / "docs" / "textures_longer.json").read_text())["rows"]
     best = max(lookups, key=lambda row: row["accuracy"])
     changes = [own - beside for own, beside in zip(best["accuracies"], plain["accuracies"], strict=True)]
     three = max(sum(row["accuracies"][:3]) for row in lookups) - sum(plain["accuracies"][:3])
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"from {min(changes):+.1f} to {max(changes):+.1f} ([one run]" in readme
-    assert f"the first three of these seeds alone would have said {three / 3:+.1f}" in readme
+    page = words_of(PAGES["textures"])
+    assert f"from {min(changes):+.1f} to {max(changes):+.1f} ([one run]" in page
+    assert f"the first three of these seeds alone would have said {three / 3:+.1f}" in page
 
 
 @pytest.mark.parametrize("data", ["digits", "faces"])
-def test_the_readme_says_what_equal_starts_give(data):
+def test_the_page_says_what_equal_starts_give(data):
     report, beside = (json.loads((ROOT / "docs" / f"{name}.json").read_text()) for name in (f"{data}_waves", data))
     (plain,) = report["rows"]
     best = max(row["accuracy"] for row in beside["rows"] if row["method"].startswith("lookupvit"))
     assert (report["positions"], beside["positions"]) == ("waves", "random")
     for alike in ("data", "rate", "epochs", "tuning", "seed", "seeds", "width", "depth"):
         assert report[alike] == beside[alike]
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"on {data} {plain['accuracy']:.1f} % and {best:.1f} %" in readme
+    assert f"on {data} {plain['accuracy']:.1f} % and {best:.1f} %" in words_of("docs/lookupvit.md")
 
 
 def test_a_vit_may_begin_with_the_positions_of_a_lookupvit(example):
