@@ -388,9 +388,11 @@ MODEL_CASES = (
     ModelCase("deit_small_patch16_224", 4, 16, "cpu", quick=True),
     ModelCase("deit_small_patch16_224", 8, 8, "cpu"),
     ModelCase("vit_base_patch16_224", 8, 16, "cpu"),
+    ModelCase("vit_small_patch16_dinov3", 8, 16, "cpu"),
     ModelCase("deit_small_patch16_224", 8, 8, "cpu", BF16),
     ModelCase("vit_base_patch16_224", 8, 16, "cpu", BF16),
     ModelCase("deit_small_patch16_224", 64, 16, "cuda", BF16, quick=True),
     ModelCase("vit_base_patch16_224", 64, 16, "cuda", BF16),
+    ModelCase("vit_base_patch16_dinov3", 64, 16, "cuda", BF16),
     ModelCase("vit_large_patch16_224", 64, 8, "cuda", BF16, quick=True, targets=(Target("flops_efficiency", 0.9),)),
 )

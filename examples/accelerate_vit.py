@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=Path, help="a folder (default: photographs of scikit-learn and scikit-image)")
-    parser.add_argument("--model", default="deit_small_patch16_224", help="a timm VisionTransformer (%(default)s)")
+    parser.add_argument("--model", default="deit_small_patch16_224", help="timm's name of a ViT (%(default)s)")
     parser.add_argument("--method", default="tome", choices=METHODS, help="how tokens get fewer (%(default)s)")
     parser.add_argument("--r", type=_natural, nargs="+", help="tome: tokens removed in each block (0 4 8 12 16)")
     parser.add_argument(

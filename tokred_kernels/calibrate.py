@@ -153,7 +153,7 @@ def calibrate_thresholds(
     result to `patch(model, "algm", threshold=...)`.
 
     Args:
-        model: a timm VisionTransformer as `patch` takes it, not patched, with trained weights.
+        model: a timm VisionTransformer or Eva as `patch` takes it, not patched, with trained weights.
         batches: any iterable of images (B, 3, H, W), or of tuples or lists that start with images, as a DataLoader
             gives; sizes may differ between batches. Gone through once. Images are moved to the model's device.
         layers: which, counted from 1; default all.
@@ -214,8 +214,8 @@ def calibrate_thresholds(
 
 
 def _check_model(model: Any) -> Any:
-    """The blocks of `model`, a VisionTransformer that is not patched."""
-    from tokred_kernels.patch import MARK, timm_vit  # noqa: PLC0415  (timm is optional)
+    """The blocks of `model`, one that `patch` takes and that is not patched."""
+    from tokred_kernels.patch import MARK, timm_models  # noqa: PLC0415  (timm is optional)
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -224,12 +224,12 @@ def _check_model(model: Any) -> Any:
             f"tokred_kernels.{OP}: model must not be patched ({getattr(model, MARK)}): a threshold says how alike the "
             "tokens of the plain model are; call tokred_kernels.unpatch(model) first"
         )
-    if type(model) not in timm_vit.PATCHED:
+    if type(model) not in timm_models.PATCHED:
         raise NotImplementedError(
-            f"tokred_kernels.{OP}: model must be one of {timm_vit.SUPPORTED}, got {type(model).__name__}; where one is "
-            "inside another model, give that one"
+            f"tokred_kernels.{OP}: model must be one of {timm_models.SUPPORTED}, got {type(model).__name__}; where one "
+            "is inside another model, give that one"
         )
-    timm_vit.check(model)
+    timm_models.check(model)
     return model.blocks
 
 

@@ -72,8 +72,9 @@ def diffrate_search(
     and 420 for DeiT-B at 9.2.
 
     Args:
-        model: a timm VisionTransformer with trained weights: patched with "diffrate" and no counts given, whose counts
-            are learned further, or not patched, which is then done. One in DistributedDataParallel is taken out of it.
+        model: a timm VisionTransformer or Eva with trained weights: patched with "diffrate" and no counts given, whose
+            counts are learned further, or not patched, which is then done. One in DistributedDataParallel is taken out
+            of it.
         batches: (images, labels) from a DataLoader, list or the like, which is gone through as often as it takes, or a
             function that gives one for each time. Images and labels are moved to the model's device.
         target_gflops: what an image shall take, in the units of `flops.count(model).gflops`: a multiply-add is two
@@ -167,7 +168,7 @@ def _patched(model: Any, granularity: int) -> bool:
 
 def _check_reach(model: Any, target: float) -> None:
     """Raise unless the target is between what the fewest tokens take and what all of them do."""
-    if not isinstance(model.patch_drop, nn.Identity) and model.patch_drop.prob > 0:
+    if getattr(model.patch_drop, "prob", 0) > 0:
         raise NotImplementedError(
             f"tokred_kernels.{OP}: counts are learned on all tokens, and the model's patch dropout leaves fewer; set "
             "model.patch_drop = torch.nn.Identity()"

@@ -57,10 +57,10 @@ def count(
     *,
     tokens: Sequence[int] | None = None,
 ) -> Flops:
-    """The operations of a timm VisionTransformer for one image, patched or not, from its shapes alone.
+    """The operations of a timm VisionTransformer or Eva for one image, patched or not, from its shapes alone.
 
     Args:
-        model: a VisionTransformer of timm's own blocks, as `patch` takes it.
+        model: a VisionTransformer or Eva of timm's own blocks, as `patch` takes it.
         img_size: pixels, (height, width) or one number for both; default the model's own.
         tokens: how many tokens leave each block. Default: what the patch's settings say, or, unpatched, all of them.
             Where that depends on the images, those of the last forward: the mean over its images.
@@ -71,14 +71,14 @@ def count(
         NotImplementedError: a model of other parts.
         ImportError: timm is not installed.
     """
-    from tokred_kernels.patch import timm_vit  # noqa: PLC0415  (timm is optional)
+    from tokred_kernels.patch import timm_models, timm_patched  # noqa: PLC0415  (timm is optional)
 
-    unpatched = type(model) in timm_vit.PATCHED
+    unpatched = type(model) in timm_models.PATCHED
     if unpatched:
-        timm_vit.check(model)
-    elif not isinstance(model, timm_vit.PatchedVisionTransformer):
+        timm_models.check(model)
+    elif not isinstance(model, timm_patched.PatchedTransformer):
         raise NotImplementedError(
-            f"tokred_kernels.flops.count: {type(model).__name__} is not supported; {timm_vit.SUPPORTED} are"
+            f"tokred_kernels.flops.count: {type(model).__name__} is not supported; {timm_models.SUPPORTED} are"
         )
     return _count(model, _pixels(model, img_size), tokens)
 
@@ -262,12 +262,14 @@ def _self_attention(attention: Any, tokens: int) -> int:
 
 
 def _head(model: Any, tokens: int) -> int:
+    from tokred_kernels.patch.timm_patched import first_pooled  # noqa: PLC0415  (timm is optional)
+
     per_image = linear_flops(model.head) + (linear_flops(model.head_dist) if hasattr(model, "head_dist") else 0)
     pool = model.attn_pool
     if pool is None:
         # Without pooling the head runs on every token.
         return per_image * (1 if model.global_pool else tokens)
-    pooled = tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
+    pooled = tokens - first_pooled(model)
     latents = pool.latent_len
     attended = pooled * linear_flops(pool.kv) + 4 * latents * pooled * pool.num_heads * pool.head_dim
     return per_image + attended + latents * (linear_flops(pool) - linear_flops(pool.kv))

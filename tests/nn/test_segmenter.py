@@ -202,7 +202,7 @@ def test_images_that_are_none():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"encoder": nn.Linear(3, 3)}, TypeError, "encoder must be a timm VisionTransformer, got Linear"),
+        ({"encoder": nn.Linear(3, 3)}, TypeError, "encoder must be a timm VisionTransformer or Eva, got Linear"),
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
         ({"num_classes": 2.0}, TypeError, "num_classes must be an int, got float"),
         ({"decoder": torch.relu}, TypeError, r"decoder must be a torch\.nn\.Module, got builtin_function_or_method"),

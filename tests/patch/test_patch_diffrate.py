@@ -14,7 +14,7 @@ from torch import nn
 
 from tokred_kernels import flops, use_backend
 from tokred_kernels.nn.diffrate import compression_flops, kept_counts
-from tokred_kernels.patch import patch, timm_vit, unpatch
+from tokred_kernels.patch import patch, timm_patched, unpatch
 from tokred_kernels.patch.diffrate import LEAST_SIZE
 from tokred_kernels.patch.state import State
 from tokred_kernels.patch.timm_import import import_timm
@@ -203,13 +203,13 @@ def test_counts_hold_for_images_of_a_size_set_later():
 @pytest.mark.parametrize(("kept", "asked"), [(41, 0), (37, 0), (36, 1)])
 def test_importance_is_asked_for_only_where_tokens_go(kept, asked, monkeypatch):
     model = patch(make(), "diffrate", kept={"prune_kept_num": [kept] + [41] * 3, "merge_kept_num": [41] * 4})
-    wanted, attend = [], timm_vit.attend
+    wanted, attend = [], timm_patched.attend
 
     def count(*tokens, importance, **more):
         wanted.append(importance)
         return attend(*tokens, importance=importance, **more)
 
-    monkeypatch.setattr(timm_vit, "attend", count)
+    monkeypatch.setattr(timm_patched, "attend", count)
     model(images())
     assert wanted == ["class"] * asked + [None] * (4 - asked)
 

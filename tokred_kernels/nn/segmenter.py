@@ -44,9 +44,9 @@ class LinearSegmenter(nn.Module):
     grid, and runs after unmerging. A patch whose token was dropped has tokens, or scores, of 0.
 
     Args:
-        encoder: a timm VisionTransformer; make it with `num_classes=0`, and with `global_pool=""` or "token", which
-            leave its final norm on the tokens. With `dynamic_img_size=True` it takes images of any size that the patch
-            divides, with `dynamic_img_pad=True` too of any size at all.
+        encoder: a timm VisionTransformer or Eva; make it with `num_classes=0`, and with `global_pool=""` or "token",
+            which leave its final norm on the tokens. With `dynamic_img_size=True` it takes images of any size that the
+            patch divides, with `dynamic_img_pad=True` too of any size at all.
         num_classes: K.
         decoder: in place of the linear layer. Token-wise, a module from (..., C) to (..., K), where ... is (B, N') or,
             of packed tokens, (T',). Else one from the grid (B, C, h, w) to (B, K, any height, any width).
@@ -132,7 +132,9 @@ class LinearSegmenter(nn.Module):
 
 def _check(encoder: Any, decoder: Any, token_wise: Any) -> None:
     if not all(hasattr(encoder, name) for name in ("forward_features", "patch_embed", "num_prefix_tokens")):
-        raise TypeError(f"tokred_kernels.{OP}: encoder must be a timm VisionTransformer, got {type(encoder).__name__}")
+        raise TypeError(
+            f"tokred_kernels.{OP}: encoder must be a timm VisionTransformer or Eva, got {type(encoder).__name__}"
+        )
     if decoder is not None and not isinstance(decoder, nn.Module):
         raise TypeError(f"tokred_kernels.{OP}: decoder must be a torch.nn.Module, got {type(decoder).__name__}")
     if not isinstance(token_wise, bool):

@@ -35,9 +35,10 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
     """Make `model` reduce its tokens as it goes; its parameters and buffers stay what they are.
 
     Args:
-        model: a timm VisionTransformer (ViT, DeiT with or without the distillation token, with
-            any number of register tokens, with or without a class token); for "tomesd" a diffusers pipeline, UNet or
-            transformer. Patch it before torch.compile, DDP or the like wrap it.
+        model: a timm VisionTransformer (ViT, DeiT with or without the distillation token, with any number of register
+            tokens, with or without a class token), or a timm Eva (EVA-02, DINOv3, Perception Encoder: ViTs with rotary
+            positions, of which a merged token has the mean of its members', see tokred_kernels.patch.positions); for
+            "tomesd" a diffusers pipeline, UNet or transformer. Patch it before torch.compile, DDP or the like wrap it.
         method: how tokens get fewer, and brings its own settings. The `apply` of each method's module describes them
             in full: `from tokred_kernels.patch.algm import apply; help(apply)`.
 
@@ -77,7 +78,7 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
         **settings: of the method.
 
     Returns:
-        The same model, or, of "lookupvit", the new one. A VisionTransformer gains `model.token_map`, from the tokens
+        The same model, or, of "lookupvit", the new one. A timm model gains `model.token_map`, from the tokens
         that entered the first block (prefix tokens included; after patch dropout, where that is trained with) to the
         final ones, and `model.token_sizes`, (B, N', 1) float32, how many of those each final token stands for; both are
         of the last forward. For a dense grid: `unmerge(model.forward_features(images), model.token_map)`. A mean over

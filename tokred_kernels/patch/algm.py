@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ALGM in timm's VisionTransformer: windows merge in an early block, similar tokens anywhere in later ones."""
+"""ALGM in timm's ViTs: windows merge in an early block, similar tokens anywhere in later ones."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
 from tokred_kernels.ops.counts import BATCH, check_threshold
 from tokred_kernels.ops.window_match import KEEP, check_pair, window_match
 from tokred_kernels.partition import every_other
-from tokred_kernels.patch import timm_vit
+from tokred_kernels.patch import timm_models
 from tokred_kernels.patch.schedule import count_per_layer, merging_layers
 from tokred_kernels.patch.state import State, Step
+from tokred_kernels.patch.timm_patched import Mark, has_grid
 from tokred_kernels.token_map import TokenMap
 from tokred_kernels.windows import Windows
 
@@ -93,7 +94,7 @@ class MergeAlike(Step):
         partition = every_other(attended, most, self.num_prefix, False, False)
         if partition is None:
             return 0
-        return 2 * partition.num_src * partition.num_dst * block.attn.qkv.in_features
+        return 2 * partition.num_src * partition.num_dst * block.attn.proj.out_features
 
 
 def _unless_identity(token_map: TokenMap) -> TokenMap | None:
@@ -118,7 +119,7 @@ def apply(
     """Merge windows, then pairs of tokens, that are alike: ALGM (CVPR 2024), between attention and MLP.
 
     Args:
-        model: the VisionTransformer.
+        model: the ViT.
         layers: numbers of blocks, counted from 1, ascending. In the first, windows of the grid merge (`window_match`);
             in every other one pairs from anywhere (`adaptive_bipartite_match`). Both look at the tokens x themselves.
         window: height and width of a window, in patches.
@@ -141,8 +142,8 @@ def apply(
 
     Raises as `patch` says.
     """
-    timm_vit.check_switches(prop_attn=prop_attn, trace=trace)
-    timm_vit.check(model)
+    timm_models.check_switches(prop_attn=prop_attn, trace=trace)
+    timm_models.check(model)
     given = merging_layers(layers, len(model.blocks))
     numbers = count_per_layer(count, len(given), group)
     prefix = model.num_prefix_tokens
@@ -162,7 +163,7 @@ def apply(
         "trace": trace,
     }
     rest = Step(prop_attn)
-    timm_vit.install(model, timm_vit.Mark("algm", settings), lambda index: steps.get(index + 1, rest))
+    timm_models.install(model, Mark("algm", settings), lambda index: steps.get(index + 1, rest))
 
 
 def _at(name: str, threshold: Any, layer: int) -> float:
@@ -175,7 +176,7 @@ def _at(name: str, threshold: Any, layer: int) -> float:
 
 def _check_window(model: Any, threshold: float, window: Any, uneven: Any) -> tuple[int, int]:
     """`window` as a pair; raise unless `window_match` takes these settings on the model's grid."""
-    if not timm_vit.has_grid(model):
+    if not has_grid(model):
         raise NotImplementedError(
             f"tokred_kernels.patch: windows need the grid of patches, and {type(model.patch_embed).__name__}, the "
             "model's patch_embed, does not tell one; timm's PatchEmbed and HybridEmbed do"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DiffRate in timm's VisionTransformer: sort by class attention, prune, merge; counts given, or learned."""
+"""DiffRate in timm's ViTs: sort by class attention, prune, merge; counts given, or learned."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from tokred_kernels.ops.importance_match import importance_match
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.partition import prefix_and_rest
-from tokred_kernels.patch import timm_vit
+from tokred_kernels.patch import timm_models
+from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.state import State, Step
+from tokred_kernels.patch.timm_patched import Mark
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
@@ -56,13 +58,13 @@ class Compress(Step):
         stay, _ = self._stages(tokens)
         sort = keep_topk(importance, stay - self.num_prefix, num_prefix=self.num_prefix)  # type: ignore[arg-type]
         x, size = merge(x, sort, reduce="sum"), merge(_sizes(x, state), sort, reduce="sum")
-        state = changed(state, size=size, grid=None)
+        state = changed(state, size=size, grid=None, rope=moved(state, sort))
         if self.merge >= stay:
             return x, state, sort
         join, similarity = importance_match(x, self.merge, num_prefix=self.num_prefix)
         scaled = _scale(size, similarity, self.merge)
         size = merge(scaled, join, reduce="sum").clamp_min(LEAST_SIZE)
-        return merge(x, join, reduce="mean"), changed(state, size=size), sort.then(join)
+        return merge(x, join, reduce="mean"), changed(state, size=size, rope=moved(state, join)), sort.then(join)
 
     def _stages(self, tokens: int) -> tuple[int, int]:
         """How many of `tokens` tokens pruning leaves, and how many merging does."""
@@ -82,7 +84,7 @@ class Compress(Step):
         if left == stay:
             return 0
         partition = prefix_and_rest(stay, left, self.num_prefix)
-        return 2 * partition.num_src * partition.num_dst * block.attn.qkv.in_features
+        return 2 * partition.num_src * partition.num_dst * block.attn.proj.out_features
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class CompressLearned(Step):
         x, size, policy = (
             merge(part, sort, reduce="sum") for part in (x, _sizes(x, state), policy.reshape(batch, tokens, 1))
         )
-        policy = policy[..., 0]
+        policy, rope = policy[..., 0], moved(state, sort)
         prune, merged = block.prune_ddp, block.merge_ddp
         last = known if batch == 0 else int(policy[0].detach().sum())
         stay, left = self.at(block)._stages(last)
@@ -138,7 +140,9 @@ class CompressLearned(Step):
             scaled = _scale(size[:, :stay], similarity, left).clamp_min(1)
             x = torch.cat([merge(x[:, :stay], join, reduce="mean"), x[:, left:]], 1)
             size = torch.cat([merge(scaled, join, reduce="sum"), scaled[:, left:], size[:, stay:]], 1)
-        return x, changed(state, size=size, grid=None, policy=policy), sort
+            if rope is not None:
+                rope = torch.cat([merge(rope[:, :stay], join, reduce="mean"), rope[:, left:]], 1)
+        return x, changed(state, size=size, grid=None, policy=policy, rope=rope), sort
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
         """See `Step`: that is for `at` to say; without a block at hand the last forward has it."""
@@ -164,7 +168,7 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
     whole numbers.
 
     Args:
-        model: the VisionTransformer, with a class token.
+        model: the ViT, with a class token.
         kept: how many tokens leave each stage: a JSON file, or a dict, with "prune_kept_num" and "merge_kept_num", one
             number for each block, prefix tokens included; what `diffrate_search` saves, or one entry of the published
             compression_rate.json, such as `json.load(file)["ViT-S-DeiT"]["2.9"]`. Numbers that the tokens at hand do
@@ -182,8 +186,8 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
 
     Raises as `patch` says, and OSError where the file cannot be read.
     """
-    timm_vit.check_switches(prop_attn=prop_attn, trace=trace)
-    timm_vit.check(model)
+    timm_models.check_switches(prop_attn=prop_attn, trace=trace)
+    timm_models.check(model)
     check_count("patch", "granularity", granularity, least=1)
     if model.cls_token is None:
         raise NotImplementedError(
@@ -196,9 +200,9 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
         return
     prefix = model.num_prefix_tokens
     prune, merged = read_kept(kept, len(model.blocks), prefix)
-    timm_vit.install(
+    timm_models.install(
         model,
-        timm_vit.Mark("diffrate", settings),
+        Mark("diffrate", settings),
         lambda index: Compress(prop_attn, prune[index], merged[index], prefix),
     )
 
@@ -215,9 +219,9 @@ def _install_learned(model: Any, granularity: int, prop_attn: bool, settings: di
             # As published, the first block has a single candidate: all.
             rate = CompressionRate(patches, granularity if index else patches + 1, num_prefix=prefix)
             setattr(block, name, rate.to(block.norm1.weight.device).train(block.training))
-    timm_vit.install(
+    timm_models.install(
         model,
-        timm_vit.Mark("diffrate", settings, MODULES),
+        Mark("diffrate", settings, MODULES),
         lambda index: CompressLearned(prop_attn, prefix) if index else Step(prop_attn),
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DynamicViT in timm's VisionTransformer: predictors choose what to keep (DynamicViT, section 3)."""
+"""DynamicViT in timm's ViTs: predictors choose what to keep (DynamicViT, section 3)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from tokred_kernels.flops import linear_flops
 from tokred_kernels.nn.dynamicvit import KEEP, TokenPredictor, decide
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
-from tokred_kernels.patch import timm_vit
+from tokred_kernels.patch import timm_models
+from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
+from tokred_kernels.patch.timm_patched import MASKED_POOLS, Mark
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
@@ -51,7 +53,7 @@ class KeepPredicted(Step):
         if k == patches.shape[1]:
             return x, state, None
         token_map = keep_topk(F.pad(scores[..., KEEP], (self.num_prefix, 0)), k, num_prefix=self.num_prefix)
-        return merge(x, token_map, reduce="sum"), changed(state, grid=None), token_map
+        return merge(x, token_map, reduce="sum"), changed(state, grid=None, rope=moved(state, token_map)), token_map
 
     def tokens_attended(self, tokens: int, grid: tuple[int, int]) -> int:
         """See `Step`: when evaluating."""
@@ -66,7 +68,7 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
     """Let predictors choose the tokens to keep before some blocks: DynamicViT (NeurIPS 2021).
 
     Args:
-        model: the VisionTransformer. It gains `model.score_predictor`, a predictor for each given layer with the
+        model: the ViT. It gains `model.score_predictor`, a predictor for each given layer with the
             parameter names of published checkpoints; until trained, what they choose is arbitrary.
         layers: indices of blocks, counted from 0 as in `model.blocks[3]` and as published, ascending. Tokens go before
             the block.
@@ -83,12 +85,12 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
 
     Raises as `patch` says.
     """
-    timm_vit.check_switches(trace=trace)
-    timm_vit.check(model)
-    if model.global_pool not in timm_vit.MASKED_POOLS or model.attn_pool is not None:
+    timm_models.check_switches(trace=trace)
+    timm_models.check(model)
+    if model.global_pool not in MASKED_POOLS or model.attn_pool is not None:
         raise NotImplementedError(
             f"tokred_kernels.patch: the model pools its tokens by {model.global_pool!r}, which cannot pass over those "
-            f"that are masked when training; supported are {', '.join(map(repr, timm_vit.MASKED_POOLS))}"
+            f"that are masked when training; supported are {', '.join(map(repr, MASKED_POOLS))}"
         )
     given = reducing_blocks(layers, len(model.blocks))
     shares = share_per_layer("keep", keep, len(given))
@@ -104,5 +106,5 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
         for stage, (layer, share) in enumerate(zip(given, shares, strict=True))
     }
     settings = {"layers": given, "keep": keep, "trace": trace}
-    mark = timm_vit.Mark("dynamicvit", settings, (PREDICTORS,))
-    timm_vit.install(model, mark, lambda index: steps.get(index, Step()))
+    mark = Mark("dynamicvit", settings, (PREDICTORS,))
+    timm_models.install(model, mark, lambda index: steps.get(index, Step()))

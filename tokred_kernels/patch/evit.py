@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EViT in timm's VisionTransformer: inattentive tokens are fused into one, or dropped (EViT, section 3)."""
+"""EViT in timm's ViTs: inattentive tokens are fused into one, or dropped (EViT, section 3)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from tokred_kernels.nn.evit import keep_attentive
-from tokred_kernels.patch import MARK, timm_vit
+from tokred_kernels.patch import MARK, timm_models
+from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
+from tokred_kernels.patch.timm_patched import STEP, Mark
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
@@ -44,7 +46,7 @@ class KeepAttentive(Step):
             return x, state, None
         k = self.kept(x.shape[1])
         x, token_map = keep_attentive(x, importance, k, num_prefix=self.num_prefix, fuse=self.fuse)
-        return x, changed(state, grid=None), token_map
+        return x, changed(state, grid=None, rope=moved(state, token_map)), token_map
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int:
         """See `Step`."""
@@ -64,7 +66,7 @@ def apply(
     """Keep the tokens that the class token attends to, and fuse the others into one: EViT (ICLR 2022).
 
     Args:
-        model: the VisionTransformer.
+        model: the ViT.
         keep_rate: the share of the tokens at hand that each given layer keeps, rounded up, prefix tokens not counted;
             above 0, at most 1. One for all, or a list with one for each. `set_keep_rate` changes it, for a schedule.
         layers: indices of blocks, counted from 0 as in `model.blocks[3]` and as published, ascending. They reduce
@@ -78,11 +80,11 @@ def apply(
 
     Raises as `patch` says.
     """
-    timm_vit.check_switches(fuse=fuse, trace=trace)
+    timm_models.check_switches(fuse=fuse, trace=trace)
     if importance not in ("class", "mean"):
         raise ValueError(f'tokred_kernels.patch: importance must be "class" or "mean", got {importance!r}')
-    timm_vit.check(model)
-    if importance == "class" and not model.has_class_token:
+    timm_models.check(model)
+    if importance == "class" and model.cls_token is None:
         raise ValueError(
             'tokred_kernels.patch: importance must be "mean" for a model without a class token, got "class"'
         )
@@ -94,13 +96,13 @@ def apply(
         for layer, rate in zip(given, rates, strict=True)
     }
     settings = {"keep_rate": keep_rate, "layers": given, "fuse": fuse, "importance": importance, "trace": trace}
-    timm_vit.install(model, timm_vit.Mark(METHOD, settings), lambda index: steps.get(index, Step()))
+    timm_models.install(model, Mark(METHOD, settings), lambda index: steps.get(index, Step()))
 
 
 def set_keep_rate(model: Any, keep_rate: Any) -> None:
     """See `tokred_kernels.set_keep_rate`."""
     mark = getattr(model, MARK, None)
-    if not isinstance(mark, timm_vit.Mark) or mark.method != METHOD:
+    if not isinstance(mark, Mark) or mark.method != METHOD:
         raise ValueError(
             f'tokred_kernels.set_keep_rate: model must be patched with "{METHOD}", got {type(model).__name__}'
             + ("" if mark is None else f" patched with {mark}")
@@ -114,5 +116,5 @@ def set_keep_rate(model: Any, keep_rate: Any) -> None:
     rates = share_per_layer("keep_rate", keep_rate, len(given))
     for layer, rate in zip(given, rates, strict=True):
         block = model.blocks[layer]
-        setattr(block, timm_vit.STEP, replace(block.tokred_step, keep=as_text(rate)))
+        setattr(block, STEP, replace(block.tokred_step, keep=as_text(rate)))
     setattr(model, MARK, mark._replace(settings={**mark.settings, "keep_rate": keep_rate}))

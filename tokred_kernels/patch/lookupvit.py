@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tokred_kernels.nn.lookupvit import LookupViT
-from tokred_kernels.patch import timm_vit
+from tokred_kernels.patch import timm_models
 from tokred_kernels.patch.timm_import import import_timm
 
 import_timm()
 
 from timm.layers import Mlp, PatchEmbed  # noqa: E402
+from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 LOGGER = logging.getLogger("tokred_kernels")
@@ -66,8 +67,8 @@ def apply(
         NotImplementedError: a model, or a part of it, that a LookupViT has no place for.
         TypeError, ValueError: a wrong setting, as of `nn.LookupViT`.
     """
-    timm_vit.check_switches(scatter_proj=scatter_proj)
-    timm_vit.check(model)
+    timm_models.check_switches(scatter_proj=scatter_proj)
+    timm_models.check(model)
     _check(model)
     block, embed = model.blocks[0], model.patch_embed
     built: Any = LookupViT(
@@ -149,8 +150,10 @@ def _silence(block: Any) -> None:
 
 def _check(model: Any) -> None:
     """Raise NotImplementedError for what a LookupViT has no place for."""
-    if type(model) is not VisionTransformer:
+    if type(model) is VisionTransformerDistilled:
         raise _refuse(f"the distillation token of a {type(model).__name__}")
+    if type(model) is not VisionTransformer:
+        raise _refuse(f"the blocks of a {type(model).__name__}")
     embed = model.patch_embed
     found: dict[str, bool] = {
         "register tokens": model.num_reg_tokens > 0,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.packing import Packing
+from tokred_kernels.patch.positions import moved
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
@@ -29,6 +30,9 @@ class State(NamedTuple):
             tokens instead of removing them; else None.
         decisions: the policies that a method has drawn so far, without prefix tokens.
         patches: how many tokens after the prefix entered the first block.
+        rope: where a model has rotary positions, the sines and cosines of the tokens, those of prefix tokens included:
+            (N, 2 d) of all images, or, once tokens have merged or been dropped, (B, N, 2 d), or (T, 2 d); of a token
+            that stands for several, their mean (see `patch.positions`).
     """
 
     size: Tensor | None = None
@@ -37,6 +41,7 @@ class State(NamedTuple):
     policy: Tensor | None = None
     decisions: tuple[Tensor, ...] = ()
     patches: int = 0
+    rope: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,9 @@ class Step:
         token_map = self.match(x, keys, state)
         if token_map is None:
             return x, state, None
+        rope = moved(state, token_map, state.size)
         x, size = merge_wavg(x, token_map, state.size)
-        return x, changed(state, size=size, grid=None, packing=token_map.packed), token_map
+        return x, changed(state, size=size, grid=None, packing=token_map.packed, rope=rope), token_map
 
     def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
         """Where the tokens go between attention and MLP; None where all stay."""

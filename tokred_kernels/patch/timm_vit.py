@@ -1,321 +1,51 @@
 # SPDX-License-Identifier: MIT
-"""The adapter for timm's VisionTransformer: what all methods that reduce its tokens share.
-
-A patched module keeps its object, parameters and hooks, and takes a class of ours that derives from its own. Blocks
-pass on `(x, state, token_map)`, so that the state of one forward is in its local variables alone: safe to compile, to
-checkpoint and to export. Only the finished forward leaves a record in the model.
-"""
+"""timm's VisionTransformer, and the one of DeiT with a distillation token, patched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tokred_kernels.nn.attention import attend, size_bias
-from tokred_kernels.nn.pooling import image_of_row, leading, pool_packed, pool_sized
-from tokred_kernels.packing import Packing
-from tokred_kernels.patch import MARK
-from tokred_kernels.patch.replaced import refuse_replaced
-from tokred_kernels.patch.state import Record, State, Step
+from tokred_kernels.nn.pooling import leading
+from tokred_kernels.patch.state import State
 from tokred_kernels.patch.timm_import import import_timm
-from tokred_kernels.token_map import TokenMap
+from tokred_kernels.patch.timm_patched import PatchedPreNormBlock, PatchedSelfAttention, PatchedTransformer
 
 import_timm()
 
-from timm.layers import AttentionPoolLatent  # noqa: E402
-from timm.models._manipulate import checkpoint  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import Attention, Block, VisionTransformer  # noqa: E402
 
-# What a method may leave in a patched block: its own settings, by this name.
-STEP = "tokred_step"
-RECORD = "tokred_record"
-SUPPORTED = "timm's VisionTransformer and VisionTransformerDistilled, made of timm's Block and Attention"
-# How a model may make one vector of its tokens, if those that are masked shall have no part in it.
-MASKED_POOLS = ("token", "avg", "")
-AS_IT_IS = "hand over what forward_features returned, as it is, before the model is run again, or call the whole model"
-OWN_BLOCK = "write a block of your own with tokred_kernels.bipartite_match and merge_wavg"
 
-
-class Mark(NamedTuple):
-    """What was put into a model. A model that carries one is patched.
-
-    Attributes:
-        method: its name.
-        settings: as they were given.
-        modules: the names of the modules that it put into the model, or into its blocks.
-    """
-
-    method: str
-    settings: dict[str, Any]
-    modules: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return ", ".join([f'"{self.method}"', *(f"{name}={value!r}" for name, value in self.settings.items())])
-
-    def __deepcopy__(self, memo: Any) -> Mark:
-        """The same: it never changes, and a process group among the settings has no copy."""
-        return self
-
-    def remove(self, model: nn.Module) -> None:
-        """Give every module its own class back, and drop what we left in them."""
-        for module in list(model.modules()):
-            if isinstance(module, Patched):
-                for name in (STEP, RECORD, MARK):
-                    module.__dict__.pop(name, None)
-                for name in self.modules:
-                    module._modules.pop(name, None)
-                module.__class__ = module.original  # type: ignore[assignment]
-
-
-class Patched:
-    """The mark of the classes that modules take while they are patched; `original` is the one they had."""
-
-    original: type[nn.Module]
-
-
-class PatchedAttention(Patched, Attention):
-    """timm's Attention that takes what travels with the tokens, and gives its keys and their importance too."""
+class PatchedAttention(PatchedSelfAttention, Attention):  # type: ignore[misc]
+    """timm's Attention."""
 
     original = Attention
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        size: Tensor | None = None,
-        policy: Tensor | None = None,
-        packing: Packing | None = None,
-        importance: str | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attend, x (B, N, C), or packed (T, C); the others are those of `nn.attention.attend`.
-
-        Returns:
-            The same shape, the keys (B, H, N, d), or (T, H, d), a view, and their importance, where it was asked for.
-        """
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.unbind(-3) if packing is not None else qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        wanted: Any = {"size": size, "policy": policy, "packed": packing, "importance": importance}
-        y, worth = attend(q, k, v, **wanted, dropout=self.attn_drop.p if self.training else 0.0, fused=self.fused_attn)
-        if packing is None:
-            y = y.transpose(1, 2)
-        y = self.norm(y.flatten(-2))
-        if self.gate is not None:
-            y = y * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y)), k, worth
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """See `PatchedSelfAttention`."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
 
 
-class PatchedBlock(Patched, Block):
-    """timm's Block that may remove tokens between attention and MLP, as its step says."""
+class PatchedBlock(PatchedPreNormBlock, Block):  # type: ignore[misc]
+    """timm's Block."""
 
     original = Block
-    tokred_step: Step
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        state: State = State(),  # noqa: B008  (it never changes)
-    ) -> tuple[Tensor, State, TokenMap | None]:
-        """x (B, N, C), or packed (T, C), and its state, to those that leave, and the map that was followed, if any."""
-        step = self.tokred_step
-        size = state.size if step.proportional else None
-        wanted = step.importance(x.shape[-2])
-        attended, keys, importance = self.attn(self.norm1(x), size, state.policy, state.packing, wanted)
-        x = x + _drop_path(self.drop_path1, self.ls1(attended), state.packing)
-        x, state, token_map = step.reduce(self, x, keys, importance, state)
-        del attended, keys  # the keys are a view of all of qkv, which would else live on through the MLP
-        x = x + _drop_path(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), state.packing)
-        return x, state, token_map
+    def scale(self, branch: int, x: Tensor) -> Tensor:
+        """See `PatchedPreNormBlock`."""
+        return self.ls1(x) if branch == 1 else self.ls2(x)
 
 
-def _drop_path(drop: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
-    """Drop whole images from a residual branch: by the first dimension, which of packed tokens is not the image's."""
-    if packing is None or not drop.training or isinstance(drop, nn.Identity):
-        return drop(x)
-    return x * drop(x.new_ones(len(packing.lengths), 1))[image_of_row(packing)]
-
-
-def _weights(state: State) -> Tensor | None:
-    """(B, N, 1), how much each final token counts in a mean; None for 1 each."""
-    if state.policy is None:
-        return state.size
-    kept = state.policy.unsqueeze(-1)
-    return kept if state.size is None else kept * state.size
-
-
-def _count(x: Tensor, state: State) -> int | tuple[int, ...]:
-    """How many tokens an image has; of packed ones, each image."""
-    return x.shape[1] if state.packing is None else state.packing.lengths
-
-
-class PatchedVisionTransformer(Patched, VisionTransformer):
-    """What a VisionTransformer does differently once its blocks reduce tokens."""
+class PatchedVisionTransformer(PatchedTransformer, VisionTransformer):
+    """timm's VisionTransformer."""
 
     original: type[nn.Module] = VisionTransformer
-    tokred_patch: Mark
-    tokred_record: Record
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        """timm's; what pooling must know of the tokens goes there by hand, so that threads may share the model."""
-        x, record = self._reduced(x, attn_mask, is_causal)
-        self.tokred_record = record
-        return self._head(x, record.state)
-
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """timm's, with the blocks passing sizes on; afterwards `token_map` and `token_sizes` are those of this call."""
-        x, record = self._reduced(x, attn_mask, is_causal)
-        self.tokred_record = record
-        return x
-
-    def forward_mapped(self, x: Tensor) -> tuple[Tensor, TokenMap]:
-        """`forward_features`, and the `token_map` of this very call, whatever other threads do with the model."""
-        x, record = self._reduced(x)
-        self.tokred_record = record
-        return x, record.token_map()
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """timm's, of what `forward_features` returned."""
-        return self._head(x, self._state_of(x), pre_logits)
-
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """timm's, with each token counting by its size, so that a mean is still one over the first tokens.
-
-        Packed tokens (T, C) of the last forward give (B, C) as others do, or, with no pooling at all, stay as they are.
-
-        Raises:
-            ValueError: `x` is not what the last `forward_features` returned, and its sizes are needed. Tokens as many
-                as entered the model (unmerged ones, say) count as one each.
-        """
-        return self._pool(x, self._state_of(x), pool_type)
-
-    def _reduced(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Record]:
-        """The final tokens, and what there is to know of them: `forward_features`, which leaves the model as it was."""
-        if attn_mask is not None or is_causal:
-            raise NotImplementedError(
-                "tokred_kernels: a patched model takes no attn_mask and no is_causal, for its tokens change from block "
-                "to block; call tokred_kernels.unpatch(model) first"
-            )
-        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:]) if has_grid(self) else None
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        entered = (x.shape[0], x.shape[1], x.device)
-        if grid is not None and grid[0] * grid[1] + self.num_prefix_tokens != x.shape[1]:
-            grid = None  # after patch dropout
-        state = State(grid=grid, patches=x.shape[1] - self.num_prefix_tokens)
-        maps, counts = [], []
-        for block in self.blocks:
-            step: Any = block.tokred_step
-            x, state, before = step.enter(self, x, state)
-            attended = _count(x, state)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x, state, after = checkpoint(block, x, state, use_reentrant=False)
-            else:
-                x, state, after = block(x, state)
-            counts.append((attended, _count(x, state)))
-            maps += [token_map for token_map in (before, after) if token_map is not None]
-        kept = tuple(maps) if self.tokred_patch.settings.get("trace", True) else None
-        x, record = self.norm(x), Record(kept, state, entered, tuple(counts))
-        record.remember(x)
-        return x, record
-
-    def _head(self, x: Tensor, state: State | None, pre_logits: bool = False) -> Any:
-        x = self.head_drop(self.fc_norm(self._pool(x, state)))
-        return x if pre_logits else self.head(x)
-
-    def _state_of(self, x: Tensor) -> State | None:
-        """The state of tokens that somebody brings; None where they are others than the last forward gave."""
-        record = self.tokred_record
-        if record.gave(x):
-            return record.state
-        if x.dim() == 2:
-            packing = record.state.packing
-            gave = "no packed tokens" if packing is None else f"{packing.rows} of them"
-            raise ValueError(
-                f"tokred_kernels: packed tokens (T, C) must be those of the model's last forward, which gave {gave}, "
-                f"got shape {tuple(x.shape)}; {AS_IT_IS}"
-            )
-        return None
-
-    def _pool(self, x: Tensor, state: State | None, pool_type: str | None = None) -> Tensor:
-        """`pool`, of tokens with this state; None for tokens of which nothing is known but that they are not packed."""
-        kind = self.global_pool if pool_type is None else pool_type
-        begin = 0 if self.pool_include_prefix else self.num_prefix_tokens
-        weighs = self.attn_pool is not None or kind in ("avg", "avgmax")
-        if state is None:
-            if weighs:
-                self._refuse_unknown(x)
-            return super().pool(x, pool_type)
-        if state.policy is not None and (self.attn_pool is not None or kind not in MASKED_POOLS):
-            raise ValueError(
-                f"tokred_kernels: tokens that are masked cannot be pooled by {kind!r}, which would not pass over them; "
-                f"supported are {', '.join(map(repr, MASKED_POOLS))}"
-            )
-        packing, size = state.packing, _weights(state)
-        if packing is not None and size is not None:
-            if self.attn_pool is not None:
-                images = zip(x.split(packing.lengths), size.split(packing.lengths), strict=True)
-                pooled = [self._attend(one[None, begin:], own[None, begin:]) for one, own in images]
-                return torch.cat(pooled) if pooled else x
-            return pool_packed(x, size, packing, kind=kind, begin=begin) if kind else x
-        if size is None or not weighs:
-            return super().pool(x, pool_type)
-        if self.attn_pool is not None:
-            return self._attend(x[:, begin:], size[:, begin:])
-        return pool_sized(x, size, kind=kind, begin=begin)
-
-    def _attend(self, x: Tensor, size: Tensor) -> Tensor:
-        bias = size_bias(size, x) if self.tokred_patch.settings.get("prop_attn", True) else None
-        return self.attn_pool(x, attn_mask=bias)
-
-    def _refuse_unknown(self, x: Tensor) -> None:
-        """Raise where a mean over tokens must weigh them, and nobody knows by what."""
-        record = self.tokred_record
-        if record.entered is None or _weights(record.state) is None:
-            return
-        if x.shape[1] != record.entered[1] or record.state.policy is not None:
-            raise ValueError(
-                "tokred_kernels: tokens that are pooled must be those of the model's last forward, for each counts by "
-                f"its size, got others, of shape {tuple(x.shape)}; {AS_IT_IS}"
-            )
-
-    def forward_intermediates(self, *_: Any, **__: Any) -> Any:
-        """Refuse: the intermediates of a patched model are no grids."""
-        raise NotImplementedError(
-            "tokred_kernels: forward_intermediates needs the same tokens after every block, and a patched model has "
-            "fewer after each. For a dense grid use x = model.forward_features(images) and "
-            "tokred_kernels.unmerge(x, model.token_map), or call tokred_kernels.unpatch(model) first"
-        )
-
-    @property
-    def token_map(self) -> TokenMap:
-        """From the tokens that entered the first block, prefix included, to the final ones, in the last forward.
-
-        Packed where every image has a count of its own. Composed when it is asked for, so a forward pays nothing for
-        it. In a CUDA graph its tensors are the graph's, as outputs are: take them before the next replay.
-        """
-        return self.tokred_record.token_map()
-
-    @property
-    def token_sizes(self) -> Tensor:
-        """(B, N', 1) float32: how many of the tokens that entered each final token stands for, in the last forward.
-
-        (T', 1) where every image has a count of its own. A method that weighs its tokens otherwise gives its weights.
-        One that does not track sizes leaves them to the maps, which `trace=False` does not keep.
-        """
-        record = self.tokred_record
-        if record.entered is None:
-            raise RuntimeError("tokred_kernels: token_sizes are of the last forward, and this model has run none yet")
-        return self.token_map.views()[2].float().unsqueeze(-1) if record.state.size is None else record.state.size
-
-    @property
-    def token_decisions(self) -> tuple[Tensor, ...]:
-        """Of each layer that drew one in the last forward, its policy (B, N) without prefix tokens: 1 is kept, 0 not.
-
-        "dynamicvit" draws them when training, differentiable by the predictors' parameters, for `nn.ratio_loss`.
-        """
-        return self.tokred_record.state.decisions
+    def embed(self, x: Tensor) -> tuple[Tensor, None]:
+        """See `PatchedTransformer`."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
 
 
 class PatchedVisionTransformerDistilled(PatchedVisionTransformer, VisionTransformerDistilled):
@@ -327,60 +57,3 @@ class PatchedVisionTransformerDistilled(PatchedVisionTransformer, VisionTransfor
         if state is not None and state.packing is not None:
             x = leading(x, state.packing, self.num_prefix_tokens)
         return VisionTransformerDistilled.forward_head(self, x, pre_logits)
-
-
-PATCHED: dict[type[nn.Module], type[nn.Module]] = {
-    kind.original: kind for kind in (PatchedVisionTransformer, PatchedVisionTransformerDistilled)
-}
-
-
-def check(model: Any) -> None:
-    """Raise NotImplementedError unless `model` and all its parts are what this adapter was written for.
-
-    Exact classes, not derived ones: what a subclass overrides, a patch would overrule in silence.
-    """
-    found = f"{type(model).__module__}.{type(model).__name__}"
-    if type(model) not in PATCHED:
-        wrapped = next((child for child in model.modules() if type(child) in PATCHED), None)
-        advice = OWN_BLOCK if wrapped is None else "patch the VisionTransformer inside it, before anything wraps it"
-        raise NotImplementedError(f"tokred_kernels.patch: {found} is not supported; {SUPPORTED} are. You can {advice}")
-    for index, block in enumerate(model.blocks):
-        parts = [("", block, Block)] + ([(".attn", block.attn, Attention)] if type(block) is Block else [])
-        for name, part, wanted in parts:
-            if type(part) is not wanted:
-                raise NotImplementedError(
-                    f"tokred_kernels.patch: blocks.{index}{name} of this {type(model).__name__} is a "
-                    f"{type(part).__module__}.{type(part).__name__}, which is not supported; {SUPPORTED} are. "
-                    f"You can {OWN_BLOCK}"
-                )
-    refuse_replaced(model, (Block, Attention), "patch the model first, and put those on after")
-    pool = model.attn_pool
-    if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
-        raise NotImplementedError(
-            f"tokred_kernels.patch: the model pools its tokens by {type(pool).__name__}, which needs all of them in "
-            'place; supported are global_pool="token", "avg", "avgmax", "max", "", and "map" without a position '
-            "embedding. You can make the model with another global_pool, or with num_classes=0 and global_pool=''"
-        )
-
-
-def check_switches(**switches: Any) -> None:
-    """Raise TypeError unless each setting is True or False."""
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"tokred_kernels.patch: {name} must be True or False, got {value!r}")
-
-
-def has_grid(model: Any) -> bool:
-    """Whether the patch embedding tells how many patches it makes of an image, down and across."""
-    return hasattr(model.patch_embed, "dynamic_feat_size")
-
-
-def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
-    """Patch `model`, which `check` has passed: the block of each index does `steps(index)`."""
-    for index, block in enumerate(model.blocks):
-        block.attn.__class__ = PatchedAttention
-        block.__class__ = PatchedBlock
-        setattr(block, STEP, steps(index))
-    setattr(model, MARK, mark)
-    setattr(model, RECORD, Record())
-    model.__class__ = PATCHED[type(model)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ToMe in timm's VisionTransformer: merging between attention and MLP (ToMe, section 3)."""
+"""ToMe in timm's ViTs: merging between attention and MLP (ToMe, section 3)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from tokred_kernels.ops.bipartite_match import bipartite_match
-from tokred_kernels.patch import timm_vit
+from tokred_kernels.patch import timm_models
 from tokred_kernels.patch.schedule import removed_per_block
 from tokred_kernels.patch.state import State, Step
+from tokred_kernels.patch.timm_patched import Mark
 from tokred_kernels.token_map import TokenMap
 
 
@@ -45,10 +46,10 @@ class MergeSimilar(Step):
 
 
 def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> None:
-    """Merge the most similar tokens in each block of a timm VisionTransformer, by their keys.
+    """Merge the most similar tokens in each block of a timm ViT, by their keys.
 
     Args:
-        model: the VisionTransformer.
+        model: the ViT.
         r: how many tokens each block removes (at most half of the unprotected ones: more is cut to that). An int for
             every block; a list with one number a block, short lists ending in zeros; or `(r, inflect)`, a number that
             changes linearly over the blocks with the same sum: inflect -1 falls from 2 r to 0, +1 rises from 0 to 2 r,
@@ -59,12 +60,12 @@ def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> 
 
     Raises as `patch` says.
     """
-    timm_vit.check_switches(prop_attn=prop_attn, trace=trace)
-    timm_vit.check(model)
+    timm_models.check_switches(prop_attn=prop_attn, trace=trace)
+    timm_models.check(model)
     schedule = removed_per_block(r, len(model.blocks))
     prefix = model.num_prefix_tokens
-    timm_vit.install(
+    timm_models.install(
         model,
-        timm_vit.Mark("tome", {"r": r, "prop_attn": prop_attn, "trace": trace}),
+        Mark("tome", {"r": r, "prop_attn": prop_attn, "trace": trace}),
         lambda index: MergeSimilar(prop_attn, schedule[index], prefix),
     )
