@@ -125,8 +125,9 @@ def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) 
         tensor = torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype))
         served = {op: backends.choose(op, tensor) for op in PATCHED_OPS}
         attends = []
+        attention = model.blocks[0].attn
         for number in tokens:
-            q = tensor.new_empty(0, 1, int(number), model.blocks[0].attn.head_dim)
+            q = tensor.new_empty(0, 1, int(number), attention.proj.in_features // attention.num_heads)
             by_torch = backends.torch_attends("token_attention", q, plain=False)
             attends.append("torch" if by_torch else backends.choose("token_attention", q))
         return served | {"token_attention": "+".join(dict.fromkeys(attends))}

@@ -258,7 +258,7 @@ def linear_flops(module: nn.Module) -> int:
 
 def _self_attention(attention: Any, tokens: int) -> int:
     """Projections, and two products of (N, d) with (N, d) for each head."""
-    return tokens * linear_flops(attention) + 4 * tokens * tokens * attention.num_heads * attention.head_dim
+    return tokens * linear_flops(attention) + 4 * tokens * tokens * attention.proj.in_features
 
 
 def _head(model: Any, tokens: int) -> int:

@@ -34,7 +34,8 @@ def image_forward(model, x, rope, schedule, choose, proportional):
 
 def attention(layer, x, rope, members, prefix, proportional):
     """Output (N, C) and keys (H, N, d), each the mean of what it is in the places of its members."""
-    q, k, v = (part.unflatten(-1, (-1, layer.head_dim)).transpose(0, 1) for part in projected(layer, x))
+    width = layer.proj.in_features // layer.num_heads
+    q, k, v = (part.unflatten(-1, (-1, width)).transpose(0, 1) for part in projected(layer, x))
     q, k = layer.q_norm(q), layer.k_norm(k)
     copies = layer.num_heads // k.shape[0]
     queries = [in_places(q[:, i], own, rope, prefix, layer.rotate_half) for i, own in enumerate(members)]
@@ -46,14 +47,13 @@ def attention(layer, x, rope, members, prefix, proportional):
         ],
         1,
     )
-    scores = scores * layer.head_dim**-0.5
+    scores = scores * width**-0.5
     if proportional:
         scores = scores + torch.tensor([len(own) for own in members], dtype=x.dtype).log()
     y = (scores.softmax(-1) @ v.repeat_interleave(copies, 0)).transpose(0, 1).flatten(1)
     y = layer.norm(y)
-    return layer.proj(y if layer.gate is None else y * layer.gate(x).sigmoid()), torch.stack(
-        [own.mean(1) for own in turned], 1
-    )
+    y = layer.proj(y if layer.gate is None else y * layer.gate(x).sigmoid())
+    return y, torch.stack([own.mean(1) for own in turned], 1)
 
 
 def projected(layer, x):

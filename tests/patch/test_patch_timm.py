@@ -239,6 +239,19 @@ def test_what_a_patched_model_refuses():
         _ = untraced.token_map
 
 
+@pytest.mark.parametrize("version", ["0.9.16", "1.0.3", "1.0.16.dev0"])
+def test_a_timm_that_is_too_old_is_told(version, monkeypatch):
+    monkeypatch.setattr(timm, "__version__", version)
+    with pytest.raises(ImportError, match=f"timm 1.0.17 or later, got {version}"):
+        import_timm()
+
+
+@pytest.mark.parametrize("version", ["1.0.17", "1.1.0", "2.0"])
+def test_a_later_timm_is_taken(version, monkeypatch):
+    monkeypatch.setattr(timm, "__version__", version)
+    assert import_timm() is timm
+
+
 def test_importing_timm_twice_is_harmless():
     assert import_timm() is import_timm() is timm
     assert timm.data.create_transform((3, 32, 32)) is not None  # made of torchvision's

@@ -141,4 +141,4 @@ def _per_token(module: nn.Module) -> float:
 
 def _per_pair(attention: Any) -> float:
     """GFLOPs of the two products of attention, for a query and a key."""
-    return 4e-9 * attention.num_heads * attention.head_dim
+    return 4e-9 * attention.proj.in_features

@@ -74,7 +74,7 @@ def apply(
     built: Any = LookupViT(
         embed.img_size,
         embed.patch_size,
-        model.in_chans,
+        embed.proj.in_channels,
         model.num_classes,
         model.embed_dim,
         len(model.blocks),
@@ -170,8 +170,8 @@ def _check(model: Any) -> None:
         mlp: Any = block.mlp
         unlike = (
             any(not isinstance(part, nn.Identity) for part in (attention.q_norm, attention.k_norm, attention.norm))
-            or attention.gate is not None
-            or attention.attn_dim != model.embed_dim
+            or getattr(attention, "gate", None) is not None  # older timm has none
+            or attention.proj.in_features != model.embed_dim
             or attention.proj.bias is None
             or not all(isinstance(part, nn.LayerNorm) for part in (block.norm1, block.norm2))
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokred_kernels.patch.positions import of_all_tokens
 from tokred_kernels.patch.timm_import import import_timm
-from tokred_kernels.patch.timm_patched import PatchedPreNormBlock, PatchedSelfAttention, PatchedTransformer
+from tokred_kernels.patch.timm_patched import PatchedPreNormBlock, PatchedSelfAttention, PatchedTransformer, head_width
 
 import_timm()
 
@@ -27,7 +27,7 @@ class PatchedEvaAttention(PatchedSelfAttention, EvaAttention):  # type: ignore[m
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """See `PatchedSelfAttention`."""
         if self.qkv is None:
-            return _each(x, self.q_proj, self.k_proj, self.v_proj, self.head_dim)
+            return _each(self, x)
         if self.q_bias is None:
             qkv = self.qkv(x)
         else:
@@ -35,7 +35,7 @@ class PatchedEvaAttention(PatchedSelfAttention, EvaAttention):  # type: ignore[m
             bias = torch.cat(biases)
             # Rounded once more where it is added by itself, which low precision shows.
             qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
-        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
 
 class PatchedAttentionRope(PatchedSelfAttention, AttentionRope):  # type: ignore[misc]
@@ -46,12 +46,14 @@ class PatchedAttentionRope(PatchedSelfAttention, AttentionRope):  # type: ignore
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """See `PatchedSelfAttention`."""
         if self.qkv is None:
-            return _each(x, self.q_proj, self.k_proj, self.v_proj, self.head_dim)
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+            return _each(self, x)
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
 
-def _each(x: Tensor, q: torch.nn.Module, k: torch.nn.Module, v: torch.nn.Module, width: int) -> tuple[Tensor, ...]:
-    return tuple(project(x).unflatten(-1, (-1, width)) for project in (q, k, v))
+def _each(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Heads by three layers."""
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return tuple(layer(x).unflatten(-1, (-1, head_width(attention))) for layer in layers)
 
 
 class PatchedEvaBlock(PatchedPreNormBlock, EvaBlock):  # type: ignore[misc]

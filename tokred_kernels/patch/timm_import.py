@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from types import ModuleType
 
@@ -14,12 +15,23 @@ _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+OLDEST_TIMM = (1, 0, 17)
 _library: torch.library.Library | None = None  # a Library that is collected takes its schemas with it
 
 
 def import_timm() -> ModuleType:
-    """The timm module; see `import_beside_torchvision`."""
-    return import_beside_torchvision("timm")
+    """The timm module; see `import_beside_torchvision`.
+
+    Raises:
+        ImportError: it is not installed, or too old for its models to be patched.
+    """
+    timm = import_beside_torchvision("timm")
+    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < OLDEST_TIMM:
+        oldest = ".".join(map(str, OLDEST_TIMM))
+        raise ImportError(
+            f"tokred_kernels.patch needs timm {oldest} or later, got {timm.__version__}: pip install --upgrade timm"
+        )
+    return timm
 
 
 def import_beside_torchvision(library: str) -> ModuleType:

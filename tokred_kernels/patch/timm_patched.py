@@ -82,11 +82,9 @@ class PatchedSelfAttention(Patched):
     q_norm: Any
     k_norm: Any
     attn_drop: Any
-    norm: Any
-    gate: Any
     proj: Any
     proj_drop: Any
-    rotate_half = False  # timm's EvaAttention and AttentionRope have their own
+    rotate_half = False  # EvaAttention and AttentionRope have their own, from timm 1.0.20 on
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of tokens (..., C), (..., H, d) each; of keys and values there may be fewer."""
@@ -114,7 +112,8 @@ class PatchedSelfAttention(Patched):
         if rope is not None:
             # Of packed tokens the heads come after them.
             rope = rope.unsqueeze(-2) if packing is not None else rope.unsqueeze(1) if rope.dim() == 3 else rope
-            q, k = (apply_rot_embed_cat(part, rope, half=self.rotate_half).type_as(v) for part in (q, k))
+            layout = {"half": True} if self.rotate_half else {}
+            q, k = (apply_rot_embed_cat(part, rope, **layout).type_as(v) for part in (q, k))
         keys, heads = k, 1 if packing is None else -2
         if k.shape[heads] != self.num_heads:
             k, v = (part.repeat_interleave(self.num_heads // part.shape[heads], dim=heads) for part in (k, v))
@@ -122,9 +121,13 @@ class PatchedSelfAttention(Patched):
         y, worth = attend(q, k, v, **wanted, dropout=self.attn_drop.p if self.training else 0.0, fused=self.fused_attn)
         if packing is None:
             y = y.transpose(1, 2)
-        y = self.norm(y.flatten(-2))
-        if self.gate is not None:
-            y = y * self.gate(x).sigmoid()
+        y = y.flatten(-2)
+        # Older timm has neither.
+        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
+        if norm is not None:
+            y = norm(y)
+        if gate is not None:
+            y = y * gate(x).sigmoid()
         return self.proj_drop(self.proj(y)), keys, worth
 
 
@@ -360,6 +363,11 @@ class PatchedTransformer(Patched):
         "dynamicvit" draws them when training, differentiable by the predictors' parameters, for `nn.ratio_loss`.
         """
         return self.tokred_record.state.decisions
+
+
+def head_width(attention: Any) -> int:
+    """The channels of a head; timm's Eva names them from 1.0.23 on only."""
+    return attention.proj.in_features // attention.num_heads
 
 
 def has_grid(model: Any) -> bool:

@@ -12,7 +12,7 @@ from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.patch import timm_models
 from tokred_kernels.patch.schedule import removed_per_block
 from tokred_kernels.patch.state import State, Step
-from tokred_kernels.patch.timm_patched import Mark
+from tokred_kernels.patch.timm_patched import Mark, head_width
 from tokred_kernels.token_map import TokenMap
 
 
@@ -42,7 +42,7 @@ class MergeSimilar(Step):
         tokens = attended
         if self.joining(tokens) == 0:
             return 0
-        return 2 * (tokens - tokens // 2) * (tokens // 2) * block.attn.head_dim
+        return 2 * (tokens - tokens // 2) * (tokens // 2) * head_width(block.attn)
 
 
 def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> None:
