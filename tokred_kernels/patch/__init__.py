@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 # The module that puts each method in, imported at first use. It has a function `apply(model, **settings)`, which checks
-# the settings and the model, and hands over to the adapters of the model families (`timm_vit.py`, ...). Where a method
-# takes more than modules, its `resolve(model)` gives the module that is patched, and that carries the mark. Where it
-# builds another model instead, `apply` returns that.
+# the settings and the model, and hands over to the adapters of the model families (`timm_models.py`, ...). Where a
+# method takes more than modules, its `resolve(model)` gives the module that is patched, and that carries the mark.
+# Where it builds another model instead, `apply` returns that.
 METHODS = {
     "tome": "tokred_kernels.patch.tome",
     "algm": "tokred_kernels.patch.algm",
