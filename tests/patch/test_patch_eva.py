@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokred_kernels import calibrate_thresholds, flops, unmerge, use_backend
+from tokred_kernels import calibrate_thresholds, diffrate_search, flops, unmerge, use_backend
 from tokred_kernels.nn import LinearSegmenter
 from tokred_kernels.nn.diffrate import kept_counts
 from tokred_kernels.patch import patch, unpatch
@@ -273,6 +273,12 @@ def test_what_takes_models_takes_it():
     thresholds = calibrate_thresholds(make(), [images()], layers=[1], progress=False)
     encoder = patch(make(), "algm", layers=(1, 3), threshold=thresholds)
     assert LinearSegmenter(encoder, 7)(images()).shape == (2, 7, 48, 48)
+
+
+def test_counts_are_searched():
+    model, batches = make("eva02", global_pool="token"), [(images(4), torch.arange(4))]
+    found = diffrate_search(model, batches, 0.8 * flops.count(model).gflops, steps=2, progress=False)
+    assert all(len(counts) == 4 and max(counts) <= 37 for counts in found[:2])
 
 
 @pytest.mark.parametrize(
