@@ -121,13 +121,15 @@ def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) 
     """
     if name == UNPATCHED:
         return {}
+    from tokred_kernels.patch.timm_patched import head_width  # noqa: PLC0415  (timm is optional)
+
     with tk.use_backend(name):
         tensor = torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype))
         served = {op: backends.choose(op, tensor) for op in PATCHED_OPS}
         attends = []
-        attention = model.blocks[0].attn
+        width = head_width(model.blocks[0].attn)
         for number in tokens:
-            q = tensor.new_empty(0, 1, int(number), attention.proj.in_features // attention.num_heads)
+            q = tensor.new_empty(0, 1, int(number), width)
             by_torch = backends.torch_attends("token_attention", q, plain=False)
             attends.append("torch" if by_torch else backends.choose("token_attention", q))
         return served | {"token_attention": "+".join(dict.fromkeys(attends))}

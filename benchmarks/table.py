@@ -120,11 +120,11 @@ def _tables(device: str, micro: Run | None, model: Run | None) -> list[str]:
     if micro:
         tables = [_rows(OP_COLUMNS, [_op_cells(case, target, micro) for case, target in ops])]
     else:
-        tables = [_rows("Op|Shape|Target", [[_op(case), _shape(case), str(target)] for case, target in ops])]
+        tables = [_rows(f"Op|Shape|Target, {ABSENT}", [[_op(case), _shape(case), str(target)] for case, target in ops])]
     if models and model:
         tables.append(_rows(MODEL_COLUMNS, [_model_cells(case, model) for case in models]))
     elif models:
-        tables.append(_rows("Model, ToMe|Target", [[_model(case), _targets(case)] for case in models]))
+        tables.append(_rows(f"Model, ToMe|Target, {ABSENT}", [[_model(case), _targets(case)] for case in models]))
     return tables
 
 

@@ -138,10 +138,12 @@ class CompressLearned(Step):
             policy = policy * merged.mask(stay)
             join, similarity = importance_match(x[:, :stay], left, num_prefix=self.num_prefix)
             scaled = _scale(size[:, :stay], similarity, left).clamp_min(1)
-            x = torch.cat([merge(x[:, :stay], join, reduce="mean"), x[:, left:]], 1)
+
+            def joined(part: Tensor) -> Tensor:
+                return torch.cat([merge(part[:, :stay], join, reduce="mean"), part[:, left:]], 1)
+
+            x, rope = joined(x), None if rope is None else joined(rope)
             size = torch.cat([merge(scaled, join, reduce="sum"), scaled[:, left:], size[:, stay:]], 1)
-            if rope is not None:
-                rope = torch.cat([merge(rope[:, :stay], join, reduce="mean"), rope[:, left:]], 1)
         return x, changed(state, size=size, grid=None, policy=policy, rope=rope), sort
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:

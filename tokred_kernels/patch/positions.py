@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def of_all_tokens(rope: Tensor, num_prefix: int) -> Tensor:
-    """timm's sines and cosines of patches, (..., N, 2 d), with those of prefix tokens, which nothing turns, before."""
+    """timm's sines and cosines of patches, (B, N, 2 d), with those of prefix tokens, which nothing turns, before."""
     width = rope.shape[-1] // 2
     still = torch.cat([rope.new_zeros(width), rope.new_ones(width)])
-    return torch.cat([still.expand(*rope.shape[:-2], num_prefix, -1), rope], -2)
+    return torch.cat([still.expand(rope.shape[0], num_prefix, -1), rope], 1)
 
 
 def moved(state: State, token_map: TokenMap, weight: Tensor | None = None) -> Tensor | None:
@@ -36,6 +36,6 @@ def moved(state: State, token_map: TokenMap, weight: Tensor | None = None) -> Te
     rope = state.rope
     if rope is None:
         return None
-    if state.packing is None and rope.dim() == 2:
+    if state.packing is None:
         rope = rope.expand(token_map.batch, -1, -1)
     return merge(rope, token_map, weight=weight)

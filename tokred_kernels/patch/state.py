@@ -31,8 +31,8 @@ class State(NamedTuple):
         decisions: the policies that a method has drawn so far, without prefix tokens.
         patches: how many tokens after the prefix entered the first block.
         rope: where a model has rotary positions, the sines and cosines of the tokens, those of prefix tokens included:
-            (N, 2 d) of all images, or, once tokens have merged or been dropped, (B, N, 2 d), or (T, 2 d); of a token
-            that stands for several, their mean (see `patch.positions`).
+            (1, N, 2 d) of all images, or, once tokens have merged or been dropped, (B, N, 2 d), or (T, 2 d); of a
+            token that stands for several, their mean (see `patch.positions`).
     """
 
     size: Tensor | None = None

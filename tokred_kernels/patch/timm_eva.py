@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokred_kernels.patch.positions import of_all_tokens
 from tokred_kernels.patch.timm_import import import_timm
-from tokred_kernels.patch.timm_patched import PatchedPreNormBlock, PatchedSelfAttention, PatchedTransformer, head_width
+from tokred_kernels.patch.timm_patched import PatchedPreNormBlock, PatchedSelfAttention, PatchedTransformer
 
 import_timm()
 
@@ -25,35 +25,19 @@ class PatchedEvaAttention(PatchedSelfAttention, EvaAttention):  # type: ignore[m
     original = EvaAttention
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """See `PatchedSelfAttention`."""
-        if self.qkv is None:
-            return _each(self, x)
-        if self.q_bias is None:
-            qkv = self.qkv(x)
-        else:
-            biases: Any = (self.q_bias, self.k_bias, self.v_bias)
-            bias = torch.cat(biases)
-            # Rounded once more where it is added by itself, which low precision shows.
-            qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        """See `PatchedSelfAttention`; where one layer makes all three, their biases are by themselves."""
+        if self.qkv is None or self.q_bias is None:
+            return super().heads(x)
+        biases: Any = (self.q_bias, self.k_bias, self.v_bias)
+        bias = torch.cat(biases)
+        # Rounded once more where it is added by itself, which low precision shows.
+        return self.split(self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias))
 
 
 class PatchedAttentionRope(PatchedSelfAttention, AttentionRope):  # type: ignore[misc]
     """timm's AttentionRope, which may have fewer heads of keys and values."""
 
     original = AttentionRope
-
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """See `PatchedSelfAttention`."""
-        if self.qkv is None:
-            return _each(self, x)
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-
-
-def _each(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Heads by three layers."""
-    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return tuple(layer(x).unflatten(-1, (-1, head_width(attention))) for layer in layers)
 
 
 class PatchedEvaBlock(PatchedPreNormBlock, EvaBlock):  # type: ignore[misc]
@@ -77,5 +61,6 @@ class PatchedEva(PatchedTransformer, Eva):
         x, rope = self._pos_embed(self.patch_embed(x))
         if rope is not None:
             # After patch dropout each image has its own, with a dimension for heads.
-            rope = of_all_tokens(rope.squeeze(1) if rope.dim() == 4 else rope, self.num_prefix_tokens)
+            rope = rope.squeeze(1) if rope.dim() == 4 else rope.unsqueeze(0)
+            rope = of_all_tokens(rope, self.num_prefix_tokens)
         return self.norm_pre(x), rope

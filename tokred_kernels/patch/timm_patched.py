@@ -79,16 +79,25 @@ class PatchedSelfAttention(Patched):
     num_heads: int
     fused_attn: bool
     training: bool
+    qkv: Any
     q_norm: Any
     k_norm: Any
     attn_drop: Any
+    norm: Any
     proj: Any
     proj_drop: Any
     rotate_half = False  # EvaAttention and AttentionRope have their own, from timm 1.0.20 on
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of tokens (..., C), (..., H, d) each; of keys and values there may be fewer."""
-        raise NotImplementedError
+        if self.qkv is None:
+            layers = (getattr(self, f"{name}_proj") for name in "qkv")
+            return tuple(layer(x).unflatten(-1, (-1, head_width(self))) for layer in layers)
+        return self.split(self.qkv(x))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """(..., 3 H d), to three of (..., H, d)."""
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(
         self,
@@ -110,8 +119,7 @@ class PatchedSelfAttention(Patched):
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            # Of packed tokens the heads come after them.
-            rope = rope.unsqueeze(-2) if packing is not None else rope.unsqueeze(1) if rope.dim() == 3 else rope
+            rope = rope.unsqueeze(1)  # of heads, which come after packed tokens, and before others
             layout = {"half": True} if self.rotate_half else {}
             q, k = (apply_rot_embed_cat(part, rope, **layout).type_as(v) for part in (q, k))
         keys, heads = k, 1 if packing is None else -2
@@ -121,11 +129,8 @@ class PatchedSelfAttention(Patched):
         y, worth = attend(q, k, v, **wanted, dropout=self.attn_drop.p if self.training else 0.0, fused=self.fused_attn)
         if packing is None:
             y = y.transpose(1, 2)
-        y = y.flatten(-2)
-        # Older timm has neither.
-        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
-        if norm is not None:
-            y = norm(y)
+        y = self.norm(y.flatten(-2))
+        gate = getattr(self, "gate", None)  # older timm has none
         if gate is not None:
             y = y * gate(x).sigmoid()
         return self.proj_drop(self.proj(y)), keys, worth

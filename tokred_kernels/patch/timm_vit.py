@@ -23,10 +23,6 @@ class PatchedAttention(PatchedSelfAttention, Attention):  # type: ignore[misc]
 
     original = Attention
 
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """See `PatchedSelfAttention`."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-
 
 class PatchedBlock(PatchedPreNormBlock, Block):  # type: ignore[misc]
     """timm's Block."""
