@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Tiny models and images on which ALGM merges some tokens and not others, whatever the weights drawn."""
 
-import importlib.util
-from pathlib import Path
-
 import torch
 from torch import nn
+from written_out import load_dense
 
 from tokred_kernels.patch.timm_import import import_timm
 
-spec = importlib.util.spec_from_file_location("dense_algm", Path(__file__).parent / "patch/dense_algm.py")
-dense_algm = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dense_algm)
+dense_algm = load_dense("algm")
 
 timm = import_timm()
 vit = timm.models.vision_transformer

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Tiny models patched with EViT and DynamicViT, and the papers written out."""
-
-import importlib.util
-from pathlib import Path
+"""Tiny models patched with EViT and DynamicViT, counts for DiffRate, and the papers written out."""
 
 from algm_models import make
 from torch import nn
+from written_out import load_dense
 
 from tokred_kernels.patch import patch
 
-spec = importlib.util.spec_from_file_location("dense_pruning", Path(__file__).parent / "patch/dense_pruning.py")
-dense_pruning = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dense_pruning)
+dense_pruning = load_dense("pruning")
 
 LAYERS = (1, 2, 3)
 # What DynamicViT keeps, and, of 36 patches, how many that is.
@@ -34,3 +30,15 @@ def make_dynamicvit(name="vit", layers=LAYERS, keep=KEEP, **more):
     for parameter in model.score_predictor.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def rates(model):
+    """Of a model whose counts DiffRate learns, those of each block: what pruning keeps, and what merging does."""
+    return [rate for block in model.blocks for rate in (block.prune_ddp, block.merge_ddp)]
+
+
+def set_counts(model, counts):
+    """Let each rate be sure of its count: all weight on one candidate."""
+    for rate, number in zip(rates(model), [n for pair in zip(*counts, strict=True) for n in pair], strict=True):
+        nn.init.zeros_(rate.selected_probability)
+        rate.selected_probability.data[(rate.kept_token_candidate + rate.prefix >= number).sum() - 1] = 1000.0

@@ -2,15 +2,15 @@
 """DiffRate in timm's models: the numbers against a plain rewriting of the paper, given counts and learned ones."""
 
 import copy
-import importlib.util
 import itertools
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
+from pruning_models import rates, set_counts
 from torch import nn
+from written_out import load_dense
 
 from tokred_kernels import flops, use_backend
 from tokred_kernels.nn.diffrate import compression_flops, kept_counts
@@ -23,9 +23,7 @@ timm = import_timm()
 VisionTransformer = timm.models.vision_transformer.VisionTransformer
 VisionTransformerDistilled = timm.models.deit.VisionTransformerDistilled
 
-spec = importlib.util.spec_from_file_location("dense_diffrate", Path(__file__).parent / "dense_diffrate.py")
-dense_diffrate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dense_diffrate)
+dense_diffrate = load_dense("diffrate")
 
 # 36 patches, so 37 tokens with a class token; head width 16.
 TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -66,10 +64,6 @@ def given(which="both"):
     return {"prune_kept_num": prune, "merge_kept_num": merge}
 
 
-def rates(model):
-    return [rate for block in model.blocks for rate in (block.prune_ddp, block.merge_ddp)]
-
-
 def learned(name="vit", counts=None, granularity=1, **more):
     """A model that learns its counts, from logits drawn, or, with one pair a block, from those counts."""
     model = patch(make(name, **more), "diffrate", granularity=granularity)
@@ -77,11 +71,7 @@ def learned(name="vit", counts=None, granularity=1, **more):
         # So that each count is lower than the one before it, and every one removes tokens.
         nn.init.normal_(rate.selected_probability, std=0.3).data += (5 - 1.5 * index) * rate.kept_token_candidate / 36
     if counts is not None:
-        for rate, number in zip(rates(model), [n for pair in zip(*counts, strict=True) for n in pair], strict=True):
-            # All weight on one candidate.
-            index = (rate.kept_token_candidate + rate.prefix >= number).sum() - 1
-            nn.init.zeros_(rate.selected_probability)
-            rate.selected_probability.data[index] = 1000.0
+        set_counts(model, counts)
     return model
 
 

@@ -2,12 +2,12 @@
 """timm's Eva (EVA, DINOv3, Perception Encoder): every method on models with rotary positions."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
+from pruning_models import set_counts
 from torch import nn
+from written_out import block_gradients, load_dense
 
 from tokred_kernels import calibrate_thresholds, diffrate_search, flops, unmerge, use_backend
 from tokred_kernels.nn import LinearSegmenter
@@ -18,16 +18,7 @@ from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
 eva = timm.models.eva
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-dense_rope, dense_tome = load("dense_rope"), load("dense_tome")
+dense_rope, dense_tome = load_dense("rope"), load_dense("tome")
 
 # 36 patches; head width 16.
 TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -105,7 +96,7 @@ def test_r_0_changes_nothing(name):
 @pytest.mark.parametrize("name", ["dinov3", "eva02"])
 def test_positions_follow_every_method(name, method):
     model, x = put(make(name).double(), method), images().double()
-    first = model.embed(x)[1]
+    (first,) = model.embed(x)[1]
     assert (first.shape, (first[: model.num_prefix_tokens, :16] == 0).all()) == ((36 + model.num_prefix_tokens, 32), 1)
     followed = []
 
@@ -141,7 +132,7 @@ def images_of(rows, packing):
     """Of each of two images, the rows (N, ...) that are its own."""
     if packing is not None:
         return rows.split(packing.lengths)
-    return [rows, rows] if rows is None or rows.dim() == 2 else rows
+    return [rows, rows] if rows is None else rows.expand(2, -1, -1)
 
 
 def test_an_image_in_a_packed_batch_gives_what_it_gives_alone():
@@ -156,12 +147,11 @@ def test_an_image_in_a_packed_batch_gives_what_it_gives_alone():
 def test_gradients_are_those_of_the_scores_written_out():
     model, x = make().double(), images().double()
     target = torch.randn(2, 48).double()
-    dense_rope.forward(model, x, [5] * 4, dense_tome.choose)[0][:, 0].mul(target).sum().backward()
-    expected = [p.grad.clone() for p in model.blocks.parameters()]
-    model.zero_grad()
-    patch(model, "tome", r=5).forward_features(x)[:, 0].mul(target).sum().backward()
-    for ours, theirs in zip((p.grad for p in model.blocks.parameters()), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    expected = block_gradients(
+        model, dense_rope.forward(model, x, [5] * 4, dense_tome.choose)[0][:, 0].mul(target).sum()
+    )
+    ours = block_gradients(model, patch(model, "tome", r=5).forward_features(x)[:, 0].mul(target).sum())
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -177,18 +167,11 @@ def test_training_with_everything_that_drops(method, checkpointing):
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
 
 
-def set_counts(model, counts):
-    """Let every rate of a model that learns be sure of its count."""
-    rates = [rate for block in model.blocks for rate in (block.prune_ddp, block.merge_ddp)]
-    for rate, number in zip(rates, [n for pair in zip(*counts, strict=True) for n in pair], strict=True):
-        nn.init.zeros_(rate.selected_probability)
-        rate.selected_probability.data[(rate.kept_token_candidate + rate.prefix >= number).sum() - 1] = 1000.0
-    assert kept_counts(model) == counts
-
-
 def test_masking_equals_pruning():
     model, x = patch(make("eva02", global_pool="token").double(), "diffrate", kept=None), images().double()
-    set_counts(model, ([37, 30, 21, 12], [37] * 4))
+    counts = [37, 30, 21, 12], [37] * 4
+    set_counts(model, counts)
+    assert kept_counts(model) == counts
     with torch.no_grad():
         pruned = model(x)
         masked = model.train()(x)
@@ -199,7 +182,9 @@ def test_masking_equals_pruning():
 @pytest.mark.parametrize("training", [False, True])
 def test_learned_counts_move_positions_as_tokens(training):
     model = patch(make("eva02").double(), "diffrate", kept=None).train(training)
-    set_counts(model, ([37, 30, 21, 12], [37, 27, 20, 12]))
+    counts = [37, 30, 21, 12], [37, 27, 20, 12]
+    set_counts(model, counts)
+    assert kept_counts(model) == counts
     block, tokens = model.blocks[1], torch.randn(2, 37, 32).double()
     state = State(patches=36, rope=tokens)
     left, after, _ = block.tokred_step.reduce(block, tokens, None, torch.rand(2, 37), state)

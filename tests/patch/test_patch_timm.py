@@ -2,13 +2,12 @@
 """ToMe in timm's models: the numbers against a plain rewriting of the paper, and everything a model is used for."""
 
 import copy
-import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from written_out import block_gradients, load_dense
 
 from tokred_kernels import unmerge, use_backend
 from tokred_kernels.patch import patch, unpatch
@@ -20,9 +19,7 @@ vit = timm.models.vision_transformer
 VisionTransformer = vit.VisionTransformer
 VisionTransformerDistilled = timm.models.deit.VisionTransformerDistilled
 
-spec = importlib.util.spec_from_file_location("dense_tome", Path(__file__).parent / "dense_tome.py")
-dense_tome = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dense_tome)
+dense_tome = load_dense("tome")
 
 # 36 patches: even with no prefix, odd with a class token; head width 16.
 TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -292,12 +289,9 @@ def test_fewer_tokens_than_the_prefix_leaves_to_merge():
 def test_gradients_are_those_of_the_paper_written_out():
     model, x = make("registers").double(), images().double()
     target = torch.randn(2, 48).double()
-    dense_tome.forward(model, x, [5, 5, 5, 5])[0][:, 0].mul(target).sum().backward()
-    expected = [p.grad.clone() for p in model.blocks.parameters()]
-    model.zero_grad()
-    patch(model, "tome", r=5).forward_features(x)[:, 0].mul(target).sum().backward()
-    for ours, theirs in zip((p.grad for p in model.blocks.parameters()), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    expected = block_gradients(model, dense_tome.forward(model, x, [5, 5, 5, 5])[0][:, 0].mul(target).sum())
+    ours = block_gradients(model, patch(model, "tome", r=5).forward_features(x)[:, 0].mul(target).sum())
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: MIT
 """ToMe in diffusers' models: the numbers against dense matrices, one match per block, and where draws come from."""
 
-import importlib.util
-from pathlib import Path
-
 import denoisers
 import pytest
 import torch
 from denoisers import ALL, MODELS, PARTS, inputs, make, patched, run
 from torch import nn
+from written_out import load_dense
 
 from tokred_kernels import TokenMap, use_backend
 from tokred_kernels.patch import tomesd, unpatch
 from tokred_kernels.patch.tomesd import RUN, BasicTransformerBlock, Draws, MergingBlock, Run, Settings
 
-spec = importlib.util.spec_from_file_location("dense_tomesd", Path(__file__).parent / "dense_tomesd.py")
-dense_tomesd = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dense_tomesd)
+dense_tomesd = load_dense("tomesd")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

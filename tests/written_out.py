@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: MIT
+"""The papers written out, in files beside the tests of patches, and what comparing with them takes."""
+
+import importlib.util
+from pathlib import Path
+
+
+def load_dense(name):
+    """The module tests/patch/dense_<name>.py."""
+    path = Path(__file__).parent / "patch" / f"dense_{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def block_gradients(model, loss):
+    """Those of the blocks' parameters, which are left without."""
+    loss.backward()
+    gradients = [p.grad.clone() for p in model.blocks.parameters()]
+    model.zero_grad()
+    return gradients
