@@ -22,6 +22,7 @@ from benchmarks.timing import Visit, event_visit, graph_visit, interleave, ratio
 from tokred_kernels import backends
 from tokred_kernels.flops import count
 from tokred_kernels.patch import patch, unpatch
+from tokred_kernels.patch.patched import head_width
 from tokred_kernels.patch.timm_import import import_timm
 
 UNPATCHED = "unpatched"
@@ -121,8 +122,6 @@ def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) 
     """
     if name == UNPATCHED:
         return {}
-    from tokred_kernels.patch.timm_patched import head_width  # noqa: PLC0415  (timm is optional)
-
     with tk.use_backend(name):
         tensor = torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype))
         served = {op: backends.choose(op, tensor) for op in PATCHED_OPS}

@@ -215,7 +215,7 @@ def calibrate_thresholds(
 
 def _check_model(model: Any) -> Any:
     """The blocks of `model`, one that `patch` takes and that is not patched."""
-    from tokred_kernels.patch import MARK, timm_models  # noqa: PLC0415  (timm is optional)
+    from tokred_kernels.patch import MARK, models, timm_models  # noqa: PLC0415  (timm is optional)
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -224,13 +224,12 @@ def _check_model(model: Any) -> Any:
             f"tokred_kernels.{OP}: model must not be patched ({getattr(model, MARK)}): a threshold says how alike the "
             "tokens of the plain model are; call tokred_kernels.unpatch(model) first"
         )
-    if type(model) not in timm_models.PATCHED:
+    if not timm_models.supports(model):
         raise NotImplementedError(
-            f"tokred_kernels.{OP}: model must be one of {timm_models.SUPPORTED}, got {type(model).__name__}; where one "
-            "is inside another model, give that one"
+            f"tokred_kernels.{OP}: model must be one of {models.SUPPORTED['timm']}, got {type(model).__name__}; where "
+            "one is inside another model, give that one"
         )
-    timm_models.check(model)
-    return model.blocks
+    return timm_models.examine(model).blocks
 
 
 def _check_layers(layers: Any, depth: int) -> list[int]:

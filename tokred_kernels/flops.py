@@ -71,14 +71,13 @@ def count(
         NotImplementedError: a model of other parts.
         ImportError: timm is not installed.
     """
-    from tokred_kernels.patch import timm_models, timm_patched  # noqa: PLC0415  (timm is optional)
+    from tokred_kernels.patch import models, timm_models, timm_patched  # noqa: PLC0415  (timm is optional)
 
-    unpatched = type(model) in timm_models.PATCHED
-    if unpatched:
-        timm_models.check(model)
+    if timm_models.supports(model):
+        timm_models.examine(model)
     elif not isinstance(model, timm_patched.PatchedTransformer):
         raise NotImplementedError(
-            f"tokred_kernels.flops.count: {type(model).__name__} is not supported; {timm_models.SUPPORTED} are"
+            f"tokred_kernels.flops.count: {type(model).__name__} is not supported; {models.SUPPORTED['timm']} are"
         )
     return _count(model, _pixels(model, img_size), tokens)
 

@@ -381,7 +381,7 @@ def test_wrong_settings(settings, error, message):
 def test_pools_that_cannot_pass_over_masked_tokens_are_refused(pool):
     model = make("no prefix", global_pool=pool)
     with pytest.raises(
-        NotImplementedError, match=f"pools its tokens by '{pool}', which .*supported are 'token', 'avg'"
+        NotImplementedError, match=f"pools its tokens by global_pool='{pool}', which .*supported are means"
     ):
         patch(model, "dynamicvit", layers=LAYERS)
     assert not hasattr(model, "score_predictor")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ALGM in timm's ViTs: windows merge in an early block, similar tokens anywhere in later ones."""
+"""ALGM in ViTs: windows merge in an early block, similar tokens anywhere in later ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from tokred_kernels.backends import use_backend
 from tokred_kernels.calibrate import Thresholds
 from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
-from tokred_kernels.ops.counts import BATCH, check_threshold
+from tokred_kernels.ops.counts import BATCH, IMAGE, check_threshold
 from tokred_kernels.ops.window_match import KEEP, check_pair, window_match
 from tokred_kernels.partition import every_other
-from tokred_kernels.patch import timm_models
+from tokred_kernels.patch import models
+from tokred_kernels.patch.models import Anatomy
+from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.schedule import count_per_layer, merging_layers
 from tokred_kernels.patch.state import State, Step
-from tokred_kernels.patch.timm_patched import Mark, has_grid
 from tokred_kernels.token_map import TokenMap
 from tokred_kernels.windows import Windows
 
@@ -142,13 +143,18 @@ def apply(
 
     Raises as `patch` says.
     """
-    timm_models.check_switches(prop_attn=prop_attn, trace=trace)
-    timm_models.check(model)
-    given = merging_layers(layers, len(model.blocks))
+    models.check_switches(prop_attn=prop_attn, trace=trace)
+    anatomy = models.examine(model)
+    given = merging_layers(layers, len(anatomy.blocks))
     numbers = count_per_layer(count, len(given), group)
-    prefix = model.num_prefix_tokens
+    if IMAGE in numbers and not anatomy.packs:
+        raise NotImplementedError(
+            f'tokred_kernels.patch: count="image" packs tokens, (T, C), which the forward of a {type(model).__name__} '
+            'does not take; give "batch" or an int'
+        )
+    prefix = anatomy.num_prefix
     local = _at("threshold", threshold, given[0])
-    window = _check_window(model, local, window, uneven)
+    window = _check_window(anatomy, local, window, uneven)
     steps: dict[int, Step] = {given[0]: MergeWindows(prop_attn, local, window, numbers[0], uneven, group, prefix)}
     for layer, number in zip(given[1:], numbers[1:], strict=True):
         own = None if global_threshold is None else _at("global_threshold", global_threshold, layer)
@@ -163,7 +169,7 @@ def apply(
         "trace": trace,
     }
     rest = Step(prop_attn)
-    timm_models.install(model, Mark("algm", settings), lambda index: steps.get(index + 1, rest))
+    models.install(model, Mark("algm", settings), lambda index: steps.get(index + 1, rest))
 
 
 def _at(name: str, threshold: Any, layer: int) -> float:
@@ -174,16 +180,16 @@ def _at(name: str, threshold: Any, layer: int) -> float:
     return threshold
 
 
-def _check_window(model: Any, threshold: float, window: Any, uneven: Any) -> tuple[int, int]:
+def _check_window(anatomy: Anatomy, threshold: float, window: Any, uneven: Any) -> tuple[int, int]:
     """`window` as a pair; raise unless `window_match` takes these settings on the model's grid."""
-    if not has_grid(model):
+    if anatomy.gridless is not None:
         raise NotImplementedError(
-            f"tokred_kernels.patch: windows need the grid of patches, and {type(model.patch_embed).__name__}, the "
+            f"tokred_kernels.patch: windows need the grid of patches, and {anatomy.gridless}, the "
             "model's patch_embed, does not tell one; timm's PatchEmbed and HybridEmbed do"
         )
     window = check_pair("patch", "window", window)
     # Where images may be of any size, all that can be said now is that the window is one.
-    grid = window if model.dynamic_img_size else model.patch_embed.grid_size
+    grid = window if anatomy.grid is None else anatomy.grid
     none = torch.empty(0, grid[0] * grid[1], 1)
     with use_backend("reference"):  # the op's own checks, on no image at all
         window_match(none, threshold, window=window, grid=grid, num_prefix=0, uneven=uneven)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DiffRate in timm's ViTs: sort by class attention, prune, merge; counts given, or learned."""
+"""DiffRate in ViTs: sort by class attention, prune, merge; counts given, or learned."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tokred_kernels.ops.importance_match import importance_match
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.partition import prefix_and_rest
-from tokred_kernels.patch import timm_models
+from tokred_kernels.patch import models
+from tokred_kernels.patch.models import Anatomy
+from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.state import State, Step
-from tokred_kernels.patch.timm_patched import Mark
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 PRUNE, MERGE = "prune_kept_num", "merge_kept_num"  # the keys of the published compression_rate.json
 MODULES = ("prune_ddp", "merge_ddp")  # the published names of what is learned
-UNMASKED_POOLS = ("max", "avgmax", "map")
 # A token that joins one of opposite direction takes away from its size, and attention has no logarithm for 0 or less:
 # then the key all but vanishes.
 LEAST_SIZE = 1e-6
@@ -188,40 +188,45 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
 
     Raises as `patch` says, and OSError where the file cannot be read.
     """
-    timm_models.check_switches(prop_attn=prop_attn, trace=trace)
-    timm_models.check(model)
+    models.check_switches(prop_attn=prop_attn, trace=trace)
+    anatomy = models.examine(model)
     check_count("patch", "granularity", granularity, least=1)
-    if model.cls_token is None:
+    if not anatomy.class_token:
         raise NotImplementedError(
             'tokred_kernels.patch: "diffrate" sorts tokens by the attention of the class token, and this model has '
             'none; "tome" and "algm" need none'
         )
     settings = {"kept": kept, "granularity": granularity, "prop_attn": prop_attn, "trace": trace}
     if kept is None:
-        _install_learned(model, granularity, prop_attn, settings)
+        _install_learned(anatomy, granularity, prop_attn, settings)
         return
-    prefix = model.num_prefix_tokens
-    prune, merged = read_kept(kept, len(model.blocks), prefix)
-    timm_models.install(
+    prefix = anatomy.num_prefix
+    prune, merged = read_kept(kept, len(anatomy.blocks), prefix)
+    models.install(
         model,
         Mark("diffrate", settings),
         lambda index: Compress(prop_attn, prune[index], merged[index], prefix),
     )
 
 
-def _install_learned(model: Any, granularity: int, prop_attn: bool, settings: dict[str, Any]) -> None:
-    if model.attn_pool is not None or model.global_pool in UNMASKED_POOLS:
+def _install_learned(anatomy: Anatomy, granularity: int, prop_attn: bool, settings: dict[str, Any]) -> None:
+    model = anatomy.model
+    if not anatomy.learns_counts:
+        raise NotImplementedError(
+            f"tokred_kernels.patch: counts are learned in timm's models, and {type(model).__name__} is none; give kept="
+        )
+    if not anatomy.heeds_policy:
         raise NotImplementedError(
             "tokred_kernels.patch: counts are learned by masking tokens, which pooling by "
-            f'global_pool={model.global_pool!r} does not heed; make the model with "token" or "avg", or give kept='
+            f'{anatomy.pool} does not heed; make the model with "token" or "avg", or give kept='
         )
-    prefix, patches = model.num_prefix_tokens, model.patch_embed.num_patches
-    for index, block in enumerate(model.blocks):
+    prefix, patches = anatomy.num_prefix, model.patch_embed.num_patches
+    for index, block in enumerate(anatomy.blocks):
         for name in MODULES:
             # As published, the first block has a single candidate: all.
             rate = CompressionRate(patches, granularity if index else patches + 1, num_prefix=prefix)
             setattr(block, name, rate.to(block.norm1.weight.device).train(block.training))
-    timm_models.install(
+    models.install(
         model,
         Mark("diffrate", settings, MODULES),
         lambda index: CompressLearned(prop_attn, prefix) if index else Step(prop_attn),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DynamicViT in timm's ViTs: predictors choose what to keep (DynamicViT, section 3)."""
+"""DynamicViT in ViTs: predictors choose what to keep (DynamicViT, section 3)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tokred_kernels.flops import linear_flops
 from tokred_kernels.nn.dynamicvit import KEEP, TokenPredictor, decide
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
-from tokred_kernels.patch import timm_models
+from tokred_kernels.patch import models
+from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
-from tokred_kernels.patch.timm_patched import MASKED_POOLS, Mark
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
@@ -85,26 +85,26 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
 
     Raises as `patch` says.
     """
-    timm_models.check_switches(trace=trace)
-    timm_models.check(model)
-    if model.global_pool not in MASKED_POOLS or model.attn_pool is not None:
+    models.check_switches(trace=trace)
+    anatomy = models.examine(model)
+    if not anatomy.heeds_policy:
         raise NotImplementedError(
-            f"tokred_kernels.patch: the model pools its tokens by {model.global_pool!r}, which cannot pass over those "
-            f"that are masked when training; supported are {', '.join(map(repr, MASKED_POOLS))}"
+            f"tokred_kernels.patch: the model pools its tokens by {anatomy.pool}, which cannot pass over those that "
+            "are masked when training; supported are means over tokens, the class token, and none at all"
         )
-    given = reducing_blocks(layers, len(model.blocks))
+    given = reducing_blocks(layers, len(anatomy.blocks))
     shares = share_per_layer("keep", keep, len(given))
     if any(after > before for before, after in pairwise(shares)):
         raise ValueError(f"tokred_kernels.patch: keep must not rise from layer to layer, got {tuple(shares)}")
     parameter = next(model.parameters())
-    predictors = nn.ModuleList([TokenPredictor(model.embed_dim) for _ in given]).to(parameter.device, parameter.dtype)
+    predictors = nn.ModuleList([TokenPredictor(anatomy.width) for _ in given]).to(parameter.device, parameter.dtype)
     predictors.train(model.training)
-    setattr(model, PREDICTORS, predictors)
+    setattr(anatomy.model, PREDICTORS, predictors)
     cost = linear_flops(predictors[0])
     steps = {
-        layer: KeepPredicted(False, stage, as_text(share), model.num_prefix_tokens, cost)
+        layer: KeepPredicted(False, stage, as_text(share), anatomy.num_prefix, cost)
         for stage, (layer, share) in enumerate(zip(given, shares, strict=True))
     }
     settings = {"layers": given, "keep": keep, "trace": trace}
     mark = Mark("dynamicvit", settings, (PREDICTORS,))
-    timm_models.install(model, mark, lambda index: steps.get(index, Step()))
+    models.install(model, mark, lambda index: steps.get(index, Step()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EViT in timm's ViTs: inattentive tokens are fused into one, or dropped (EViT, section 3)."""
+"""EViT in ViTs: inattentive tokens are fused into one, or dropped (EViT, section 3)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from tokred_kernels.nn.evit import keep_attentive
-from tokred_kernels.patch import MARK, timm_models
+from tokred_kernels.patch import MARK, models
+from tokred_kernels.patch.patched import STEP, Mark
 from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
-from tokred_kernels.patch.timm_patched import STEP, Mark
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
@@ -80,27 +80,28 @@ def apply(
 
     Raises as `patch` says.
     """
-    timm_models.check_switches(fuse=fuse, trace=trace)
+    models.check_switches(fuse=fuse, trace=trace)
     if importance not in ("class", "mean"):
         raise ValueError(f'tokred_kernels.patch: importance must be "class" or "mean", got {importance!r}')
-    timm_models.check(model)
-    if importance == "class" and model.cls_token is None:
+    anatomy = models.examine(model)
+    if importance == "class" and not anatomy.class_token:
         raise ValueError(
             'tokred_kernels.patch: importance must be "mean" for a model without a class token, got "class"'
         )
-    given = reducing_blocks(layers, len(model.blocks))
+    given = reducing_blocks(layers, len(anatomy.blocks))
     rates = share_per_layer("keep_rate", keep_rate, len(given))
-    prefix = model.num_prefix_tokens
+    prefix = anatomy.num_prefix
     steps = {
         layer: KeepAttentive(False, as_text(rate), fuse, importance, prefix)
         for layer, rate in zip(given, rates, strict=True)
     }
     settings = {"keep_rate": keep_rate, "layers": given, "fuse": fuse, "importance": importance, "trace": trace}
-    timm_models.install(model, Mark(METHOD, settings), lambda index: steps.get(index, Step()))
+    models.install(model, Mark(METHOD, settings), lambda index: steps.get(index, Step()))
 
 
 def set_keep_rate(model: Any, keep_rate: Any) -> None:
     """See `tokred_kernels.set_keep_rate`."""
+    model = models.carrier(model)
     mark = getattr(model, MARK, None)
     if not isinstance(mark, Mark) or mark.method != METHOD:
         raise ValueError(
@@ -108,13 +109,13 @@ def set_keep_rate(model: Any, keep_rate: Any) -> None:
             + ("" if mark is None else f" patched with {mark}")
         )
     given = mark.settings["layers"]
-    if given[-1] >= len(model.blocks):
+    blocks = models.blocks(model)
+    if given[-1] >= len(blocks):
         raise ValueError(
             f"tokred_kernels.set_keep_rate: model must still have the blocks {given} that it was patched in, got "
-            f"{len(model.blocks)} blocks; call tokred_kernels.unpatch(model), and patch those that are left"
+            f"{len(blocks)} blocks; call tokred_kernels.unpatch(model), and patch those that are left"
         )
     rates = share_per_layer("keep_rate", keep_rate, len(given))
     for layer, rate in zip(given, rates, strict=True):
-        block = model.blocks[layer]
-        setattr(block, STEP, replace(block.tokred_step, keep=as_text(rate)))
+        setattr(blocks[layer], STEP, replace(blocks[layer].tokred_step, keep=as_text(rate)))
     setattr(model, MARK, mark._replace(settings={**mark.settings, "keep_rate": keep_rate}))

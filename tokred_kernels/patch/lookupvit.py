@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokred_kernels.nn.lookupvit import LookupViT
-from tokred_kernels.patch import timm_models
+from tokred_kernels.patch import models
 from tokred_kernels.patch.timm_import import import_timm
 
 import_timm()
@@ -67,8 +67,8 @@ def apply(
         NotImplementedError: a model, or a part of it, that a LookupViT has no place for.
         TypeError, ValueError: a wrong setting, as of `nn.LookupViT`.
     """
-    timm_models.check_switches(scatter_proj=scatter_proj)
-    timm_models.check(model)
+    models.check_switches(scatter_proj=scatter_proj)
+    models.examine(model)
     _check(model)
     block, embed = model.blocks[0], model.patch_embed
     built: Any = LookupViT(

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Which of timm's models can be patched, and of which parts: what the methods call."""
+"""Which of timm's models can be patched, and of which parts; `models.py` says what an adapter has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokred_kernels.patch import MARK
+from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy
+from tokred_kernels.patch.patched import RECORD, STEP, Mark
 from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, Step
 from tokred_kernels.patch.timm_eva import PatchedAttentionRope, PatchedEva, PatchedEvaAttention, PatchedEvaBlock
 from tokred_kernels.patch.timm_import import import_timm
-from tokred_kernels.patch.timm_patched import RECORD, STEP, Mark
+from tokred_kernels.patch.timm_patched import MASKED_POOLS, has_grid
 from tokred_kernels.patch.timm_vit import (
     PatchedAttention,
     PatchedBlock,
@@ -23,34 +25,43 @@ import_timm()
 
 from timm.layers import AttentionPoolLatent  # noqa: E402
 
-SUPPORTED = (
-    "timm's VisionTransformer and VisionTransformerDistilled, made of timm's Block and Attention, and Eva (EVA, "
-    "DINOv3, Perception Encoder), made of EvaBlock"
-)
-OWN_BLOCK = "write a block of your own with tokred_kernels.bipartite_match and merge_wavg"
 BLOCKS = {kind.original: kind for kind in (PatchedBlock, PatchedEvaBlock)}
 ATTENTIONS = {kind.original: kind for kind in (PatchedAttention, PatchedEvaAttention, PatchedAttentionRope)}
 PATCHED = {kind.original: kind for kind in (PatchedVisionTransformer, PatchedVisionTransformerDistilled, PatchedEva)}
 
 
-def check(model: Any) -> None:
-    """Raise NotImplementedError unless `model` and all its parts are what this adapter was written for.
+def supports(model: Any) -> bool:
+    """Whether `model`, not patched, is of a class that can be."""
+    return type(model) in PATCHED
 
-    Exact classes, not derived ones: what a subclass overrides, a patch would overrule in silence.
-    """
-    found = f"{type(model).__module__}.{type(model).__name__}"
-    if type(model) not in PATCHED:
-        wrapped = next((child for child in model.modules() if type(child) in PATCHED), None)
-        advice = (
-            OWN_BLOCK if wrapped is None else f"patch the {type(wrapped).__name__} inside it, before anything wraps it"
-        )
-        raise NotImplementedError(f"tokred_kernels.patch: {found} is not supported; {SUPPORTED} are. You can {advice}")
+
+def examine(model: Any) -> Anatomy:
+    """See `models.examine`."""
+    _check(model)
+    any_size = model.dynamic_img_size or not has_grid(model)
+    return Anatomy(
+        model,
+        model.blocks,
+        model.num_prefix_tokens,
+        class_token=model.cls_token is not None,
+        width=model.embed_dim,
+        grid=None if any_size else model.patch_embed.grid_size,
+        gridless=None if has_grid(model) else type(model.patch_embed).__name__,
+        packs=True,
+        pool=f"global_pool={model.global_pool!r}",
+        heeds_policy=model.global_pool in MASKED_POOLS and model.attn_pool is None,
+        learns_counts=True,
+    )
+
+
+def _check(model: Any) -> None:
+    """Raise NotImplementedError unless all parts are what this adapter was written for."""
     for index, block in enumerate(model.blocks):
         for name, part, known in (("", block, BLOCKS), (".attn", getattr(block, "attn", None), ATTENTIONS)):
             if type(part) not in known:
                 raise NotImplementedError(
                     f"tokred_kernels.patch: blocks.{index}{name} of this {type(model).__name__} is a "
-                    f"{type(part).__module__}.{type(part).__name__}, which is not supported; {SUPPORTED} are. "
+                    f"{type(part).__module__}.{type(part).__name__}, which is not supported; {SUPPORTED['timm']} are. "
                     f"You can {OWN_BLOCK}"
                 )
     refuse_replaced(model, (*BLOCKS, *ATTENTIONS), "patch the model first, and put those on after")
@@ -69,15 +80,18 @@ def check(model: Any) -> None:
         )
 
 
-def check_switches(**switches: Any) -> None:
-    """Raise TypeError unless each setting is True or False."""
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"tokred_kernels.patch: {name} must be True or False, got {value!r}")
+def carrier(model: Any) -> Any:
+    """See `models.carrier`."""
+    return model
+
+
+def blocks(model: Any) -> Sequence[Any]:
+    """See `models.blocks`."""
+    return model.blocks
 
 
 def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
-    """Patch `model`, which `check` has passed: the block of each index does `steps(index)`."""
+    """See `models.install`."""
     for index, block in enumerate(model.blocks):
         block.attn.__class__ = ATTENTIONS[type(block.attn)]
         block.__class__ = BLOCKS[type(block)]

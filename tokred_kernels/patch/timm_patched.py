@@ -8,7 +8,7 @@ checkpoint and to export. Only the finished forward leaves a record in the model
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, pool_packed, pool_sized
 from tokred_kernels.packing import Packing
-from tokred_kernels.patch import MARK
-from tokred_kernels.patch.state import Record, State, Step
+from tokred_kernels.patch.patched import Patched, ReducingBlock, ReducingModel, count, head_width, weights
+from tokred_kernels.patch.state import Record, State
 from tokred_kernels.patch.timm_import import import_timm
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
@@ -27,49 +27,9 @@ import_timm()
 from timm.layers import apply_rot_embed_cat  # noqa: E402
 from timm.models._manipulate import checkpoint  # noqa: E402
 
-# What a method may leave in a patched block: its own settings, by this name.
-STEP = "tokred_step"
-RECORD = "tokred_record"
 # How a model may make one vector of its tokens, if those that are masked shall have no part in it.
 MASKED_POOLS = ("token", "avg", "")
 AS_IT_IS = "hand over what forward_features returned, as it is, before the model is run again, or call the whole model"
-
-
-class Mark(NamedTuple):
-    """What was put into a model. A model that carries one is patched.
-
-    Attributes:
-        method: its name.
-        settings: as they were given.
-        modules: the names of the modules that it put into the model, or into its blocks.
-    """
-
-    method: str
-    settings: dict[str, Any]
-    modules: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return ", ".join([f'"{self.method}"', *(f"{name}={value!r}" for name, value in self.settings.items())])
-
-    def __deepcopy__(self, memo: Any) -> Mark:
-        """The same: it never changes, and a process group among the settings has no copy."""
-        return self
-
-    def remove(self, model: nn.Module) -> None:
-        """Give every module its own class back, and drop what we left in them."""
-        for module in list(model.modules()):
-            if isinstance(module, Patched):
-                for name in (STEP, RECORD, MARK):
-                    module.__dict__.pop(name, None)
-                for name in self.modules:
-                    module._modules.pop(name, None)
-                module.__class__ = module.original  # type: ignore[assignment]
-
-
-class Patched:
-    """The mark of the classes that modules take while they are patched; `original` is the one they had."""
-
-    original: type[nn.Module]
 
 
 class PatchedSelfAttention(Patched):
@@ -136,10 +96,9 @@ class PatchedSelfAttention(Patched):
         return self.proj_drop(self.proj(y)), keys, worth
 
 
-class PatchedPreNormBlock(Patched):
+class PatchedPreNormBlock(ReducingBlock):
     """A block that may remove tokens between attention and MLP, as its step says."""
 
-    tokred_step: Step
     # Of timm's.
     attn: Any
     mlp: Any
@@ -176,24 +135,9 @@ def _drop_path(drop: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
     return x * drop(x.new_ones(len(packing.lengths), 1))[image_of_row(packing)]
 
 
-def _weights(state: State) -> Tensor | None:
-    """(B, N, 1), how much each final token counts in a mean; None for 1 each."""
-    if state.policy is None:
-        return state.size
-    kept = state.policy.unsqueeze(-1)
-    return kept if state.size is None else kept * state.size
-
-
-def _count(x: Tensor, state: State) -> int | tuple[int, ...]:
-    """How many tokens an image has; of packed ones, each image."""
-    return x.shape[1] if state.packing is None else state.packing.lengths
-
-
-class PatchedTransformer(Patched):
+class PatchedTransformer(ReducingModel):
     """What a vision transformer does differently once its blocks reduce tokens."""
 
-    tokred_patch: Mark
-    tokred_record: Record
     # Of timm's.
     patch_embed: Any
     blocks: Any
@@ -260,14 +204,14 @@ class PatchedTransformer(Patched):
         for block in self.blocks:
             step: Any = block.tokred_step
             x, state, before = step.enter(self, x, state)
-            attended = _count(x, state)
+            attended = count(x, state)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x, state, after = checkpoint(block, x, state, use_reentrant=False)
             else:
                 x, state, after = block(x, state)
-            counts.append((attended, _count(x, state)))
+            counts.append((attended, count(x, state)))
             maps += [token_map for token_map in (before, after) if token_map is not None]
-        kept = tuple(maps) if self.tokred_patch.settings.get("trace", True) else None
+        kept = tuple(maps) if self.keeps_maps() else None
         x, record = self.norm(x), Record(kept, changed(state, rope=None), entered, tuple(counts))
         record.remember(x)
         return x, record
@@ -304,7 +248,7 @@ class PatchedTransformer(Patched):
                 f"tokred_kernels: tokens that are masked cannot be pooled by {kind!r}, which would not pass over them; "
                 f"supported are {', '.join(map(repr, MASKED_POOLS))}"
             )
-        packing, size = state.packing, _weights(state)
+        packing, size = state.packing, weights(state)
         if packing is not None and size is not None:
             if self.attn_pool is not None:
                 images = zip(x.split(packing.lengths), size.split(packing.lengths), strict=True)
@@ -318,13 +262,13 @@ class PatchedTransformer(Patched):
         return pool_sized(x, size, kind=kind, begin=begin)
 
     def _attend(self, x: Tensor, size: Tensor) -> Tensor:
-        bias = size_bias(size, x) if self.tokred_patch.settings.get("prop_attn", True) else None
+        bias = size_bias(size, x) if self.counts_sizes() else None
         return self.attn_pool(x, attn_mask=bias)
 
     def _refuse_unknown(self, x: Tensor) -> None:
         """Raise where a mean over tokens must weigh them, and nobody knows by what."""
         record = self.tokred_record
-        if record.entered is None or _weights(record.state) is None:
+        if record.entered is None or weights(record.state) is None:
             return
         if x.shape[1] != record.entered[1] or record.state.policy is not None:
             raise ValueError(
@@ -339,40 +283,6 @@ class PatchedTransformer(Patched):
             "fewer after each. For a dense grid use x = model.forward_features(images) and "
             "tokred_kernels.unmerge(x, model.token_map), or call tokred_kernels.unpatch(model) first"
         )
-
-    @property
-    def token_map(self) -> TokenMap:
-        """From the tokens that entered the first block, prefix included, to the final ones, in the last forward.
-
-        Packed where every image has a count of its own. Composed when it is asked for, so a forward pays nothing for
-        it. In a CUDA graph its tensors are the graph's, as outputs are: take them before the next replay.
-        """
-        return self.tokred_record.token_map()
-
-    @property
-    def token_sizes(self) -> Tensor:
-        """(B, N', 1) float32: how many of the tokens that entered each final token stands for, in the last forward.
-
-        (T', 1) where every image has a count of its own. A method that weighs its tokens otherwise gives its weights.
-        One that does not track sizes leaves them to the maps, which `trace=False` does not keep.
-        """
-        record = self.tokred_record
-        if record.entered is None:
-            raise RuntimeError("tokred_kernels: token_sizes are of the last forward, and this model has run none yet")
-        return self.token_map.views()[2].float().unsqueeze(-1) if record.state.size is None else record.state.size
-
-    @property
-    def token_decisions(self) -> tuple[Tensor, ...]:
-        """Of each layer that drew one in the last forward, its policy (B, N) without prefix tokens: 1 is kept, 0 not.
-
-        "dynamicvit" draws them when training, differentiable by the predictors' parameters, for `nn.ratio_loss`.
-        """
-        return self.tokred_record.state.decisions
-
-
-def head_width(attention: Any) -> int:
-    """The channels of a head; timm's Eva names them from 1.0.23 on only."""
-    return attention.proj.in_features // attention.num_heads
 
 
 def has_grid(model: Any) -> bool:

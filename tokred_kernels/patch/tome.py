@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ToMe in timm's ViTs: merging between attention and MLP (ToMe, section 3)."""
+"""ToMe in ViTs: merging between attention and MLP (ToMe, section 3)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from tokred_kernels.ops.bipartite_match import bipartite_match
-from tokred_kernels.patch import timm_models
+from tokred_kernels.patch import models
+from tokred_kernels.patch.patched import Mark, head_width
 from tokred_kernels.patch.schedule import removed_per_block
 from tokred_kernels.patch.state import State, Step
-from tokred_kernels.patch.timm_patched import Mark, head_width
 from tokred_kernels.token_map import TokenMap
 
 
@@ -46,7 +46,7 @@ class MergeSimilar(Step):
 
 
 def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> None:
-    """Merge the most similar tokens in each block of a timm ViT, by their keys.
+    """Merge the most similar tokens in each block of a ViT, by their keys.
 
     Args:
         model: the ViT.
@@ -60,11 +60,11 @@ def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> 
 
     Raises as `patch` says.
     """
-    timm_models.check_switches(prop_attn=prop_attn, trace=trace)
-    timm_models.check(model)
-    schedule = removed_per_block(r, len(model.blocks))
-    prefix = model.num_prefix_tokens
-    timm_models.install(
+    models.check_switches(prop_attn=prop_attn, trace=trace)
+    anatomy = models.examine(model)
+    schedule = removed_per_block(r, len(anatomy.blocks))
+    prefix = anatomy.num_prefix
+    models.install(
         model,
         Mark("tome", {"r": r, "prop_attn": prop_attn, "trace": trace}),
         lambda index: MergeSimilar(prop_attn, schedule[index], prefix),

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""Which models can be patched, and what the methods must know of them: the one door to the libraries' adapters."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from tokred_kernels.patch.patched import Mark
+from tokred_kernels.patch.state import Step
+
+# The module that knows a library's models, by the package that their classes are of, and which these are. It has
+# `supports(model)`, `examine(model)`, `install(model, mark, steps)`, `carrier(model)` and `blocks(model)`, as here.
+ADAPTERS = {
+    "timm": "tokred_kernels.patch.timm_models",
+    "transformers": "tokred_kernels.patch.transformers_models",
+}
+SUPPORTED = {
+    "timm": (
+        "timm's VisionTransformer and VisionTransformerDistilled, made of timm's Block and Attention, and Eva (EVA, "
+        "DINOv3, Perception Encoder), made of EvaBlock"
+    ),
+    "transformers": (
+        "transformers' ViT, DeiT, DINOv2 (with registers or without), DINOv3 ViT, CLIP, MetaCLIP 2, SigLIP, I-JEPA and "
+        "ViT-MSN, alone or as its image classifiers and its two-tower models have them"
+    ),
+}
+OWN_BLOCK = "write a block of your own with tokred_kernels.bipartite_match and merge_wavg"
+
+
+class Anatomy(NamedTuple):
+    """What the methods must know of a model.
+
+    Attributes:
+        model: the module that runs the blocks, and that carries what a method adds.
+        blocks: of transformer, in order.
+        num_prefix: how many tokens come before the patches.
+        class_token: whether the first of them is a class token.
+        width: C.
+        grid: of the patches, down and across, as the model was made; None where images may be of any size.
+        gridless: None, or the name of the patch embedding that does not tell its grid.
+        packs: whether the model goes on with packed tokens (T, C).
+        pool: how it makes one vector of its tokens.
+        heeds_policy: whether that passes over tokens that are masked.
+        learns_counts: whether DiffRate's search knows the model.
+    """
+
+    model: Any
+    blocks: Sequence[Any]
+    num_prefix: int
+    class_token: bool
+    width: int
+    grid: tuple[int, int] | None
+    gridless: str | None
+    packs: bool
+    pool: str
+    heeds_policy: bool
+    learns_counts: bool
+
+
+def examine(model: Any) -> Anatomy:
+    """What `model` is made of; raise NotImplementedError unless it and all its parts are what an adapter knows.
+
+    Exact classes, not derived ones: what a subclass overrides, a patch would overrule in silence.
+    """
+    adapter = _adapter(model)
+    if adapter is None or not adapter.supports(model):
+        wrapped = next((part for part in model.modules() if _supports(part)), None)
+        advice = (
+            OWN_BLOCK if wrapped is None else f"patch the {type(wrapped).__name__} inside it, before anything wraps it"
+        )
+        raise NotImplementedError(
+            f"tokred_kernels.patch: {type(model).__module__}.{type(model).__name__} is not supported; "
+            f"{'; and '.join(SUPPORTED.values())} are. You can {advice}"
+        )
+    return adapter.examine(model)
+
+
+def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
+    """Patch `model`, which `examine` has passed: the block of each index does `steps(index)`."""
+    _adapter(model).install(model, mark, steps)
+
+
+def carrier(model: Any) -> Any:
+    """The module that carries the mark of `model`, patched or not: itself, or one inside."""
+    adapter = _adapter(model)
+    return model if adapter is None else adapter.carrier(model)
+
+
+def blocks(model: Any) -> Sequence[Any]:
+    """Those of a `carrier`, patched or not."""
+    return _adapter(model).blocks(model)
+
+
+def check_switches(**switches: Any) -> None:
+    """Raise TypeError unless each setting is True or False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"tokred_kernels.patch: {name} must be True or False, got {value!r}")
+
+
+def _adapter(model: Any) -> Any:
+    """That of the library which the model's class, or one that it derives from, is of; None for any other."""
+    roots = (kind.__module__.partition(".")[0] for kind in type(model).__mro__)
+    library = next((root for root in roots if root in ADAPTERS), None)
+    return None if library is None else importlib.import_module(ADAPTERS[library])
+
+
+def _supports(model: Any) -> bool:
+    adapter = _adapter(model)
+    return adapter is not None and adapter.supports(model)

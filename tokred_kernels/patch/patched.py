@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""What patched models have in common, whichever library they are of.
+
+A patched module keeps its object, parameters and hooks, and takes a class of ours that derives from its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tokred_kernels.patch import MARK
+from tokred_kernels.patch.state import Record, State, Step
+from tokred_kernels.token_map import TokenMap
+
+# What a patched block carries: what it does, and, where no loop of ours runs the blocks, which of them it is.
+STEP = "tokred_step"
+INDEX = "tokred_index"
+RECORD = "tokred_record"
+
+
+class Mark(NamedTuple):
+    """What was put into a model. A model that carries one is patched.
+
+    Attributes:
+        method: its name.
+        settings: as they were given.
+        modules: the names of the modules that it put into the model, or into its blocks.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    modules: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join([f'"{self.method}"', *(f"{name}={value!r}" for name, value in self.settings.items())])
+
+    def __deepcopy__(self, memo: Any) -> Mark:
+        """The same: it never changes, and a process group among the settings has no copy."""
+        return self
+
+    def remove(self, model: nn.Module) -> None:
+        """Give every module its own class back, and drop what we left in them."""
+        for module in list(model.modules()):
+            if isinstance(module, Patched):
+                for name in (STEP, INDEX, RECORD, MARK):
+                    module.__dict__.pop(name, None)
+                for name in self.modules:
+                    module._modules.pop(name, None)
+                module.__class__ = module.original  # type: ignore[assignment]
+
+
+class Patched:
+    """The mark of the classes that modules take while they are patched; `original` is the one they had."""
+
+    original: type[nn.Module]
+
+
+class ReducingBlock(Patched):
+    """A block that may remove tokens, as its step says."""
+
+    tokred_step: Step
+
+
+class ReducingModel(Patched):
+    """A model whose blocks may remove tokens: what it tells of its last forward."""
+
+    tokred_patch: Mark
+    tokred_record: Record
+
+    @property
+    def token_map(self) -> TokenMap:
+        """From the tokens that entered the first block, prefix included, to the final ones, in the last forward.
+
+        Packed where every image has a count of its own. Composed when it is asked for, so a forward pays nothing for
+        it. In a CUDA graph its tensors are the graph's, as outputs are: take them before the next replay.
+        """
+        return self.tokred_record.token_map()
+
+    @property
+    def token_sizes(self) -> Tensor:
+        """(B, N', 1) float32: how many of the tokens that entered each final token stands for, in the last forward.
+
+        (T', 1) where every image has a count of its own. A method that weighs its tokens otherwise gives its weights.
+        One that does not track sizes leaves them to the maps, which `trace=False` does not keep.
+        """
+        record = self.tokred_record
+        if record.entered is None:
+            raise RuntimeError("tokred_kernels: token_sizes are of the last forward, and this model has run none yet")
+        return self.token_map.views()[2].float().unsqueeze(-1) if record.state.size is None else record.state.size
+
+    @property
+    def token_decisions(self) -> tuple[Tensor, ...]:
+        """Of each layer that drew one in the last forward, its policy (B, N) without prefix tokens: 1 is kept, 0 not.
+
+        "dynamicvit" draws them when training, differentiable by the predictors' parameters, for `nn.ratio_loss`.
+        """
+        return self.tokred_record.state.decisions
+
+    def keeps_maps(self) -> bool:
+        """Whether the maps of the last forward are kept."""
+        return self.tokred_patch.settings.get("trace", True)
+
+    def counts_sizes(self) -> bool:
+        """Whether keys count as often as the tokens they stand for, also where tokens are pooled by attention."""
+        return self.tokred_patch.settings.get("prop_attn", True)
+
+
+def count(x: Tensor, state: State) -> int | tuple[int, ...]:
+    """How many tokens an image has; of packed ones, each image."""
+    return x.shape[1] if state.packing is None else state.packing.lengths
+
+
+def weights(state: State) -> Tensor | None:
+    """(B, N, 1), how much each final token counts in a mean; None for 1 each."""
+    if state.policy is None:
+        return state.size
+    kept = state.policy.unsqueeze(-1)
+    return kept if state.size is None else kept * state.size
+
+
+def head_width(attention: Any) -> int:
+    """The channels of a head of timm's attention; its Eva names them from 1.0.23 on only."""
+    return attention.proj.in_features // attention.num_heads

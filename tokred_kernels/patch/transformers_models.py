@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""Which of transformers' models can be patched; `models.py` says what an adapter has.
+
+Classes are looked up beside the model's own, so that nothing of transformers is imported here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from tokred_kernels.patch import MARK
+from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy
+from tokred_kernels.patch.patched import INDEX, RECORD, STEP, Mark, Patched
+from tokred_kernels.patch.replaced import refuse_replaced
+from tokred_kernels.patch.state import Record, Step
+from tokred_kernels.patch.transformers_families import FAMILIES, Around, Family
+from tokred_kernels.patch.transformers_patched import (
+    PatchedAttention,
+    PatchedEncoder,
+    PatchedLayer,
+    PatchedMeanClassifier,
+    PatchedProbe,
+    PatchedProbeEncoder,
+    PatchedWrapper,
+    classifier_forward,
+    encoder_forward,
+)
+
+OLDEST = (5, 18)
+FOLDER = re.compile(r"transformers\.models\.(\w+)\.")
+
+
+def supports(model: Any) -> bool:
+    """Whether `model`, not patched, is of a class that can be."""
+    family, around = _family(type(model)), _around(type(model))
+    if isinstance(model, PatchedWrapper):
+        return not isinstance(carrier(model), Patched)  # it was unpatched by itself, and left its wrapper alone
+    if family is None or not _is_own(type(model)):
+        return False
+    return around is not None or _is(model, family, family.layout.encoder)
+
+
+def examine(model: Any) -> Anatomy:
+    """See `models.examine`."""
+    version = sys.modules["transformers"].__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(
+            f"tokred_kernels.patch needs transformers {oldest} or later, got {version}: pip install --upgrade "
+            "transformers"
+        )
+    encoder = carrier(model)
+    if isinstance(encoder, Patched):
+        raise ValueError(
+            f"tokred_kernels.patch: the {type(encoder).__name__} inside is already patched ({getattr(encoder, MARK)}); "
+            "call tokred_kernels.unpatch on it first, then patch it anew"
+        )
+    family: Any = _family(type(encoder))
+    layers = blocks(encoder)
+    layout = family.layout
+    for index, layer in enumerate(layers):
+        parts = ((layer, layout.layer), (getattr(layer, layout.attention, None), "Attention"))
+        for part, name in parts:
+            if not _is(part, family, name):
+                raise NotImplementedError(
+                    f"tokred_kernels.patch: layer {index} of this {type(encoder).__name__} has a "
+                    f"{type(part).__module__}.{type(part).__name__} for its {family.stem}{name}, which is not "
+                    f"supported; {SUPPORTED['transformers']} are. You can {OWN_BLOCK}"
+                )
+    kinds = tuple({type(part) for layer in layers for part in (layer, getattr(layer, layout.attention))})
+    refuse_replaced(encoder, (type(encoder), *kinds), "patch the model first, and put those on after")
+    head = family.probe is not None and encoder.use_head
+    return Anatomy(
+        encoder,
+        layers,
+        family.num_prefix(encoder.config),
+        class_token=family.leading > 0,
+        width=encoder.config.hidden_size,
+        grid=None,
+        gridless=None,
+        packs=False,
+        pool="attention" if head else "the class token, or a mean",
+        heeds_policy=not head,
+        learns_counts=False,
+    )
+
+
+def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
+    """See `models.install`."""
+    encoder = carrier(model)
+    family: Any = _family(type(encoder))
+    for index, layer in enumerate(blocks(encoder)):
+        _disguise(getattr(layer, family.layout.attention))
+        _disguise(layer)
+        setattr(layer, STEP, steps(index))
+        setattr(layer, INDEX, index)
+    if family.probe is not None and encoder.use_head:
+        _disguise(encoder.head)
+    setattr(encoder, MARK, mark)
+    setattr(encoder, RECORD, Record())
+    _disguise(encoder)
+    if model is not encoder:
+        _disguise(model)
+
+
+def carrier(model: Any) -> Any:
+    """See `models.carrier`: the encoder."""
+    around = _around(type(model))
+    return model if around is None else getattr(model, around.encoder)
+
+
+def blocks(model: Any) -> Sequence[Any]:
+    """See `models.blocks`."""
+    family: Any = _family(type(model))
+    return model.get_submodule(family.layout.layers)
+
+
+class Disguised:
+    """A patched class that goes by the name of the original.
+
+    transformers asks by names: what a model can record, which modules a device or a process gets whole, what
+    `save_pretrained` writes into the configuration.
+    """
+
+    original: Any
+
+    def _get_name(self) -> str:
+        return f"Patched{self.original.__name__}"  # as it is printed
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles: by its name the original class would be found."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _bare, (self.original,), *reduced[2:]
+
+
+def _disguise(module: Any) -> None:
+    kind: Any = type(module)
+    if not isinstance(module, Patched):
+        module.__class__ = patched_class(kind)
+
+
+def _bare(original: Any) -> Any:
+    kind = patched_class(original)
+    return kind.__new__(kind)
+
+
+@cache
+def patched_class(original: Any) -> Any:
+    """The class that a module of `original` takes while it is patched."""
+    family: Any = _family(original)
+    layout, ending = family.layout, original.__name__.removeprefix(family.stem)
+    around = _around(original)
+    mixin: Any
+    fields: dict[str, Any]
+    if ending == "Attention":
+        mixin, fields = PatchedAttention, {"out_name": layout.out, "dropout_name": layout.dropout}
+    elif ending == layout.layer:
+        mixin, fields = PatchedLayer, {"attention_name": layout.attention, "norm_names": layout.norms}
+        fields |= {"scale_names": layout.scales, "drop_name": layout.drop}
+    elif ending == family.probe:
+        mixin, fields = PatchedProbe, {}
+    elif around is None:
+        mixin = PatchedEncoder if family.probe is None else PatchedProbeEncoder
+        fields = {"forward": encoder_forward(original), "num_prefix_tokens": property(_num_prefix)}
+    elif around.mean:
+        output = getattr(sys.modules[original.__module__], "ImageClassifierOutput")  # noqa: B009  (not ours to import)
+        mixin, fields = PatchedMeanClassifier, {"encoder_name": around.encoder}
+        fields |= {"forward": classifier_forward(original, output), "with_class_token": around.class_token}
+    else:
+        mixin, fields = PatchedWrapper, {"encoder_name": around.encoder}
+    names = ("__module__", "__qualname__", "__doc__")
+    fields |= {"original": original, **{name: getattr(original, name) for name in names}}
+    return type(original.__name__, (Disguised, mixin, original), fields)
+
+
+def _num_prefix(encoder: Any) -> int:
+    family: Any = _family(type(encoder))
+    return family.num_prefix(encoder.config)
+
+
+def _family(kind: type) -> Family | None:
+    """That of a class, patched or not."""
+    folder = FOLDER.match(kind.__module__)
+    return None if folder is None else FAMILIES.get(folder[1])
+
+
+def _around(kind: type) -> Around | None:
+    """What is known of a class, patched or not, as a model around an encoder."""
+    family = _family(kind)
+    return None if family is None else family.around.get(kind.__name__.removeprefix(family.stem))
+
+
+def _is_own(kind: type) -> bool:
+    """Whether a class is what its module has by its name: neither derived from that, nor patched."""
+    return getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
+
+
+def _is(part: Any, family: Family, ending: str) -> bool:
+    kind = type(part)
+    return _family(kind) is family and kind.__name__ == family.stem + ending and _is_own(kind)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: MIT
+"""The vision transformers of Hugging Face's transformers, patched.
+
+They all are made alike, under different names, which `transformers_models.py` lists. A model runs its own forward, and
+hands to its layers, with the keywords that it passes on, a `Flow`: what is known of the tokens of this one forward, by
+the index of the layer, so that a layer that is run again for its gradients finds what it found.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokred_kernels.nn.attention import attend, size_bias
+from tokred_kernels.nn.pooling import pool_sized
+from tokred_kernels.patch import MARK
+from tokred_kernels.patch.patched import INDEX, RECORD, Patched, ReducingBlock, ReducingModel, count, weights
+from tokred_kernels.patch.positions import of_all_tokens
+from tokred_kernels.patch.state import Record, State
+from tokred_kernels.records import changed
+from tokred_kernels.token_map import TokenMap
+
+# The keyword by which a Flow reaches the layers.
+FLOW = "tokred_flow"
+
+
+class Flow:
+    """What is known of the tokens of one forward.
+
+    Attributes:
+        model: that runs.
+        grid: of the patches that enter the first layer.
+        entered: B, N and the device of the tokens that do.
+        states: of the tokens that enter each layer, by its index, and of those that leave the last.
+        maps: that each layer followed.
+        counts: of each layer, how many tokens its attention had, and how many left it.
+    """
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.grid: tuple[int, int] | None = None
+        self.entered: tuple[int, int, torch.device] | None = None
+        self.states: dict[int, State] = {}
+        self.maps: dict[int, tuple[TokenMap, ...]] = {}
+        self.counts: dict[int, tuple[Any, Any]] = {}
+
+    def begin(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
+        """The first layer gets x (B, N, C), and, in models with rotary positions, cosines and sines of the patches."""
+        self.entered = (x.shape[0], x.shape[1], x.device)
+        num_prefix, turned = self.model.num_prefix_tokens, None
+        if rope is not None:
+            cosines, sines = rope
+            turned = of_all_tokens(torch.cat([sines, cosines], -1).unsqueeze(0), num_prefix)
+        self.states[0] = State(grid=self.grid, patches=x.shape[1] - num_prefix, rope=turned)
+
+    def last(self) -> State:
+        """The state of the final tokens."""
+        return self.states[len(self.states) - 1]
+
+    def record(self, *, keeps_maps: bool) -> Record:
+        """What is left of the forward once it is through."""
+        layers = range(len(self.maps))
+        maps = tuple(token_map for layer in layers for token_map in self.maps[layer]) if keeps_maps else None
+        counts = tuple(self.counts[layer] for layer in layers)
+        return Record(maps, changed(self.last(), rope=None), self.entered, counts)
+
+
+class PatchedAttention(Patched):
+    """Self-attention that takes what travels with the tokens, and gives its keys and their importance too."""
+
+    # transformers'.
+    config: Any
+    head_dim: int
+    training: bool
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    # Of the family.
+    out_name: str
+    dropout_name: str
+
+    def forward(self, x: Tensor, state: State, *, proportional: bool, importance: str | None) -> tuple[Any, ...]:
+        """Attend, x (B, N, C).
+
+        Returns:
+            The same shape; the keys (B, H, N, d) as queries meet them: a view, or rotated; and their importance, where
+            it was asked for.
+        """
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
+        if state.rope is not None:
+            q, k = (_turned(part, state.rope.unsqueeze(1)).type_as(v) for part in (q, k))
+        y, worth = attend(
+            q,
+            k,
+            v,
+            size=state.size if proportional else None,
+            policy=state.policy,
+            importance=importance,
+            dropout=getattr(self, self.dropout_name) if self.training else 0.0,
+            fused=self.config._attn_implementation != "eager",
+        )
+        return getattr(self, self.out_name)(y.transpose(1, 2).flatten(-2)), k, worth
+
+
+def _turned(x: Tensor, rope: Tensor) -> Tensor:
+    """x (B, H, N, d), turned by sines and cosines (B, 1, N, 2 d): halves are the parts of complex numbers."""
+    sines, cosines = rope.chunk(2, -1)
+    first, second = x.chunk(2, -1)
+    return x * cosines + torch.cat([-second, first], -1) * sines
+
+
+class PatchedLayer(ReducingBlock):
+    """A layer that may remove tokens before it, and between attention and MLP, as its step says."""
+
+    # Of the family: what its parts are called; None where there is no such part.
+    attention_name: str
+    norm_names: tuple[str, str]
+    scale_names: tuple[str | None, str | None]
+    drop_name: str | None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, N, C) to (B, N', C). A mask that gets here is one of all tokens, as tracers have it."""
+        flow: Flow | None = kwargs.get(FLOW)
+        if flow is None:
+            raise RuntimeError(
+                "tokred_kernels: a layer of a patched model runs within its model alone, which knows what the tokens "
+                "stand for; call tokred_kernels.unpatch(model) first"
+            )
+        layer: int = getattr(self, INDEX)
+        if layer == 0:
+            flow.begin(hidden_states, position_embeddings)
+        x, state, before = self.tokred_step.enter(flow.model, hidden_states, flow.states[layer])
+        attended = count(x, state)
+        x, state, after = self._reduce(x, state)
+        flow.states[layer + 1] = state
+        flow.maps[layer] = tuple(token_map for token_map in (before, after) if token_map is not None)
+        flow.counts[layer] = (attended, count(x, state))
+        return x
+
+    def _reduce(self, x: Tensor, state: State) -> tuple[Tensor, State, TokenMap | None]:
+        step = self.tokred_step
+        attended, keys, importance = getattr(self, self.attention_name)(
+            self._part(self.norm_names[0], x),
+            state,
+            proportional=step.proportional,
+            importance=step.importance(x.shape[1]),
+        )
+        x = x + self._part(self.drop_name, self._part(self.scale_names[0], attended))
+        x, state, token_map = step.reduce(self, x, keys, importance, state)
+        del attended, keys
+        wide = self.mlp(self._part(self.norm_names[1], x))  # type: ignore[attr-defined]
+        return x + self._part(self.drop_name, self._part(self.scale_names[1], wide)), state, token_map
+
+    def _part(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else getattr(self, name)(x)
+
+
+class PatchedEncoder(ReducingModel):
+    """A model that runs layers; its class has the `forward` that `encoder_forward` makes."""
+
+    # transformers'.
+    config: Any
+    # Of the family.
+    num_prefix_tokens: int
+
+    def patch_grid(self, pixel_values: Tensor) -> tuple[int, int]:
+        """How many patches it makes of images (B, 3, H, W), down and across."""
+        patch = self.config.patch_size
+        down, across = (patch, patch) if isinstance(patch, int) else patch
+        return pixel_values.shape[-2] // down, pixel_values.shape[-1] // across
+
+
+class PatchedProbeEncoder(PatchedEncoder):
+    """One whose head pools tokens by attention: it heeds what they stand for, and so is run by `encoder_forward`."""
+
+    head: Any
+
+    @property
+    def use_head(self) -> bool:
+        """transformers' own switch: its forward shall not run the head."""
+        return False
+
+    def pool(self, x: Tensor, size: Tensor | None) -> Tensor | None:
+        """(B, C), of x (B, N', C) and sizes (B, N', 1); None without a head."""
+        if not self.__dict__["use_head"]:
+            return None
+        return self.head(x, None if size is None or not self.counts_sizes() else size_bias(size, x))
+
+
+class PatchedProbe(Patched):
+    """Attention pooling by a learned query."""
+
+    # transformers'.
+    probe: Any
+    attention: Any
+    layernorm: Any
+    mlp: Any
+
+    def forward(self, hidden_state: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, N', C) to (B, C), with scores plus a bias (B, 1, 1, N')."""
+        if bias is None:
+            return super().forward(hidden_state)  # type: ignore[misc]
+        probe = self.probe.expand(len(hidden_state), -1, -1)
+        bias = bias.expand(-1, self.attention.num_heads, -1, -1).flatten(0, 1)
+        x = self.attention(probe, hidden_state, hidden_state, attn_mask=bias, need_weights=False)[0]
+        return (x + self.mlp(self.layernorm(x)))[:, 0]
+
+
+def encoder_forward(original: type[nn.Module]) -> Any:
+    """The forward of a patched `original`: its own, with a Flow that becomes the record."""
+    names = list(inspect.signature(original.forward).parameters)[1:]
+
+    @wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            raise NotImplementedError(
+                "tokred_kernels: a patched model gives no attentions, which are never written out; call "
+                "tokred_kernels.unpatch(model) first"
+            )
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("attention_mask") is not None:
+            raise NotImplementedError(
+                "tokred_kernels: a patched model takes no attention_mask, for its tokens change from layer to layer; "
+                "call tokred_kernels.unpatch(model) first"
+            )
+        flow = kwargs.pop(FLOW, None) or Flow()
+        flow.model = self
+        pixel_values = given.get("pixel_values")
+        if pixel_values is not None:
+            flow.grid = self.patch_grid(pixel_values)
+        as_tuple = not _returns_dict(self, kwargs)
+        outputs = original.forward(self, *args, **kwargs, **{FLOW: flow}, return_dict=True)
+        x = outputs.last_hidden_state
+        if isinstance(self, PatchedProbeEncoder):
+            outputs.pooler_output = self.pool(x, flow.last().size)
+        record = flow.record(keeps_maps=self.keeps_maps())
+        record.remember(x)
+        setattr(self, RECORD, record)
+        return outputs.to_tuple() if as_tuple else outputs
+
+    return forward
+
+
+class PatchedWrapper(Patched):
+    """A model around an encoder that takes no more of its tokens than what it was pooled to."""
+
+    # Of the family.
+    encoder_name: str
+
+    def __getattr__(self, name: str) -> Any:
+        """The mark and what is known of the last forward are the encoder's."""
+        if name in OF_THE_ENCODER:
+            return getattr(getattr(self, self.encoder_name), name)
+        return super().__getattr__(name)  # type: ignore[misc]
+
+
+# What a wrapper has of its encoder: the mark, and the properties of `ReducingModel`.
+OF_THE_ENCODER = (MARK, *(name for name, value in vars(ReducingModel).items() if isinstance(value, property)))
+
+
+class PatchedMeanClassifier(PatchedWrapper):
+    """An image classifier that takes the mean of the tokens; its class has what `classifier_forward` makes."""
+
+    # Of the family: whether the class token comes before the mean.
+    with_class_token: bool
+
+    def pool(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """What the classifier takes, of x (B, N', C) and what each token counts, (B, N', 1)."""
+        begin = getattr(self, self.encoder_name).num_prefix_tokens
+        mean = x[:, begin:].mean(1) if weight is None else pool_sized(x, weight, kind="avg", begin=begin)
+        return torch.cat([x[:, 0], mean], 1) if self.with_class_token else mean
+
+
+def classifier_forward(original: type[nn.Module], output: Any) -> Any:
+    """The forward of a patched `original`, a classifier that takes a mean: it counts tokens by what they stand for."""
+
+    @wraps(original.forward)
+    def forward(self: Any, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        encoder = getattr(self, self.encoder_name)
+        patched = isinstance(encoder, PatchedEncoder)
+        if not patched:  # any more: the encoder was unpatched by itself
+            return original.forward(self, pixel_values, labels, **kwargs)
+        as_tuple = not _returns_dict(self, kwargs)
+        flow = Flow()
+        outputs = encoder(pixel_values, **kwargs, **{FLOW: flow}, return_dict=True)
+        logits = self.classifier(self.pool(outputs.last_hidden_state, weights(flow.last())))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        result = output(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+        return result.to_tuple() if as_tuple else result
+
+    return forward
+
+
+def _returns_dict(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether outputs have names; takes that keyword out of `kwargs`."""
+    wanted = kwargs.pop("return_dict", None)
+    return model.config.return_dict if wanted is None else wanted
