@@ -142,18 +142,19 @@ def test_the_model_is_left_as_it_was():
     assert first == calibrate_thresholds(model, [images], progress=False)  # in eval mode nothing is dropped
     assert first.layers[1].pairs == 2 * 36 * 35 // 2
     assert [module.training for module in model.modules()] == modes
-    assert not any(block.norm2._forward_pre_hooks for block in model.blocks)
+    assert not hasattr(model, "tokred_patch") and type(model) is type(make())
 
 
-def test_hooks_are_gone_after_an_exception():
+def test_nothing_is_left_in_the_model_after_an_exception():
     def broken():
         yield torch.randn(1, 3, 48, 48)
         raise OSError("the disk is full")
 
     model = make().train()
+    classes = [type(part) for part in model.modules()]
     with pytest.raises(OSError, match="the disk is full"):
         calibrate_thresholds(model, broken(), progress=False)
-    assert not any(block.norm2._forward_pre_hooks for block in model.blocks)
+    assert not hasattr(model, "tokred_patch") and [type(part) for part in model.modules()] == classes
     assert model.training and model.blocks[0].training
 
 
@@ -196,7 +197,7 @@ def test_tokens_that_are_no_numbers(value):
 def test_wrong_models():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         calibrate_thresholds("vit", [])
-    with pytest.raises(NotImplementedError, match="got Sequential; where one is inside"):
+    with pytest.raises(NotImplementedError, match=r"Sequential is not supported.*give the VisionTransformer inside"):
         calibrate_thresholds(torch.nn.Sequential(make()), [])
     with pytest.raises(NotImplementedError, match=r"blocks\.0 of this VisionTransformer is a .*ParallelScalingBlock"):
         calibrate_thresholds(make(block_fn=timm.models.vision_transformer.ParallelScalingBlock), [])

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 from tokred_kernels.checks import check_count, shape
 from tokred_kernels.ops.window_match import check_pair
+from tokred_kernels.patch import MARK, models
+from tokred_kernels.patch.patched import Mark
+from tokred_kernels.patch.state import State, Step
+from tokred_kernels.token_map import TokenMap
 
 OP = "calibrate_thresholds"
 VERSION = 1  # of the JSON file
@@ -141,9 +145,9 @@ def calibrate_thresholds(
 ) -> Thresholds:
     """How alike tokens are where ALGM merges them, and from that its thresholds: mean + standard deviation.
 
-    In each layer asked for, between attention and MLP (the input of `norm2`), the cosine of every pair of different
-    tokens of an image; class, distillation and register tokens are in no pair. A token of norm zero has cosine 0 with
-    all others. The mean and the standard deviation are of all pairs of all images together.
+    In each layer asked for, between attention and MLP, where ALGM merges, the cosine of every pair of different tokens
+    of an image; class, distillation and register tokens are in no pair. A token of norm zero has cosine 0 with all
+    others. The mean and the standard deviation are of all pairs of all images together.
 
     ALGM sets its threshold automatically, from the similarities that the plain model has on its training images. Its
     code has only the numbers that came of it, as settings (0.88 for ViT-S on ADE20K), and its authors' answer to who
@@ -153,7 +157,7 @@ def calibrate_thresholds(
     result to `patch(model, "algm", threshold=...)`.
 
     Args:
-        model: a timm VisionTransformer or Eva as `patch` takes it, not patched, with trained weights.
+        model: one of timm or transformers as `patch` takes it, not patched, with trained weights.
         batches: any iterable of images (B, 3, H, W), or of tuples or lists that start with images, as a DataLoader
             gives; sizes may differ between batches. Gone through once. Images are moved to the model's device.
         layers: which, counted from 1; default all.
@@ -175,33 +179,33 @@ def calibrate_thresholds(
         NotImplementedError: a model that `patch` does not take.
         ImportError: timm is not installed.
     """
-    blocks = _check_model(model)
-    chosen = _check_layers(layers, len(blocks))
+    anatomy = _check_model(model)
+    chosen = _check_layers(layers, len(anatomy.blocks))
     if window is not None:
         window = check_pair(OP, "window", window)
         if window[0] * window[1] < 2:
             raise ValueError(f"tokred_kernels.{OP}: window must hold at least 2 tokens, got {window}")
     device = next(model.parameters()).device
     sums = torch.zeros(len(chosen), 3, dtype=torch.float64, device=device)
-    watch = _Watch(sums, model.num_prefix_tokens, window)  # type: ignore[arg-type]
+    watching = {
+        layer - 1: _Watch(sums=sums[row], num_prefix=anatomy.num_prefix, window=window)
+        for row, layer in enumerate(chosen)
+    }
     modes = [(module, module.training) for module in model.modules()]
-    handles = [
-        blocks[layer - 1].norm2.register_forward_pre_hook(watch.hook(row, layer)) for row, layer in enumerate(chosen)
-    ]
+    mark = Mark(OP, {"trace": False})
     show = progress and (group is None or torch.distributed.get_rank(group) == 0)
+    models.install(model, mark, lambda index: watching.get(index, Step()))
     try:
         model.eval()
         with torch.no_grad():
             for number, batch in enumerate(_with_progress(batches) if show else batches):
                 images = _images(batch, number).to(device)
-                watch.grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore[operator,union-attr]
-                model.forward_features(images)  # type: ignore[operator]
+                anatomy.model(images)
                 # Over a group the others would wait for this process: there it is noticed at the end, by all.
                 if group is None:
                     _check_finite(sums, chosen)
     finally:
-        for handle in handles:
-            handle.remove()
+        mark.remove(model)
         for module, mode in modes:
             module.training = mode
     if group is not None:
@@ -213,10 +217,8 @@ def calibrate_thresholds(
     )
 
 
-def _check_model(model: Any) -> Any:
-    """The blocks of `model`, one that `patch` takes and that is not patched."""
-    from tokred_kernels.patch import MARK, models, timm_models  # noqa: PLC0415  (timm is optional)
-
+def _check_model(model: Any) -> models.Anatomy:
+    """What `model`, one that `patch` takes and that is not patched, is made of."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, MARK):
@@ -224,12 +226,7 @@ def _check_model(model: Any) -> Any:
             f"tokred_kernels.{OP}: model must not be patched ({getattr(model, MARK)}): a threshold says how alike the "
             "tokens of the plain model are; call tokred_kernels.unpatch(model) first"
         )
-    if not timm_models.supports(model):
-        raise NotImplementedError(
-            f"tokred_kernels.{OP}: model must be one of {models.SUPPORTED['timm']}, got {type(model).__name__}; where "
-            "one is inside another model, give that one"
-        )
-    return timm_models.examine(model).blocks
+    return models.examine(model)
 
 
 def _check_layers(layers: Any, depth: int) -> list[int]:
@@ -258,33 +255,43 @@ def _images(batch: Any, number: int) -> Tensor:
     return images
 
 
-class _Watch:
-    """Adds up what the layers' hooks see: a row [pairs, sum of cosines, sum of their squares] for each layer."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Watch(Step):
+    """Adds up what is seen between attention and MLP of one layer, and leaves the tokens as they are.
 
-    def __init__(self, sums: Tensor, num_prefix: int, window: tuple[int, int] | None) -> None:
-        self.sums = sums
-        self.num_prefix = num_prefix
-        self.window = window
-        self.grid = (0, 0)
+    Attributes:
+        sums: the row [pairs, sum of cosines, sum of their squares] of the layer.
+        num_prefix: so many leading tokens are in no pair.
+        window: where pairs are formed; None for all.
+    """
 
-    def hook(self, row: int, layer: int) -> Any:
-        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            tokens = inputs[0][:, self.num_prefix :]
-            self.sums[row] += pair_sums(tokens if self.window is None else self._windows(tokens, layer))
+    sums: Tensor
+    num_prefix: int
+    window: tuple[int, int] | None
 
-        return look
+    def reduce(
+        self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
+    ) -> tuple[Tensor, State, TokenMap | None]:
+        """See `Step`."""
+        tokens = x[:, self.num_prefix :]
+        self.sums.add_(pair_sums(tokens if self.window is None else self._windows(tokens, state.grid)))
+        return x, state, None
 
-    def _windows(self, tokens: Tensor, layer: int) -> Tensor:
+    def _windows(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """(B, N, C) to (B * windows, tokens of a window, C); the rim of a grid they do not divide is in no window."""
         batch, _, channels = tokens.shape
-        (down, across), (height, width) = self.grid, self.window or (1, 1)
+        if grid is None:
+            raise NotImplementedError(
+                f"tokred_kernels.{OP}: window needs the grid of patches, which the patch embedding does not know"
+            )
+        (down, across), (height, width) = grid, self.window or (1, 1)
         if height > down or width > across:
             raise ValueError(
                 f"tokred_kernels.{OP}: window must fit into the grid {(down, across)}, got {(height, width)}"
             )
         rows, columns = down // height, across // width
-        grid = tokens.reshape(batch, down, across, channels)[:, : rows * height, : columns * width]
-        cut = grid.reshape(batch, rows, height, columns, width, channels).transpose(2, 3)
+        covered = tokens.reshape(batch, down, across, channels)[:, : rows * height, : columns * width]
+        cut = covered.reshape(batch, rows, height, columns, width, channels).transpose(2, 3)
         return cut.reshape(batch * rows * columns, height * width, channels)
 
 

@@ -277,7 +277,7 @@ def test_counts_are_searched():
         (lambda: make(rope_type="mixed", rope_rotate_half=False), "tome", 'rope_type="mixed".*not supported'),
         (lambda: make("eva, no rope", use_post_norm=True), "tome", "blocks.0 .*EvaBlockPostNorm"),
         (make, "lookupvit", '"lookupvit" has no place for the blocks of a Eva'),
-        (lambda: nn.Sequential(make()), "tome", "patch the Eva inside it"),
+        (lambda: nn.Sequential(make()), "tome", "give the Eva inside it"),
         (lambda: make("no prefix"), "diffrate", "class token"),
     ],
     ids=["mixed", "post norm", "lookupvit", "wrapped", "diffrate"],

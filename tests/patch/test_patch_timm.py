@@ -196,7 +196,7 @@ class Subclass(VisionTransformer):
     [
         (lambda: "vit", TypeError, "must be a torch.nn.Module, got str"),
         (lambda: nn.Linear(2, 2), NotImplementedError, "Linear is not supported; timm's VisionTransformer"),
-        (lambda: nn.Sequential(make()), NotImplementedError, "patch the VisionTransformer inside it"),
+        (lambda: nn.Sequential(make()), NotImplementedError, "give the VisionTransformer inside it"),
         (lambda: torch.compile(make()), NotImplementedError, "OptimizedModule is not supported.*inside it"),
         (lambda: Subclass(**TINY), NotImplementedError, "Subclass is not supported"),
         (lambda: make(block_fn=vit.ParallelScalingBlock), NotImplementedError, r"blocks.0 .*ParallelScalingBlock"),

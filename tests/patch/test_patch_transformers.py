@@ -222,9 +222,9 @@ class Own(transformers.ViTModel):
     pass
 
 
-def replaced():
-    model = make("vit")
-    model.vit.layers[1].forward = lambda *_, **__: None
+def replaced(name="vit", part="vit.layers.1"):
+    model = make(name)
+    model.get_submodule(part).forward = lambda *_, **__: None
     return model
 
 
@@ -253,10 +253,12 @@ def other_layer():
             lambda: transformers.ViTForMaskedImageModeling(transformers.ViTConfig()),
             "tome",
             NotImplementedError,
-            "ViTForMaskedImageModeling is not supported.*patch the ViTModel inside it",
+            "ViTForMaskedImageModeling is not supported.*give the ViTModel inside it",
         ),
-        (lambda: nn.Sequential(make("vit, encoder")), "tome", NotImplementedError, "patch the ViTModel inside it"),
-        (replaced, "tome", RuntimeError, "the forward of layers.1 has been replaced"),
+        (lambda: nn.Sequential(make("vit, encoder")), "tome", NotImplementedError, "give the ViTModel inside it"),
+        (replaced, "tome", RuntimeError, "the forward of vit.layers.1 has been replaced"),
+        (lambda: replaced("siglip", "vision_model.head"), "tome", RuntimeError, "the forward of vision_model.head has"),
+        (lambda: replaced("siglip", ""), "tome", RuntimeError, "the forward of SiglipForImageClassification has been"),
         (
             other_layer,
             "tome",

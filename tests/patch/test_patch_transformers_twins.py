@@ -5,6 +5,7 @@ import pytest
 import torch
 from hf_models import SIDE, TIMM_NAMES, images, make, timm_twin
 
+from tokred_kernels import calibrate_thresholds
 from tokred_kernels.patch import patch
 
 METHODS = {
@@ -81,6 +82,18 @@ def test_gradients_in_training_are_the_same(name, method):
     assert len(decisions) == len(decisions_twin) == (2 if method == "dynamicvit" else 0)
     for own, other in zip(decisions, decisions_twin, strict=True):
         assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("window", [None, (2, 3)])
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_calibrated_thresholds_are_the_same(name, window):
+    model = make(name).double()
+    batches = [images(dtype=torch.float64) for _ in range(2)]
+    settings = {"window": window, "progress": False}
+    own, other = (calibrate_thresholds(one, batches, **settings) for one in (model, timm_twin(name, model).double()))
+    assert own.layers.keys() == other.layers.keys()
+    for layer in own.layers:
+        torch.testing.assert_close(own.layers[layer], other.layers[layer], rtol=1e-6, atol=1e-6)
 
 
 def projection_of(name, timm):

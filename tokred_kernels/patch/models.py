@@ -68,7 +68,7 @@ def examine(model: Any) -> Anatomy:
     if adapter is None or not adapter.supports(model):
         wrapped = next((part for part in model.modules() if _supports(part)), None)
         advice = (
-            OWN_BLOCK if wrapped is None else f"patch the {type(wrapped).__name__} inside it, before anything wraps it"
+            OWN_BLOCK if wrapped is None else f"give the {type(wrapped).__name__} inside it, before anything wraps it"
         )
         raise NotImplementedError(
             f"tokred_kernels.patch: {type(model).__module__}.{type(model).__name__} is not supported; "

@@ -10,6 +10,7 @@ def refuse_replaced(root: nn.Module, kinds: tuple[type[nn.Module], ...], advice:
     """Raise if the forward of a module has been replaced: a change of its class would change nothing, in silence."""
     for name, module in root.named_modules():
         if type(module) in kinds and "forward" in vars(module):
+            where = name or type(root).__name__
             raise RuntimeError(
-                f"tokred_kernels: the forward of {name} has been replaced, as offloading and caching hooks do; {advice}"
+                f"tokred_kernels: the forward of {where} has been replaced, as offloading and caching hooks do; {advice}"
             )

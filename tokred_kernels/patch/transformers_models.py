@@ -71,9 +71,11 @@ def examine(model: Any) -> Anatomy:
                     f"{type(part).__module__}.{type(part).__name__} for its {family.stem}{name}, which is not "
                     f"supported; {SUPPORTED['transformers']} are. You can {OWN_BLOCK}"
                 )
-    kinds = tuple({type(part) for layer in layers for part in (layer, getattr(layer, layout.attention))})
-    refuse_replaced(encoder, (type(encoder), *kinds), "patch the model first, and put those on after")
     head = family.probe is not None and encoder.use_head
+    ours = [encoder, layers[0], getattr(layers[0], layout.attention)] if layers else [encoder]
+    ours += [encoder.head] if head else []
+    ours += [model] if model is not encoder and _around(type(model)).mean else []  # type: ignore[union-attr]
+    refuse_replaced(model, tuple(map(type, ours)), "patch the model first, and put those on after")
     return Anatomy(
         encoder,
         layers,
