@@ -22,7 +22,7 @@ from benchmarks.timing import Visit, event_visit, graph_visit, interleave, ratio
 from tokred_kernels import backends
 from tokred_kernels.flops import count
 from tokred_kernels.patch import patch, unpatch
-from tokred_kernels.patch.patched import head_width
+from tokred_kernels.patch.models import anatomy
 from tokred_kernels.patch.timm_import import import_timm
 
 UNPATCHED = "unpatched"
@@ -126,7 +126,7 @@ def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) 
         tensor = torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype))
         served = {op: backends.choose(op, tensor) for op in PATCHED_OPS}
         attends = []
-        width = head_width(model.blocks[0].attn)
+        width = anatomy(model).parts[0].head_width
         for number in tokens:
             q = tensor.new_empty(0, 1, int(number), width)
             by_torch = backends.torch_attends("token_attention", q, plain=False)

@@ -21,6 +21,7 @@ from tokred_kernels import flops
 from tokred_kernels.checks import check_count
 from tokred_kernels.nn.diffrate import compression_flops, kept_counts
 from tokred_kernels.patch import MARK, patch, unpatch
+from tokred_kernels.patch.models import anatomy
 from tokred_kernels.patch.state import Record
 
 OP = "diffrate_search"
@@ -72,9 +73,9 @@ def diffrate_search(
     and 420 for DeiT-B at 9.2.
 
     Args:
-        model: a timm VisionTransformer or Eva with trained weights: patched with "diffrate" and no counts given, whose
-            counts are learned further, or not patched, which is then done. One in DistributedDataParallel is taken out
-            of it.
+        model: a vision transformer as `patch` takes it, with trained weights: patched with "diffrate" and no counts
+            given, whose counts are learned further, or not patched, which is then done. One in DistributedDataParallel
+            is taken out of it.
         batches: (images, labels) from a DataLoader, list or the like, which is gone through as often as it takes, or a
             function that gives one for each time. Images and labels are moved to the model's device.
         target_gflops: what an image shall take, in the units of `flops.count(model).gflops`: a multiply-add is two
@@ -83,7 +84,7 @@ def diffrate_search(
         lr: of the counts' logits, at the start.
         flops_weight: how much it counts to miss the target.
         granularity: where the model is not patched, the gap between the counts that may be learned.
-        criterion: the loss, of what the model returns and the labels.
+        criterion: the loss, of what the model returns (of transformers' outputs the logits) and the labels.
         group: the torch.distributed process group whose processes search together, each on batches of its own: their
             gradients are averaged, and all end with the same counts. Default: all processes, where torch.distributed
             is set up.
@@ -168,13 +169,14 @@ def _patched(model: Any, granularity: int) -> bool:
 
 def _check_reach(model: Any, target: float) -> None:
     """Raise unless the target is between what the fewest tokens take and what all of them do."""
-    if getattr(model.patch_drop, "prob", 0) > 0:
+    made: Any = anatomy(model)
+    if getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
         raise NotImplementedError(
             f"tokred_kernels.{OP}: counts are learned on all tokens, and the model's patch dropout leaves fewer; set "
             "model.patch_drop = torch.nn.Identity()"
         )
-    fewest = [min(block.prune_ddp.least, block.merge_ddp.least) for block in model.blocks]
-    everything = [model.patch_embed.num_patches + model.num_prefix_tokens] * len(fewest)
+    fewest = [min(block.prune_ddp.least, block.merge_ddp.least) for block in made.blocks]
+    everything = [made.patches + made.num_prefix] * len(fewest)
     low, high = (_gflops_without_choice(model, tokens) for tokens in (fewest, everything))
     if not low <= target <= high:
         raise ValueError(
@@ -186,9 +188,10 @@ def _check_reach(model: Any, target: float) -> None:
 def _gflops_without_choice(model: Any, tokens: list[int]) -> float:
     counted = flops.count(model, tokens=tokens)
     entering = [int(number) for number in counted.tokens[:-1]]
+    made = anatomy(model)
     chosen = [
-        block.tokred_step.at(block).choice_flops(number, number, block)
-        for block, number in zip(model.blocks, entering, strict=True)
+        block.tokred_step.at(block).choice_flops(number, number, parts)
+        for block, parts, number in zip(made.blocks, made.parts, entering, strict=True)
     ]
     return (counted.total - sum(chosen)) / 1e9
 
@@ -204,11 +207,12 @@ class _Searching:
     def __enter__(self) -> list[nn.Parameter]:
         self.model.requires_grad_(False).train()
         # The first block has no choice.
-        rates = [rate for block in self.model.blocks[1:] for rate in (block.prune_ddp, block.merge_ddp)]
+        rates = [rate for block in anatomy(self.model).blocks[1:] for rate in (block.prune_ddp, block.merge_ddp)]
         return [rate.selected_probability.requires_grad_(True) for rate in rates]
 
     def __exit__(self, *_: object) -> None:
-        self.model.tokred_record = Record()  # the last one is of masked tokens, and holds the graph of their gradients
+        # The last one is of masked tokens, and holds the graph of their gradients.
+        anatomy(self.model).model.tokred_record = Record()
         for module, mode in self.modes:
             module.training = mode
         for parameter, flag in self.flags:
@@ -241,7 +245,8 @@ def _learn(
     with report, torch.enable_grad():
         for step in range(steps):
             images, labels = _batch(next(batches), step)
-            loss = criterion(model(images.to(device)), labels.to(device))
+            outputs = model(images.to(device))
+            loss = criterion(getattr(outputs, "logits", outputs), labels.to(device))
             gflops = compression_flops(model)
             whole = loss + flops_weight * (gflops / target - 1).square()
             grads = torch.autograd.grad(whole, logits, allow_unused=True)

@@ -8,6 +8,7 @@ multiply-add one FLOP: that number is `Flops.macs`.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,10 +58,10 @@ def count(
     *,
     tokens: Sequence[int] | None = None,
 ) -> Flops:
-    """The operations of a timm VisionTransformer or Eva for one image, patched or not, from its shapes alone.
+    """The operations of a vision transformer for one image, patched or not, from its shapes alone.
 
     Args:
-        model: a VisionTransformer or Eva of timm's own blocks, as `patch` takes it.
+        model: one of timm or transformers, as `patch` takes it; of a model with a tower for text too, the other one.
         img_size: pixels, (height, width) or one number for both; default the model's own.
         tokens: how many tokens leave each block. Default: what the patch's settings say, or, unpatched, all of them.
             Where that depends on the images, those of the last forward: the mean over its images.
@@ -71,15 +72,20 @@ def count(
         NotImplementedError: a model of other parts.
         ImportError: timm is not installed.
     """
-    from tokred_kernels.patch import models, timm_models, timm_patched  # noqa: PLC0415  (timm is optional)
+    from tokred_kernels.patch import models  # noqa: PLC0415  (the patches count by this module)
 
-    if timm_models.supports(model):
-        timm_models.examine(model)
-    elif not isinstance(model, timm_patched.PatchedTransformer):
-        raise NotImplementedError(
-            f"tokred_kernels.flops.count: {type(model).__name__} is not supported; {models.SUPPORTED['timm']} are"
-        )
-    return _count(model, _pixels(model, img_size), tokens)
+    anatomy = made_of(model)
+    costs = importlib.import_module(f"tokred_kernels.patch.{models.library(model)}_flops")
+    pixels = costs.made_for(model) if img_size is None else _pixels(img_size)
+    costs.check_pixels(model, pixels)
+    return _count(model, anatomy, costs, pixels, tokens)
+
+
+def made_of(model: Any) -> Any:
+    """The blocks and other parts of a vision transformer, `patch.models.Anatomy`, patched or not; raises as `count`."""
+    from tokred_kernels.patch import MARK, models  # noqa: PLC0415  (the patches count by this module)
+
+    return models.anatomy(model) if hasattr(model, MARK) and models.library(model) else models.examine(model)
 
 
 def counter(**settings: Any) -> FlopCounterMode:
@@ -146,49 +152,27 @@ _token_attention._get_raw = True  # type: ignore[attr-defined]
 _token_attention_backward._get_raw = True  # type: ignore[attr-defined]
 
 
-def _pixels(model: Any, img_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _pixels(img_size: int | tuple[int, int]) -> tuple[int, int]:
     """Height and width of the images."""
-    embed = model.patch_embed
-    if img_size is None:
-        return tuple(embed.img_size)
     size = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else tuple(img_size)
     if len(size) != 2:
         raise ValueError(f"tokred_kernels.flops.count: img_size must be one number or (height, width), got {img_size}")
     for length in size:
         check_count("flops.count", "img_size", length, least=1)
-    if embed.strict_img_size and size != tuple(embed.img_size):
-        raise ValueError(
-            f"tokred_kernels.flops.count: the model takes images of {tuple(embed.img_size)} pixels only, got {size}; "
-            "make it with dynamic_img_size=True, or call its set_input_size"
-        )
     return size
 
 
-def _count(model: Any, pixels: tuple[int, int], given: Sequence[int] | None) -> Flops:
-    grid = model.patch_embed.dynamic_feat_size(pixels)
-    entering = grid[0] * grid[1] + model.num_prefix_tokens
-    images = _tokens(model, entering, grid, given)
+def _count(model: Any, anatomy: Any, costs: Any, pixels: tuple[int, int], given: Sequence[int] | None) -> Flops:
+    grid = costs.grid(model, pixels)
+    entering = grid[0] * grid[1] + anatomy.num_prefix
+    images = _tokens(anatomy, entering, grid, given)
     per_block = []
-    for index, block in enumerate(model.blocks):
-        per_block.append(round(_mean([_block(block, *_around(entering, image, index)) for image in images])))
-    head = round(_mean([_head(model, image[-1][1]) for image in images]))
+    for index, (block, parts) in enumerate(zip(anatomy.blocks, anatomy.parts, strict=True)):
+        per_block.append(round(_mean([_block(block, parts, *_around(entering, image, index)) for image in images])))
+    head = round(_mean([costs.head(model, image[-1][1]) for image in images]))
     left = [[entering, *(after for _, after in image)] for image in images]
-    embed = _patch_embed(model.patch_embed, pixels, grid)
+    embed = costs.patch_embed(model, pixels, grid)
     return Flops(tuple(per_block), embed, head, tuple(_mean(column) for column in zip(*left, strict=True)))
-
-
-def _patch_embed(embed: Any, pixels: tuple[int, int], grid: tuple[int, int]) -> int:
-    from timm.layers import PatchEmbed  # noqa: PLC0415  (timm is optional)
-
-    if type(embed) is PatchEmbed:
-        return grid[0] * grid[1] * 2 * embed.proj.weight.numel()
-    # Others may be whole networks, as those of hybrids: they run, on shapes alone.
-    parts = {name: part.to("meta") for name, part in (*embed.named_parameters(), *embed.named_buffers())}
-    first = next(part for part in embed.modules() if isinstance(part, nn.Conv2d))
-    image = torch.empty(1, first.in_channels, *pixels, dtype=first.weight.dtype, device="meta")
-    with torch.no_grad(), counter(display=False) as counted:
-        torch.func.functional_call(embed, parts, (image,))
-    return counted.get_total_flops()
 
 
 def _around(entering: int, image: list[tuple[int, int]], index: int) -> tuple[int, int, int]:
@@ -197,10 +181,10 @@ def _around(entering: int, image: list[tuple[int, int]], index: int) -> tuple[in
 
 
 def _tokens(
-    model: Any, entering: int, grid: tuple[int, int], given: Sequence[int] | None
+    anatomy: Any, entering: int, grid: tuple[int, int], given: Sequence[int] | None
 ) -> list[list[tuple[int, int]]]:
     """Of each image, or of one for all: of each block, how many tokens attend in it, and how many leave it."""
-    depth = len(model.blocks)
+    depth = len(anatomy.blocks)
     if given is not None:
         if len(given) != depth:
             raise ValueError(
@@ -208,12 +192,12 @@ def _tokens(
             )
         return [list(zip((entering, *given), given))]  # noqa: B905  (the last one enters nothing)
     own, tokens = [], entering
-    for block in model.blocks:
+    for block in anatomy.blocks:
         step = _step(block)
         attended = step.tokens_attended(tokens, grid)
         after = None if attended is None else step.tokens_after(attended, grid)
         if attended is None or after is None:
-            return _recorded(model, entering)
+            return _recorded(anatomy.model, entering)
         own.append((attended, after))
         tokens = after
     return [own]
@@ -244,10 +228,10 @@ def _step(block: Any) -> Step:
     return getattr(block, "tokred_step", Step()).at(block)
 
 
-def _block(block: Any, entering: int, attended: int, after: int) -> int:
+def _block(block: Any, parts: Any, entering: int, attended: int, after: int) -> int:
     """Of one block, and of what is chosen before it, that so many tokens enter, attend in, and leave."""
-    choice = _step(block).choice_flops(entering, attended, block)
-    return choice + _self_attention(block.attn, attended) + after * linear_flops(block.mlp)
+    choice = _step(block).choice_flops(entering, attended, parts)
+    return choice + _self_attention(parts, attended) + after * linear_flops(parts.mlp)
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -255,20 +239,6 @@ def linear_flops(module: nn.Module) -> int:
     return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def _self_attention(attention: Any, tokens: int) -> int:
+def _self_attention(parts: Any, tokens: int) -> int:
     """Projections, and two products of (N, d) with (N, d) for each head."""
-    return tokens * linear_flops(attention) + 4 * tokens * tokens * attention.proj.in_features
-
-
-def _head(model: Any, tokens: int) -> int:
-    from tokred_kernels.patch.timm_patched import first_pooled  # noqa: PLC0415  (timm is optional)
-
-    per_image = linear_flops(model.head) + (linear_flops(model.head_dist) if hasattr(model, "head_dist") else 0)
-    pool = model.attn_pool
-    if pool is None:
-        # Without pooling the head runs on every token.
-        return per_image * (1 if model.global_pool else tokens)
-    pooled = tokens - first_pooled(model)
-    latents = pool.latent_len
-    attended = pooled * linear_flops(pool.kv) + 4 * latents * pooled * pool.num_heads * pool.head_dim
-    return per_image + attended + latents * (linear_flops(pool) - linear_flops(pool.kv))
+    return tokens * linear_flops(parts.attention) + 4 * tokens * tokens * parts.inner

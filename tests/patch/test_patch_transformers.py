@@ -11,11 +11,18 @@ import torch
 from hf_models import DEPTH, MODELS, images, make, result, transformers
 from torch import nn
 
-from tokred_kernels import flops, set_keep_rate, unmerge
+from tokred_kernels import diffrate_search, flops, set_keep_rate, unmerge
 from tokred_kernels.patch import patch, transformers_models, unpatch
 
 PREFIX = {"deit": 2, "deit, distilled": 2, "dinov2, registers": 5, "dinov3": 5, "ijepa": 0, "siglip": 0}
 PREFIX |= {"siglip, encoder": 0}
+METHODS = {
+    "tome": {"r": 5},
+    "algm": {"layers": (1, 3), "threshold": 0.2},
+    "dynamicvit": {"layers": (1, 2), "keep": (0.7, 0.5)},
+    "evit": {"layers": (1, 2), "keep_rate": 0.7},
+    "diffrate": {"kept": {"prune_kept_num": [30, 25, 20, 15], "merge_kept_num": [27, 22, 18, 12]}},
+}
 MEANS = ["ijepa", "dinov2", "dinov2, registers", "clip, classifier", "metaclip_2", "siglip"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -190,15 +197,62 @@ def test_predictors_are_the_encoders():
     assert not any("score_predictor" in key for key in unpatch(model).state_dict())
 
 
-def test_operations_are_counted():
-    model, x = make("vit"), images()
-    totals = []
-    for r in (0, 5):
-        with flops.counter(display=False) as counter, torch.no_grad():
-            patch(model, "tome", r=r)(x)
-        totals.append(counter.get_total_flops())
-        unpatch(model)
-    assert totals[1] < 0.9 * totals[0]
+def refusal(name, method):
+    """Why a model of this name cannot be patched so; None where it can."""
+    if method in ("evit", "diffrate") and PREFIX.get(name, 1) == 0:
+        return "without a class token|and this model has none"
+    return "pools its tokens by attention" if method == "dynamicvit" and name.startswith("siglip") else None
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name in MODELS for method in (None, *METHODS) if not refusal(name, method)]
+)
+def test_operations_are_those_that_torch_counts(name, method):
+    model, x = make(name), images(batch=1)
+    if method is not None:
+        patch(model, method, **METHODS[method])
+    with flops.counter(display=False) as counter, torch.no_grad():
+        model(x)
+    counted = flops.count(model)
+    assert counted.total == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    left = 36 + PREFIX.get(name, 1) if method is None else model.token_map.num_out
+    assert counted.tokens[-1] == left
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name in MODELS for method in METHODS if refusal(name, method)]
+)
+def test_methods_that_a_model_cannot_have(name, method):
+    with pytest.raises((ValueError, NotImplementedError), match=refusal(name, method)):
+        patch(make(name), method, **METHODS[method])
+
+
+def test_operations_of_the_image_tower_alone():
+    model = transformers.CLIPModel(transformers.CLIPConfig(**MODELS["clip, classifier"][2])).eval()
+    with flops.counter(display=False) as counter, torch.no_grad():
+        model.get_image_features(pixel_values=images(batch=1))
+    assert flops.count(model).total == counter.get_total_flops()
+    assert flops.count(model, 96).tokens[0] == 1 + 12 * 12
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3"])
+def test_counts_are_learned(name):
+    model, plain = make(name), make(name)
+    plain.load_state_dict(model.state_dict())
+    target = 0.7 * flops.count(model).gflops
+    batches = [(images(), torch.tensor([0, 1]))] * 2
+
+    def loss(outputs, labels):
+        return nn.functional.cross_entropy(outputs.pooler_output[:, :5] if name == "dinov3" else outputs, labels)
+
+    found = diffrate_search(model, batches, target, steps=3, lr=0.1, criterion=loss, tolerance=1.0, progress=False)
+    assert found.gflops == pytest.approx(flops.count(model).gflops)
+    assert min(found.merge_kept_num) < 36 + PREFIX.get(name, 1)
+    x = images()
+    with torch.no_grad():
+        expected = result(patch(plain, "diffrate", kept=found._asdict())(x))
+        torch.testing.assert_close(result(model(x)), expected)
+    assert list(unpatch(model).state_dict()) == list(unpatch(plain).state_dict())
 
 
 def test_images_of_other_sizes():
@@ -268,12 +322,6 @@ def other_layer():
         (lambda: make("siglip"), "diffrate", NotImplementedError, "class token, and this model has none"),
         (lambda: make("siglip"), "dynamicvit", NotImplementedError, "pools its tokens by attention"),
         (lambda: make("siglip"), "evit", ValueError, 'must be "mean"'),
-        (
-            lambda: make("vit"),
-            "diffrate",
-            NotImplementedError,
-            "counts are learned in timm's models, and ViTModel is none",
-        ),
         (lambda: make("vit"), "lookupvit", NotImplementedError, "no place for the blocks of a ViT"),
     ],
 )

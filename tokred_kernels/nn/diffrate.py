@@ -96,7 +96,10 @@ def kept_counts(model: Any) -> tuple[list[int], list[int]]:
     Args:
         model: patched with "diffrate" and no counts given.
     """
-    counts = [torch.stack([block.prune_ddp.kept(), block.merge_ddp.kept()]).tolist() for block in model.blocks]
+    from tokred_kernels import flops  # noqa: PLC0415  (it counts by the patch framework, which imports this package)
+
+    blocks = flops.made_of(model).blocks
+    counts = [torch.stack([block.prune_ddp.kept(), block.merge_ddp.kept()]).tolist() for block in blocks]
     return [int(prune) for prune, _ in counts], [int(merge) for _, merge in counts]
 
 
@@ -113,17 +116,17 @@ def compression_flops(model: Any) -> Tensor:
     """
     from tokred_kernels import flops  # noqa: PLC0415  (it counts by the patch framework, which imports this package)
 
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    anatomy = flops.made_of(model)
+    tokens = anatomy.patches + anatomy.num_prefix
     entering: Any = tokens
     slope: Any = 0.0
     left = []
-    for block in model.blocks:
+    for block, parts in zip(anatomy.blocks, anatomy.parts, strict=True):
         prune, merge = block.prune_ddp.kept(), block.merge_ddp.kept()
         tokens = min(tokens, int(prune.detach()), int(merge.detach()))
         leaving = tokens + _zero(prune) + _zero(merge)
-        attention = block.attn
-        slope = slope + _per_token(attention) * entering + _per_pair(attention) * entering * entering
-        slope = slope + _per_token(block.mlp) * leaving
+        slope = slope + _per_token(parts.attention) * entering + 4e-9 * parts.inner * entering * entering
+        slope = slope + _per_token(parts.mlp) * leaving
         left.append(tokens)
         entering = leaving
     return flops.count(model, tokens=left).gflops + _zero(slope)
@@ -137,8 +140,3 @@ def _zero(value: Tensor) -> Tensor:
 def _per_token(module: nn.Module) -> float:
     """GFLOPs of the linear layers inside, for a token."""
     return 2e-9 * sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-
-def _per_pair(attention: Any) -> float:
-    """GFLOPs of the two products of attention, for a query and a key."""
-    return 4e-9 * attention.proj.in_features

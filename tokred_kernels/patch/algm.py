@@ -16,7 +16,7 @@ from tokred_kernels.ops.counts import BATCH, IMAGE, check_threshold
 from tokred_kernels.ops.window_match import KEEP, check_pair, window_match
 from tokred_kernels.partition import every_other
 from tokred_kernels.patch import models
-from tokred_kernels.patch.models import Anatomy
+from tokred_kernels.patch.models import Anatomy, Parts
 from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.schedule import count_per_layer, merging_layers
 from tokred_kernels.patch.state import State, Step
@@ -89,13 +89,13 @@ class MergeAlike(Step):
         partition = every_other(tokens, self.number, self.num_prefix, False, False)
         return tokens if partition is None else partition.num_out()
 
-    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
+    def choice_flops(self, entering: int, attended: int, parts: Parts) -> int:
         """See `Step`: the product of sources and destinations, of all channels."""
         most = attended if isinstance(self.number, str) else self.number
         partition = every_other(attended, most, self.num_prefix, False, False)
         if partition is None:
             return 0
-        return 2 * partition.num_src * partition.num_dst * block.attn.proj.out_features
+        return 2 * partition.num_src * partition.num_dst * parts.width
 
 
 def _unless_identity(token_map: TokenMap) -> TokenMap | None:

@@ -21,7 +21,7 @@ from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.partition import prefix_and_rest
 from tokred_kernels.patch import models
-from tokred_kernels.patch.models import Anatomy
+from tokred_kernels.patch.models import Anatomy, Parts
 from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.state import State, Step
@@ -78,13 +78,13 @@ class Compress(Step):
         """See `Step`."""
         return self._stages(tokens)[1]
 
-    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
+    def choice_flops(self, entering: int, attended: int, parts: Parts) -> int:
         """See `Step`: the product of the tokens that join and those that may be joined, of all channels."""
         stay, left = self._stages(attended)
         if left == stay:
             return 0
         partition = prefix_and_rest(stay, left, self.num_prefix)
-        return 2 * partition.num_src * partition.num_dst * block.attn.proj.out_features
+        return 2 * partition.num_src * partition.num_dst * parts.width
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
         )
     settings = {"kept": kept, "granularity": granularity, "prop_attn": prop_attn, "trace": trace}
     if kept is None:
-        _install_learned(anatomy, granularity, prop_attn, settings)
+        _install_learned(model, anatomy, granularity, prop_attn, settings)
         return
     prefix = anatomy.num_prefix
     prune, merged = read_kept(kept, len(anatomy.blocks), prefix)
@@ -209,23 +209,23 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
     )
 
 
-def _install_learned(anatomy: Anatomy, granularity: int, prop_attn: bool, settings: dict[str, Any]) -> None:
-    model = anatomy.model
-    if not anatomy.learns_counts:
-        raise NotImplementedError(
-            f"tokred_kernels.patch: counts are learned in timm's models, and {type(model).__name__} is none; give kept="
-        )
+def _install_learned(model: Any, anatomy: Anatomy, granularity: int, prop_attn: bool, settings: dict[str, Any]) -> None:
     if not anatomy.heeds_policy:
         raise NotImplementedError(
             "tokred_kernels.patch: counts are learned by masking tokens, which pooling by "
             f'{anatomy.pool} does not heed; make the model with "token" or "avg", or give kept='
         )
-    prefix, patches = anatomy.num_prefix, model.patch_embed.num_patches
+    prefix, patches = anatomy.num_prefix, anatomy.patches
+    if patches is None:
+        raise NotImplementedError(
+            f"tokred_kernels.patch: counts are learned of a known number of patches, which {anatomy.gridless}, the "
+            "model's patch embedding, does not tell; give kept="
+        )
     for index, block in enumerate(anatomy.blocks):
         for name in MODULES:
             # As published, the first block has a single candidate: all.
             rate = CompressionRate(patches, granularity if index else patches + 1, num_prefix=prefix)
-            setattr(block, name, rate.to(block.norm1.weight.device).train(block.training))
+            setattr(block, name, rate.to(next(block.parameters()).device).train(block.training))
     models.install(
         model,
         Mark("diffrate", settings, MODULES),

@@ -15,6 +15,7 @@ from tokred_kernels.nn.dynamicvit import KEEP, TokenPredictor, decide
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.patch import models
+from tokred_kernels.patch.models import Parts
 from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
@@ -59,7 +60,7 @@ class KeepPredicted(Step):
         """See `Step`: when evaluating."""
         return self.num_prefix + self.kept(grid[0] * grid[1], tokens)
 
-    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
+    def choice_flops(self, entering: int, attended: int, parts: Parts) -> int:
         """See `Step`: those of the predictor."""
         return (entering - self.num_prefix) * self.predictor_flops
 

@@ -109,7 +109,7 @@ def set_keep_rate(model: Any, keep_rate: Any) -> None:
             + ("" if mark is None else f" patched with {mark}")
         )
     given = mark.settings["layers"]
-    blocks = models.blocks(model)
+    blocks = models.anatomy(model).blocks
     if given[-1] >= len(blocks):
         raise ValueError(
             f"tokred_kernels.set_keep_rate: model must still have the blocks {given} that it was patched in, got "

@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.state import Step
 
-# The module that knows a library's models, by the package that their classes are of, and which these are. It has
-# `supports(model)`, `examine(model)`, `install(model, mark, steps)`, `carrier(model)` and `blocks(model)`, as here.
-ADAPTERS = {
-    "timm": "tokred_kernels.patch.timm_models",
-    "transformers": "tokred_kernels.patch.transformers_models",
-}
+# The models that are known, by the package that their classes are of. Of each, the module <package>_models.py beside
+# this one has `supports(model)`, `check(model)`, `anatomy(model)`, `install(model, mark, steps)` and `carrier(model)`,
+# as here, and <package>_flops.py what `flops.py` asks for.
 SUPPORTED = {
     "timm": (
         "timm's VisionTransformer and VisionTransformerDistilled, made of timm's Block and Attention, and Eva (EVA, "
@@ -29,12 +26,24 @@ SUPPORTED = {
 OWN_BLOCK = "write a block of your own with tokred_kernels.bipartite_match and merge_wavg"
 
 
+class Parts(NamedTuple):
+    """Of a block: its attention and MLP, its channels C, those of all heads together, and of one."""
+
+    attention: Any
+    mlp: Any
+    width: int
+    inner: int
+    head_width: int
+
+
 class Anatomy(NamedTuple):
     """What the methods must know of a model.
 
     Attributes:
         model: the module that runs the blocks, and that carries what a method adds.
         blocks: of transformer, in order.
+        parts: of each block.
+        patches: how many an image has, as the model was made; None where the patch embedding does not tell.
         num_prefix: how many tokens come before the patches.
         class_token: whether the first of them is a class token.
         width: C.
@@ -43,11 +52,12 @@ class Anatomy(NamedTuple):
         packs: whether the model goes on with packed tokens (T, C).
         pool: how it makes one vector of its tokens.
         heeds_policy: whether that passes over tokens that are masked.
-        learns_counts: whether DiffRate's search knows the model.
     """
 
     model: Any
     blocks: Sequence[Any]
+    parts: tuple[Parts, ...]
+    patches: int | None
     num_prefix: int
     class_token: bool
     width: int
@@ -56,7 +66,6 @@ class Anatomy(NamedTuple):
     packs: bool
     pool: str
     heeds_policy: bool
-    learns_counts: bool
 
 
 def examine(model: Any) -> Anatomy:
@@ -74,7 +83,13 @@ def examine(model: Any) -> Anatomy:
             f"tokred_kernels.patch: {type(model).__module__}.{type(model).__name__} is not supported; "
             f"{'; and '.join(SUPPORTED.values())} are. You can {advice}"
         )
-    return adapter.examine(model)
+    adapter.check(model)
+    return adapter.anatomy(model)
+
+
+def anatomy(model: Any) -> Anatomy:
+    """The same of a model that is known to be one, patched or not."""
+    return _adapter(model).anatomy(model)
 
 
 def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
@@ -88,11 +103,6 @@ def carrier(model: Any) -> Any:
     return model if adapter is None else adapter.carrier(model)
 
 
-def blocks(model: Any) -> Sequence[Any]:
-    """Those of a `carrier`, patched or not."""
-    return _adapter(model).blocks(model)
-
-
 def check_switches(**switches: Any) -> None:
     """Raise TypeError unless each setting is True or False."""
     for name, value in switches.items():
@@ -100,11 +110,15 @@ def check_switches(**switches: Any) -> None:
             raise TypeError(f"tokred_kernels.patch: {name} must be True or False, got {value!r}")
 
 
-def _adapter(model: Any) -> Any:
-    """That of the library which the model's class, or one that it derives from, is of; None for any other."""
+def library(model: Any) -> str | None:
+    """The package that the model's class, or one that it derives from, is of; None for one that is not known."""
     roots = (kind.__module__.partition(".")[0] for kind in type(model).__mro__)
-    library = next((root for root in roots if root in ADAPTERS), None)
-    return None if library is None else importlib.import_module(ADAPTERS[library])
+    return next((root for root in roots if root in SUPPORTED), None)
+
+
+def _adapter(model: Any) -> Any:
+    name = library(model)
+    return None if name is None else importlib.import_module(f"tokred_kernels.patch.{name}_models")
 
 
 def _supports(model: Any) -> bool:

@@ -118,8 +118,3 @@ def weights(state: State) -> Tensor | None:
         return state.size
     kept = state.policy.unsqueeze(-1)
     return kept if state.size is None else kept * state.size
-
-
-def head_width(attention: Any) -> int:
-    """The channels of a head of timm's attention; its Eva names them from 1.0.23 on only."""
-    return attention.proj.in_features // attention.num_heads

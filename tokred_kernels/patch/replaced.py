@@ -12,5 +12,5 @@ def refuse_replaced(root: nn.Module, kinds: tuple[type[nn.Module], ...], advice:
         if type(module) in kinds and "forward" in vars(module):
             where = name or type(root).__name__
             raise RuntimeError(
-                f"tokred_kernels: the forward of {where} has been replaced, as offloading and caching hooks do; {advice}"
+                f"tokred_kernels: the forward of {where} has been replaced, as offloading hooks and caches do; {advice}"
             )

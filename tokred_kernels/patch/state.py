@@ -103,8 +103,11 @@ class Step:
         """How many of the `tokens` tokens of its attention leave the block; None where that depends on the image."""
         return tokens
 
-    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
-        """The floating-point operations of choosing, an image, where so many tokens enter and so many attend."""
+    def choice_flops(self, entering: int, attended: int, parts: Any) -> int:
+        """The floating-point operations of choosing, an image, where so many tokens enter and so many attend.
+
+        `parts` are those of the block, `models.Parts`.
+        """
         return 0
 
 

@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from tokred_kernels.patch import MARK
-from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy
+from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy, Parts
 from tokred_kernels.patch.patched import RECORD, STEP, Mark
 from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, Step
 from tokred_kernels.patch.timm_eva import PatchedAttentionRope, PatchedEva, PatchedEvaAttention, PatchedEvaBlock
 from tokred_kernels.patch.timm_import import import_timm
-from tokred_kernels.patch.timm_patched import MASKED_POOLS, has_grid
+from tokred_kernels.patch.timm_patched import MASKED_POOLS, has_grid, head_width
 from tokred_kernels.patch.timm_vit import (
     PatchedAttention,
     PatchedBlock,
@@ -35,13 +35,14 @@ def supports(model: Any) -> bool:
     return type(model) in PATCHED
 
 
-def examine(model: Any) -> Anatomy:
-    """See `models.examine`."""
-    _check(model)
+def anatomy(model: Any) -> Anatomy:
+    """See `models.anatomy`."""
     any_size = model.dynamic_img_size or not has_grid(model)
     return Anatomy(
         model,
         model.blocks,
+        tuple(map(_parts, model.blocks)),
+        getattr(model.patch_embed, "num_patches", None),
         model.num_prefix_tokens,
         class_token=model.cls_token is not None,
         width=model.embed_dim,
@@ -50,11 +51,15 @@ def examine(model: Any) -> Anatomy:
         packs=True,
         pool=f"global_pool={model.global_pool!r}",
         heeds_policy=model.global_pool in MASKED_POOLS and model.attn_pool is None,
-        learns_counts=True,
     )
 
 
-def _check(model: Any) -> None:
+def _parts(block: Any) -> Parts:
+    width = block.attn.proj.out_features
+    return Parts(block.attn, block.mlp, width, block.attn.proj.in_features, head_width(block.attn))
+
+
+def check(model: Any) -> None:
     """Raise NotImplementedError unless all parts are what this adapter was written for."""
     for index, block in enumerate(model.blocks):
         for name, part, known in (("", block, BLOCKS), (".attn", getattr(block, "attn", None), ATTENTIONS)):
@@ -83,11 +88,6 @@ def _check(model: Any) -> None:
 def carrier(model: Any) -> Any:
     """See `models.carrier`."""
     return model
-
-
-def blocks(model: Any) -> Sequence[Any]:
-    """See `models.blocks`."""
-    return model.blocks
 
 
 def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:

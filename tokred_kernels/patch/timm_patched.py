@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, pool_packed, pool_sized
 from tokred_kernels.packing import Packing
-from tokred_kernels.patch.patched import Patched, ReducingBlock, ReducingModel, count, head_width, weights
+from tokred_kernels.patch.patched import Patched, ReducingBlock, ReducingModel, count, weights
 from tokred_kernels.patch.state import Record, State
 from tokred_kernels.patch.timm_import import import_timm
 from tokred_kernels.records import changed
@@ -283,6 +283,11 @@ class PatchedTransformer(ReducingModel):
             "fewer after each. For a dense grid use x = model.forward_features(images) and "
             "tokred_kernels.unmerge(x, model.token_map), or call tokred_kernels.unpatch(model) first"
         )
+
+
+def head_width(attention: Any) -> int:
+    """The channels of a head; timm's Eva names them from 1.0.23 on only."""
+    return attention.proj.in_features // attention.num_heads
 
 
 def has_grid(model: Any) -> bool:

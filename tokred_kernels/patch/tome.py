@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.patch import models
-from tokred_kernels.patch.patched import Mark, head_width
+from tokred_kernels.patch.models import Parts
+from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.schedule import removed_per_block
 from tokred_kernels.patch.state import State, Step
 from tokred_kernels.token_map import TokenMap
@@ -37,12 +38,12 @@ class MergeSimilar(Step):
         """See `Step`."""
         return tokens - self.joining(tokens)
 
-    def choice_flops(self, entering: int, attended: int, block: Any) -> int:
+    def choice_flops(self, entering: int, attended: int, parts: Parts) -> int:
         """See `Step`: the product of sources and destinations, if any."""
         tokens = attended
         if self.joining(tokens) == 0:
             return 0
-        return 2 * (tokens - tokens // 2) * (tokens // 2) * head_width(block.attn)
+        return 2 * (tokens - tokens // 2) * (tokens // 2) * parts.head_width
 
 
 def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> None:

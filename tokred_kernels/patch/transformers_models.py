@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
+from math import prod
 from typing import Any
 
 from tokred_kernels.patch import MARK
-from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy
+from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy, Parts
 from tokred_kernels.patch.patched import INDEX, RECORD, STEP, Mark, Patched
 from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, Step
@@ -28,6 +29,8 @@ from tokred_kernels.patch.transformers_patched import (
     PatchedWrapper,
     classifier_forward,
     encoder_forward,
+    grid_of,
+    sides,
 )
 
 OLDEST = (5, 18)
@@ -44,8 +47,8 @@ def supports(model: Any) -> bool:
     return around is not None or _is(model, family, family.layout.encoder)
 
 
-def examine(model: Any) -> Anatomy:
-    """See `models.examine`."""
+def check(model: Any) -> None:
+    """Raise unless the version of transformers, and all parts, are what this adapter was written for."""
     version = sys.modules["transformers"].__version__
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
@@ -60,8 +63,8 @@ def examine(model: Any) -> Anatomy:
             "call tokred_kernels.unpatch on it first, then patch it anew"
         )
     family: Any = _family(type(encoder))
-    layers = blocks(encoder)
     layout = family.layout
+    layers = encoder.get_submodule(layout.layers)
     for index, layer in enumerate(layers):
         parts = ((layer, layout.layer), (getattr(layer, layout.attention, None), "Attention"))
         for part, name in parts:
@@ -71,36 +74,54 @@ def examine(model: Any) -> Anatomy:
                     f"{type(part).__module__}.{type(part).__name__} for its {family.stem}{name}, which is not "
                     f"supported; {SUPPORTED['transformers']} are. You can {OWN_BLOCK}"
                 )
-    head = family.probe is not None and encoder.use_head
+    head = has_probe(encoder)
     ours = [encoder, layers[0], getattr(layers[0], layout.attention)] if layers else [encoder]
     ours += [encoder.head] if head else []
     ours += [model] if model is not encoder and _around(type(model)).mean else []  # type: ignore[union-attr]
     refuse_replaced(model, tuple(map(type, ours)), "patch the model first, and put those on after")
+
+
+def anatomy(model: Any) -> Anatomy:
+    """See `models.anatomy`."""
+    encoder = carrier(model)
+    family: Any = _family(type(encoder))
+    layers, config, head = encoder.get_submodule(family.layout.layers), encoder.config, has_probe(encoder)
     return Anatomy(
         encoder,
         layers,
-        family.num_prefix(encoder.config),
+        tuple(_parts(layer, getattr(layer, family.layout.attention), config.hidden_size) for layer in layers),
+        prod(grid_of(config, sides(config.image_size))),
+        family.num_prefix(config),
         class_token=family.leading > 0,
-        width=encoder.config.hidden_size,
+        width=config.hidden_size,
         grid=None,
         gridless=None,
         packs=False,
         pool="attention" if head else "the class token, or a mean",
         heeds_policy=not head,
-        learns_counts=False,
     )
+
+
+def _parts(layer: Any, attention: Any, width: int) -> Parts:
+    return Parts(attention, layer.mlp, width, attention.q_proj.out_features, attention.head_dim)
+
+
+def has_probe(encoder: Any) -> bool:
+    """Whether its head pools by attention; patched, it says that it has none."""
+    family: Any = _family(type(encoder))
+    return family.probe is not None and encoder.__dict__["use_head"]
 
 
 def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
     """See `models.install`."""
     encoder = carrier(model)
     family: Any = _family(type(encoder))
-    for index, layer in enumerate(blocks(encoder)):
+    for index, layer in enumerate(encoder.get_submodule(family.layout.layers)):
         _disguise(getattr(layer, family.layout.attention))
         _disguise(layer)
         setattr(layer, STEP, steps(index))
         setattr(layer, INDEX, index)
-    if family.probe is not None and encoder.use_head:
+    if has_probe(encoder):
         _disguise(encoder.head)
     setattr(encoder, MARK, mark)
     setattr(encoder, RECORD, Record())
@@ -113,12 +134,6 @@ def carrier(model: Any) -> Any:
     """See `models.carrier`: the encoder."""
     around = _around(type(model))
     return model if around is None else getattr(model, around.encoder)
-
-
-def blocks(model: Any) -> Sequence[Any]:
-    """See `models.blocks`."""
-    family: Any = _family(type(model))
-    return model.get_submodule(family.layout.layers)
 
 
 class Disguised:

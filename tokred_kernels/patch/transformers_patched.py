@@ -166,6 +166,18 @@ class PatchedLayer(ReducingBlock):
         return x if name is None else getattr(self, name)(x)
 
 
+def sides(length: Any) -> tuple[int, int]:
+    """Down and across, of what a configuration has as one number or as two."""
+    down, across = (length, length) if isinstance(length, int) else length
+    return down, across
+
+
+def grid_of(config: Any, pixels: Any) -> tuple[int, int]:
+    """How many patches there are of an image of so many pixels, down and across."""
+    patch = sides(config.patch_size)
+    return pixels[0] // patch[0], pixels[1] // patch[1]
+
+
 class PatchedEncoder(ReducingModel):
     """A model that runs layers; its class has the `forward` that `encoder_forward` makes."""
 
@@ -173,12 +185,6 @@ class PatchedEncoder(ReducingModel):
     config: Any
     # Of the family.
     num_prefix_tokens: int
-
-    def patch_grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        """How many patches it makes of images (B, 3, H, W), down and across."""
-        patch = self.config.patch_size
-        down, across = (patch, patch) if isinstance(patch, int) else patch
-        return pixel_values.shape[-2] // down, pixel_values.shape[-1] // across
 
 
 class PatchedProbeEncoder(PatchedEncoder):
@@ -211,7 +217,7 @@ class PatchedProbe(Patched):
         """(B, N', C) to (B, C), with scores plus a bias (B, 1, 1, N')."""
         if bias is None:
             return super().forward(hidden_state)  # type: ignore[misc]
-        probe = self.probe.expand(len(hidden_state), -1, -1)
+        probe = self.probe.repeat(len(hidden_state), 1, 1)
         bias = bias.expand(-1, self.attention.num_heads, -1, -1).flatten(0, 1)
         x = self.attention(probe, hidden_state, hidden_state, attn_mask=bias, need_weights=False)[0]
         return (x + self.mlp(self.layernorm(x)))[:, 0]
@@ -238,7 +244,7 @@ def encoder_forward(original: type[nn.Module]) -> Any:
         flow.model = self
         pixel_values = given.get("pixel_values")
         if pixel_values is not None:
-            flow.grid = self.patch_grid(pixel_values)
+            flow.grid = grid_of(self.config, pixel_values.shape[-2:])
         as_tuple = not _returns_dict(self, kwargs)
         outputs = original.forward(self, *args, **kwargs, **{FLOW: flow}, return_dict=True)
         x = outputs.last_hidden_state
