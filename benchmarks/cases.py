@@ -138,7 +138,7 @@ class Case:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A timm model, unpatched and patched with ToMe."""
+    """A model, by its name in `models.py`, unpatched and patched with ToMe."""
 
     model: str
     batch: int
@@ -389,6 +389,8 @@ MODEL_CASES = (
     ModelCase("deit_small_patch16_224", 8, 8, "cpu"),
     ModelCase("vit_base_patch16_224", 8, 16, "cpu"),
     ModelCase("vit_small_patch16_dinov3", 8, 16, "cpu"),
+    ModelCase("transformers/dinov2-small", 8, 16, "cpu"),
+    ModelCase("transformers/siglip-base-patch16-224", 8, 16, "cpu"),
     ModelCase("deit_small_patch16_224", 8, 8, "cpu", BF16),
     ModelCase("vit_base_patch16_224", 8, 16, "cpu", BF16),
     ModelCase("deit_small_patch16_224", 64, 16, "cuda", BF16, quick=True),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The model suite: timm models as they are and patched with ToMe, in turns on the same images."""
+"""The model suite: models as they are and patched with ToMe, in turns on the same images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from benchmarks import footprint
 from benchmarks.agreement import Disagreement
 from benchmarks.cases import ModelCase
 from benchmarks.micro import Settings, judge
+from benchmarks.models import make, output
 from benchmarks.providers import REFERENCE
 from benchmarks.record import release, told
 from benchmarks.timing import Visit, event_visit, graph_visit, interleave, ratio, summarise, wall_visit
 from tokred_kernels import backends
-from tokred_kernels.flops import count
+from tokred_kernels.flops import count, image_size
 from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.patch.models import anatomy
-from tokred_kernels.patch.timm_import import import_timm
 
 UNPATCHED = "unpatched"
 PATCHED_OPS = ("bipartite_match", "merge")  # besides attention, which torch may serve
@@ -43,8 +43,8 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], 
     """
     torch.manual_seed(SEED)
     dtype = getattr(torch, case.dtype)
-    plain = import_timm().create_model(case.model).eval().to(case.device, dtype)
-    size = plain.patch_embed.img_size
+    plain = make(case.model).to(case.device, dtype)
+    size = image_size(plain)
     images = [torch.randn(case.batch, 3, *size, device=case.device, dtype=dtype) for _ in range(IMAGE_SETS)]
     able = [name for name in settings.backends if reason_against(case, name) is None]
     if settings.quick:
@@ -73,8 +73,8 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], 
     rows = []
     for name, model in models.items():
         with _scope(name):
-            peak = footprint.peak_bytes(lambda m=model: m(images[0]), case.device)
-            launches = footprint.launches(lambda m=model: m(images[0])) if case.device == "cuda" else None
+            peak = footprint.peak_bytes(lambda m=model: output(m, images[0]), case.device)
+            launches = footprint.launches(lambda m=model: output(m, images[0])) if case.device == "cuda" else None
         row = {
             "suite": "model",
             "case": case.name,
@@ -159,7 +159,7 @@ def _visits(case: ModelCase, name: str, model: nn.Module, images: list[Tensor], 
     """Turns of a model by clock: on a GPU events, and replayed graphs where it can be captured."""
 
     def call(i: int) -> Tensor:
-        return model(images[i])
+        return output(model, images[i])
 
     visits = {}
     for clock, make in CLOCKS[case.device].items():
@@ -182,10 +182,10 @@ def _visits(case: ModelCase, name: str, model: nn.Module, images: list[Tensor], 
 
 def _check(case: ModelCase, backend: str, plain: nn.Module, images: Tensor) -> None:
     """A patch that removes nothing must change nothing; one that removes must still give numbers."""
-    expected = plain(images)
+    expected = output(plain, images)
     model = patch(copy.deepcopy(plain), "tome", r=0)
-    error = float((model(images) - expected).abs().max() / expected.abs().max())
+    error = float((output(model, images) - expected).abs().max() / expected.abs().max())
     if not error <= SAME_OUTPUT[case.dtype]:
         raise Disagreement(f"{case.name}: {backend}: patched with r=0 the output is off by {error:.2g}")
-    if not bool(patch(unpatch(model), "tome", r=case.r)(images).isfinite().all()):
+    if not bool(output(patch(unpatch(model), "tome", r=case.r), images).isfinite().all()):
         raise Disagreement(f"{case.name}: {backend}: patched with r={case.r} the output is not finite")

@@ -76,9 +76,16 @@ def count(
 
     anatomy = made_of(model)
     costs = importlib.import_module(f"tokred_kernels.patch.{models.library(model)}_flops")
-    pixels = costs.made_for(model) if img_size is None else _pixels(img_size)
+    pixels = image_size(model) if img_size is None else _pixels(img_size)
     costs.check_pixels(model, pixels)
     return _count(model, anatomy, costs, pixels, tokens)
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Height and width of the images that a model, which `count` takes, was made for."""
+    from tokred_kernels.patch import models  # noqa: PLC0415  (the patches count by this module)
+
+    return importlib.import_module(f"tokred_kernels.patch.{models.library(model)}_flops").made_for(model)
 
 
 def made_of(model: Any) -> Any:
