@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import tokred_kernels as tk
 from benchmarks import footprint
 from benchmarks.agreement import Disagreement
-from benchmarks.cases import ModelCase
 from benchmarks.micro import Settings, judge
-from benchmarks.models import make, output
+from benchmarks.model_cases import ModelCase
+from benchmarks.model_zoo import make_model, output_of
 from benchmarks.providers import REFERENCE
 from benchmarks.record import release, told
 from benchmarks.timing import Visit, event_visit, graph_visit, interleave, ratio, summarise, wall_visit
@@ -43,7 +43,7 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], 
     """
     torch.manual_seed(SEED)
     dtype = getattr(torch, case.dtype)
-    plain = make(case.model).to(case.device, dtype)
+    plain = make_model(case.model).to(case.device, dtype)
     size = image_size(plain)
     images = [torch.randn(case.batch, 3, *size, device=case.device, dtype=dtype) for _ in range(IMAGE_SETS)]
     able = [name for name in settings.backends if reason_against(case, name) is None]
@@ -73,8 +73,8 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], 
     rows = []
     for name, model in models.items():
         with _scope(name):
-            peak = footprint.peak_bytes(lambda m=model: output(m, images[0]), case.device)
-            launches = footprint.launches(lambda m=model: output(m, images[0])) if case.device == "cuda" else None
+            peak = footprint.peak_bytes(lambda m=model: output_of(m, images[0]), case.device)
+            launches = footprint.launches(lambda m=model: output_of(m, images[0])) if case.device == "cuda" else None
         row = {
             "suite": "model",
             "case": case.name,
@@ -159,7 +159,7 @@ def _visits(case: ModelCase, name: str, model: nn.Module, images: list[Tensor], 
     """Turns of a model by clock: on a GPU events, and replayed graphs where it can be captured."""
 
     def call(i: int) -> Tensor:
-        return output(model, images[i])
+        return output_of(model, images[i])
 
     visits = {}
     for clock, make in CLOCKS[case.device].items():
@@ -182,10 +182,10 @@ def _visits(case: ModelCase, name: str, model: nn.Module, images: list[Tensor], 
 
 def _check(case: ModelCase, backend: str, plain: nn.Module, images: Tensor) -> None:
     """A patch that removes nothing must change nothing; one that removes must still give numbers."""
-    expected = output(plain, images)
+    expected = output_of(plain, images)
     model = patch(copy.deepcopy(plain), "tome", r=0)
-    error = float((output(model, images) - expected).abs().max() / expected.abs().max())
+    error = float((output_of(model, images) - expected).abs().max() / expected.abs().max())
     if not error <= SAME_OUTPUT[case.dtype]:
         raise Disagreement(f"{case.name}: {backend}: patched with r=0 the output is off by {error:.2g}")
-    if not bool(output(patch(unpatch(model), "tome", r=case.r), images).isfinite().all()):
+    if not bool(output_of(patch(unpatch(model), "tome", r=case.r), images).isfinite().all()):
         raise Disagreement(f"{case.name}: {backend}: patched with r={case.r} the output is not finite")

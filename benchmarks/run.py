@@ -29,7 +29,8 @@ if not __package__:  # run as a file: the folder above holds this package, and c
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import ceilings, footprint, machine, micro, model_suite, providers, report, resident
-from benchmarks.cases import CASES, MODEL_CASES, OPS, Case, ModelCase
+from benchmarks.cases import CASES, OPS, Case
+from benchmarks.model_cases import MODEL_CASES, ModelCase
 from benchmarks.record import Record, release, told
 from benchmarks.timing import FULL, FULL_GPU, QUICK
 from tokred_kernels import backends

@@ -16,7 +16,8 @@ if not __package__:  # run as a file: the folder above holds this package, and c
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import report
-from benchmarks.cases import CASES, MODEL_CASES, Case, ModelCase, Target
+from benchmarks.cases import CASES, Case, Target
+from benchmarks.model_cases import MODEL_CASES, ModelCase
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"

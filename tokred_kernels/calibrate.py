@@ -177,7 +177,7 @@ def calibrate_thresholds(
         ValueError: a patched model, no images, no pairs, a layer that is not there, a window larger than the grid, or
             tokens that are NaN or infinite.
         NotImplementedError: a model that `patch` does not take.
-        ImportError: timm is not installed.
+        ImportError: the model's library is too old for patches.
     """
     anatomy = _check_model(model)
     chosen = _check_layers(layers, len(anatomy.blocks))

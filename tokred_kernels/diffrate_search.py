@@ -107,7 +107,7 @@ def diffrate_search(
         RuntimeError: called inside of torch.inference_mode, where nothing can be learned.
         FloatingPointError: a loss that is NaN or infinite.
         NotImplementedError: a model that `patch` does not take, or patch dropout.
-        ImportError: timm is not installed.
+        ImportError: the model's library is too old for patches.
 
     Warns:
         UserWarning: the result is off the target by more than `tolerance`.

@@ -70,7 +70,7 @@ def count(
         TypeError, ValueError: a wrong `img_size` or `tokens`.
         RuntimeError: the tokens depend on the images, and there was no forward of this size.
         NotImplementedError: a model of other parts.
-        ImportError: timm is not installed.
+        ImportError: the model's library is too old for patches.
     """
     from tokred_kernels.patch import models  # noqa: PLC0415  (the patches count by this module)
 

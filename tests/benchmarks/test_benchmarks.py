@@ -10,8 +10,9 @@ import torch
 
 import tokred_kernels as tk
 from benchmarks import cases, footprint, providers, resident, run, table, timing, traffic
-from benchmarks.cases import CASES, MODEL_CASES, Case, Target
+from benchmarks.cases import CASES, Case, Target
 from benchmarks.inputs import draw
+from benchmarks.model_cases import MODEL_CASES
 from benchmarks.providers import BACKWARD_OPS, KERNEL_OPS, Provider
 from tokred_kernels import backends
 

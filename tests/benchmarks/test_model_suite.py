@@ -7,7 +7,8 @@ import json
 import pytest
 
 from benchmarks import model_suite, run, table, timing
-from benchmarks.cases import ModelCase, Target
+from benchmarks.cases import Target
+from benchmarks.model_cases import ModelCase
 
 CASE = ModelCase("vit_tiny_patch16_224", 1, 16, "cpu", quick=True, targets=(Target("flops_efficiency", 1e-6),))
 

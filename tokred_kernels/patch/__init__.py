@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 # The module that puts each method in, imported at first use. It has a function `apply(model, **settings)`, which checks
-# the settings and the model, and hands over to the adapters of the model families (`timm_models.py`, ...). Where a
+# the settings and the model (by `models.py`, or an adapter of its own), and hands it what each block shall do. Where a
 # method takes more than modules, its `resolve(model)` gives the module that is patched, and that carries the mark.
 # Where it builds another model instead, `apply` returns that.
 METHODS = {
@@ -35,10 +35,14 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
     """Make `model` reduce its tokens as it goes; its parameters and buffers stay what they are.
 
     Args:
-        model: a timm VisionTransformer (ViT, DeiT with or without the distillation token, with any number of register
-            tokens, with or without a class token), or a timm Eva (EVA-02, DINOv3, Perception Encoder: ViTs with rotary
-            positions, of which a merged token has the mean of its members', see tokred_kernels.patch.positions); for
-            "tomesd" a diffusers pipeline, UNet or transformer. Patch it before torch.compile, DDP or the like wrap it.
+        model: of timm a VisionTransformer (ViT, DeiT with or without the distillation token, with any number of
+            register tokens, with or without a class token), or an Eva (EVA-02, DINOv3, Perception Encoder: ViTs with
+            rotary positions, of which a merged token has the mean of its members', see
+            tokred_kernels.patch.positions). Of transformers the encoder of ViT, DeiT, DINOv2 with or without registers,
+            DINOv3, CLIP, MetaCLIP 2, SigLIP, I-JEPA or ViT-MSN, or its image classifier or two-tower model, whose
+            encoder is patched; inside of another model give the encoder, if what is around it takes any number of
+            tokens. For "tomesd" a diffusers pipeline, UNet or transformer. Patch it before torch.compile, DDP or the
+            like wrap it.
         method: how tokens get fewer, and brings its own settings. The `apply` of each method's module describes them
             in full: `from tokred_kernels.patch.algm import apply; help(apply)`.
 
@@ -78,19 +82,20 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
         **settings: of the method.
 
     Returns:
-        The same model, or, of "lookupvit", the new one. A timm model gains `model.token_map`, from the tokens
-        that entered the first block (prefix tokens included; after patch dropout, where that is trained with) to the
-        final ones, and `model.token_sizes`, (B, N', 1) float32, how many of those each final token stands for; both are
-        of the last forward. For a dense grid: `unmerge(model.forward_features(images), model.token_map)`. A mean over
-        tokens, or an attention pool, before the head weighs tokens by their size. Hooks on blocks see tuples
+        The same model, or, of "lookupvit", the new one. A model of timm or transformers gains `model.token_map`, from
+        the tokens that entered the first block (prefix tokens included; after patch dropout, where that is trained
+        with) to the final ones, and `model.token_sizes`, (B, N', 1) float32, how many of those each final token stands
+        for; both are of the last forward. For a dense grid: `unmerge(model.forward_features(images), model.token_map)`,
+        or, in transformers, `unmerge(encoder(images).last_hidden_state, encoder.token_map)`. A mean over tokens, or an
+        attention pool, before the head weighs tokens by their size. Hooks on blocks of timm see tuples
         `(x, state, token_map)`, where `state` has the `size`, `grid` and `packing` of x, and `token_map` is that of the
-        block's merge, or None.
+        block's merge, or None; those on layers of transformers see tokens, and `output_hidden_states` gives them.
 
     Raises:
         TypeError: `model` is nothing that can be patched, or a setting is unknown or of a wrong type.
         ValueError: an unknown method, a wrong setting, or a model that is patched already.
         NotImplementedError: a model, block or attention that the method's adapters do not know.
-        ImportError: timm, or diffusers, is not installed.
+        ImportError: timm, transformers or diffusers is too old, or not installed.
     """
     if method not in METHODS:
         raise ValueError(f"tokred_kernels.patch: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")

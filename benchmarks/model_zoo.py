@@ -22,7 +22,7 @@ OTHERS = {
 }
 
 
-def make(name: str) -> nn.Module:
+def make_model(name: str) -> nn.Module:
     """The model of a case, in eval mode."""
     if not name.startswith(TRANSFORMERS):
         return import_timm().create_model(name).eval()
@@ -31,7 +31,7 @@ def make(name: str) -> nn.Module:
     return getattr(library, kind)(getattr(library, config)(**settings)).eval()
 
 
-def output(model: nn.Module, images: Tensor) -> Tensor:
+def output_of(model: nn.Module, images: Tensor) -> Tensor:
     """What the model makes of images: the vector that it pools, or its logits."""
     given = model(images)
     return given if isinstance(given, Tensor) else given.pooler_output
