@@ -157,6 +157,17 @@ def test_gradients_are_the_same_with_checkpointing(name, method):
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20
 
 
+@pytest.mark.parametrize(("again", "states"), [(True, DEPTH), (False, 1)])
+def test_what_tokens_stood_for_is_kept_for_gradients_alone(again, states):
+    model, held = patch(make("dinov3"), "tome", r=5), []
+    model.model.layer[-1].register_forward_pre_hook(
+        lambda layer, args, kwargs: held.append(len(kwargs["tokred_flow"].states)), with_kwargs=True
+    )
+    with torch.set_grad_enabled(again):
+        model(images())
+    assert held == [states]
+
+
 def test_eager_attention_and_its_dropout():
     fused, x = patch(make("vit"), "tome", r=5), images()
     eager = patch(make("vit", attn_implementation="eager"), "tome", r=5)
@@ -282,6 +293,12 @@ def replaced(name="vit", part="vit.layers.1"):
     return model
 
 
+def other_encoder():
+    model = make("vit")
+    model.vit = Own(model.config)
+    return model
+
+
 def other_layer():
     model = make("vit")
     model.vit.layers[2] = nn.Identity()
@@ -313,6 +330,7 @@ def other_layer():
         (replaced, "tome", RuntimeError, "the forward of vit.layers.1 has been replaced"),
         (lambda: replaced("siglip", "vision_model.head"), "tome", RuntimeError, "the forward of vision_model.head has"),
         (lambda: replaced("siglip", ""), "tome", RuntimeError, "the forward of SiglipForImageClassification has been"),
+        (other_encoder, "tome", NotImplementedError, "this ViTForImageClassification has a .*Own for its encoder"),
         (
             other_layer,
             "tome",

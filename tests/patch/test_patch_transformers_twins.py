@@ -84,6 +84,18 @@ def test_gradients_in_training_are_the_same(name, method):
         assert torch.equal(own, other)
 
 
+@pytest.mark.parametrize("name", TIMM_NAMES)
+def test_autocast_is_the_same(name):
+    model, x = make(name), images()
+    twin = timm_twin(name, model)
+    put(model, "tome"), put(twin, "tome")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        own, other = pooled(model(x)), twin(x)
+    assert own.dtype == other.dtype
+    torch.testing.assert_close(own.float(), other.float(), rtol=0.1, atol=0.1 * float(other.abs().max()))
+    assert (model.token_sizes.dtype, model.token_map.num_out) == (torch.float32, twin.token_map.num_out)
+
+
 @pytest.mark.parametrize("window", [None, (2, 3)])
 @pytest.mark.parametrize("name", TIMM_NAMES)
 def test_calibrated_thresholds_are_the_same(name, window):

@@ -62,8 +62,13 @@ def check(model: Any) -> None:
             f"tokred_kernels.patch: the {type(encoder).__name__} inside is already patched ({getattr(encoder, MARK)}); "
             "call tokred_kernels.unpatch on it first, then patch it anew"
         )
-    family: Any = _family(type(encoder))
+    family: Any = _family(type(model))
     layout = family.layout
+    if not _is(encoder, family, layout.encoder):
+        raise NotImplementedError(
+            f"tokred_kernels.patch: this {type(model).__name__} has a {type(encoder).__module__}."
+            f"{type(encoder).__name__} for its encoder, which is not supported; {SUPPORTED['transformers']} are"
+        )
     layers = encoder.get_submodule(layout.layers)
     for index, layer in enumerate(layers):
         parts = ((layer, layout.layer), (getattr(layer, layout.attention, None), "Attention"))
@@ -89,7 +94,7 @@ def anatomy(model: Any) -> Anatomy:
     return Anatomy(
         encoder,
         layers,
-        tuple(_parts(layer, getattr(layer, family.layout.attention), config.hidden_size) for layer in layers),
+        tuple(_parts(layer, getattr(layer, family.layout.attention), config) for layer in layers),
         prod(grid_of(config, sides(config.image_size))),
         family.num_prefix(config),
         class_token=family.leading > 0,
@@ -102,8 +107,9 @@ def anatomy(model: Any) -> Anatomy:
     )
 
 
-def _parts(layer: Any, attention: Any, width: int) -> Parts:
-    return Parts(attention, layer.mlp, width, attention.q_proj.out_features, attention.head_dim)
+def _parts(layer: Any, attention: Any, config: Any) -> Parts:
+    inner = config.num_attention_heads * attention.head_dim
+    return Parts(attention, layer.mlp, config.hidden_size, inner, attention.head_dim)
 
 
 def has_probe(encoder: Any) -> bool:

@@ -36,6 +36,7 @@ class Flow:
         grid: of the patches that enter the first layer.
         entered: B, N and the device of the tokens that do.
         states: of the tokens that enter each layer, by its index, and of those that leave the last.
+        again: whether layers may run again, for their gradients, so that what they began with is kept.
         maps: that each layer followed.
         counts: of each layer, how many tokens its attention had, and how many left it.
     """
@@ -45,6 +46,7 @@ class Flow:
         self.grid: tuple[int, int] | None = None
         self.entered: tuple[int, int, torch.device] | None = None
         self.states: dict[int, State] = {}
+        self.again = torch.is_grad_enabled()
         self.maps: dict[int, tuple[TokenMap, ...]] = {}
         self.counts: dict[int, tuple[Any, Any]] = {}
 
@@ -57,9 +59,13 @@ class Flow:
             turned = of_all_tokens(torch.cat([sines, cosines], -1).unsqueeze(0), num_prefix)
         self.states[0] = State(grid=self.grid, patches=x.shape[1] - num_prefix, rope=turned)
 
+    def entering(self, layer: int) -> State:
+        """The state of the tokens that enter a layer."""
+        return self.states[layer] if self.again else self.states.pop(layer)
+
     def last(self) -> State:
         """The state of the final tokens."""
-        return self.states[len(self.states) - 1]
+        return self.states[len(self.maps)]
 
     def record(self, *, keeps_maps: bool) -> Record:
         """What is left of the forward once it is through."""
@@ -140,7 +146,7 @@ class PatchedLayer(ReducingBlock):
         layer: int = getattr(self, INDEX)
         if layer == 0:
             flow.begin(hidden_states, position_embeddings)
-        x, state, before = self.tokred_step.enter(flow.model, hidden_states, flow.states[layer])
+        x, state, before = self.tokred_step.enter(flow.model, hidden_states, flow.entering(layer))
         attended = count(x, state)
         x, state, after = self._reduce(x, state)
         flow.states[layer + 1] = state
