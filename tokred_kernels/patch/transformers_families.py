@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 
@@ -51,17 +51,7 @@ DINO_2 = Layout(
     out="o_proj",
     dropout="attention_dropout",
 )
-DINO_3 = Layout(
-    encoder="Model",
-    layer="Layer",
-    layers="model.layer",
-    attention="attention",
-    norms=("norm1", "norm2"),
-    scales=("layer_scale1", "layer_scale2"),
-    drop="drop_path",
-    out="o_proj",
-    dropout="dropout",
-)
+DINO_3 = replace(DINO_2, layers="model.layer", dropout="dropout")
 CLIP = Layout(
     encoder="VisionModel",
     layer="EncoderLayer",
