@@ -58,13 +58,13 @@ class Compress(Step):
         stay, _ = self._stages(tokens)
         sort = keep_topk(importance, stay - self.num_prefix, num_prefix=self.num_prefix)  # type: ignore[arg-type]
         x, size = merge(x, sort, reduce="sum"), merge(_sizes(x, state), sort, reduce="sum")
-        state = changed(state, size=size, grid=None, rope=moved(state, sort))
+        state = changed(state, size=size, grid=None, rope=moved(state.rope, sort))
         if self.merge >= stay:
             return x, state, sort
         join, similarity = importance_match(x, self.merge, num_prefix=self.num_prefix)
         scaled = _scale(size, similarity, self.merge)
         size = merge(scaled, join, reduce="sum").clamp_min(LEAST_SIZE)
-        return merge(x, join, reduce="mean"), changed(state, size=size, rope=moved(state, join)), sort.then(join)
+        return merge(x, join, reduce="mean"), changed(state, size=size, rope=moved(state.rope, join)), sort.then(join)
 
     def _stages(self, tokens: int) -> tuple[int, int]:
         """How many of `tokens` tokens pruning leaves, and how many merging does."""
@@ -128,7 +128,7 @@ class CompressLearned(Step):
         x, size, policy = (
             merge(part, sort, reduce="sum") for part in (x, _sizes(x, state), policy.reshape(batch, tokens, 1))
         )
-        policy, rope = policy[..., 0], moved(state, sort)
+        policy, rope = policy[..., 0], moved(state.rope, sort)
         prune, merged = block.prune_ddp, block.merge_ddp
         last = known if batch == 0 else int(policy[0].detach().sum())
         stay, left = self.at(block)._stages(last)

@@ -54,7 +54,11 @@ class KeepPredicted(Step):
         if k == patches.shape[1]:
             return x, state, None
         token_map = keep_topk(F.pad(scores[..., KEEP], (self.num_prefix, 0)), k, num_prefix=self.num_prefix)
-        return merge(x, token_map, reduce="sum"), changed(state, grid=None, rope=moved(state, token_map)), token_map
+        return (
+            merge(x, token_map, reduce="sum"),
+            changed(state, grid=None, rope=moved(state.rope, token_map)),
+            token_map,
+        )
 
     def tokens_attended(self, tokens: int, grid: tuple[int, int]) -> int:
         """See `Step`: when evaluating."""

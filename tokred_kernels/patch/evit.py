@@ -46,7 +46,7 @@ class KeepAttentive(Step):
             return x, state, None
         k = self.kept(x.shape[1])
         x, token_map = keep_attentive(x, importance, k, num_prefix=self.num_prefix, fuse=self.fuse)
-        return x, changed(state, grid=None, rope=moved(state, token_map)), token_map
+        return x, changed(state, grid=None, rope=moved(state.rope, token_map)), token_map
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int:
         """See `Step`."""

@@ -12,30 +12,24 @@ merge first, whose rotations differ least.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.token_map import TokenMap
 
-if TYPE_CHECKING:
-    from tokred_kernels.patch.state import State
-
 
 def of_all_tokens(rope: Tensor, num_prefix: int) -> Tensor:
-    """timm's sines and cosines of patches, (B, N, 2 d), with those of prefix tokens, which nothing turns, before."""
+    """The sines and cosines of patches, (B, N, 2 d), with those of prefix tokens, which nothing turns, before."""
     width = rope.shape[-1] // 2
     still = torch.cat([rope.new_zeros(width), rope.new_ones(width)])
     return torch.cat([still.expand(rope.shape[0], num_prefix, -1), rope], 1)
 
 
-def moved(state: State, token_map: TokenMap, weight: Tensor | None = None) -> Tensor | None:
-    """`state.rope` of the tokens that leave along `token_map`, by `weight` (B, N, 1), or (T, 1); None without one."""
-    rope = state.rope
+def moved(rope: Tensor | None, token_map: TokenMap, weight: Tensor | None = None) -> Tensor | None:
+    """`State.rope` of the tokens that leave along `token_map`, by `weight` (B, N, 1), or (T, 1); None without one."""
     if rope is None:
         return None
-    if state.packing is None:
+    if rope.dim() == 3:  # not packed
         rope = rope.expand(token_map.batch, -1, -1)
     return merge(rope, token_map, weight=weight)

@@ -84,7 +84,7 @@ class Step:
         token_map = self.match(x, keys, state)
         if token_map is None:
             return x, state, None
-        rope = moved(state, token_map, state.size)
+        rope = moved(state.rope, token_map, state.size)
         x, size = merge_wavg(x, token_map, state.size)
         return x, changed(state, size=size, grid=None, packing=token_map.packed, rope=rope), token_map
 
