@@ -240,7 +240,7 @@ def encoder_forward(original: type[nn.Module]) -> Any:
                 "tokred_kernels: a patched model gives no attentions, which are never written out; call "
                 "tokred_kernels.unpatch(model) first"
             )
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
         if given.get("attention_mask") is not None:
             raise NotImplementedError(
                 "tokred_kernels: a patched model takes no attention_mask, for its tokens change from layer to layer; "
