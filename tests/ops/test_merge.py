@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -230,6 +231,21 @@ def test_the_maximum_divides_its_gradient_between_ties(backend):
     (grad,) = torch.autograd.grad(tk.merge(x, token_map, reduce="amax").sum(), x)
     third = 1 / 3
     torch.testing.assert_close(grad.cpu(), torch.tensor([[[third, 0.5], [third, 0], [third, 0.5], [1, 1]]]))
+
+
+@pytest.mark.parametrize("largest", [float("nan"), float("inf"), -float("inf"), 3e38, 1e-45, 0.1])
+def test_the_gradient_of_any_maximum_goes_to_those_that_have_it(backend, largest):
+    values = torch.tensor([[largest, largest, largest, -float("inf")]])
+    values = torch.cat([values, values.flip(1)])[..., None]
+    having = (values == largest) | values.isnan()
+    token_map = tk.TokenMap.from_dest(torch.zeros(2, 4, dtype=torch.int64)).to(backend)
+    x = values.to(backend).requires_grad_()
+    for scope in (tk.use_backend("reference"), nullcontext()):
+        with scope:
+            y = tk.merge(x, token_map, reduce="amax")
+        torch.testing.assert_close(y.detach().cpu(), torch.full((2, 1, 1), largest), rtol=0, atol=0, equal_nan=True)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(grad.cpu(), having / having.sum(1, keepdim=True))
 
 
 def test_merge_and_its_gradient_are_adjoint():

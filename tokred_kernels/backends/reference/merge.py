@@ -18,12 +18,7 @@ def merge(
     slot = torch.where(dest < 0, num_out, dest).long()[..., None]  # what is dropped goes to one slot more, cut off last
     values = x.to(accumulator)
     if reduce == "amax":
-        # From -inf, not from 0 with include_self=False: there torch counts the 0 among the ties of its gradient.
-        lowest = values.new_full((batch, num_out + 1, channels), -torch.inf)
-        index = slot.expand(-1, -1, channels)
-        y = lowest.scatter_reduce(1, index, values, "amax", include_self=True)[:, :num_out]
-        filled = values.new_zeros(batch, num_out + 1, 1).scatter(1, slot, 1.0)[:, :num_out]
-        return torch.where(filled > 0, y, 0.0).to(x.dtype), None
+        return _largest(values, slot, num_out).to(x.dtype), None
 
     ones = values.new_ones(batch, dest.shape[1], 1)
     column = values.new_zeros(batch, num_out + 1, 1)
@@ -36,3 +31,25 @@ def merge(
     if reduce == "mean":
         y = y / torch.where(count > 0, total, 1.0)  # a slot without members stays 0
     return y.to(x.dtype), total[..., 0] if weight_sum else None
+
+
+def _largest(values: Tensor, slot: Tensor, num_out: int) -> Tensor:
+    """The maximum of each slot, (B, N', C); one without members is 0.
+
+    Its gradient goes to the members that have the maximum, a NaN among them where it is NaN, in equal shares. That of
+    torch's scatter_reduce is NaN there, so the maximum has none, and the mean of those that have it takes its place.
+    """
+    batch, _, channels = values.shape
+    index = slot.expand(-1, -1, channels)
+    none = values.new_zeros(batch, num_out + 1, channels)
+    fixed = values.detach()
+    largest = (none - torch.inf).scatter_reduce(1, index, fixed, "amax", include_self=True)
+    own = largest.gather(1, index)
+    having = (fixed == own) | (fixed.isnan() & own.isnan())
+    number = none.scatter_add(1, index, having.to(values.dtype)).clamp_min(1)
+
+    def share(part: Tensor) -> Tensor:
+        return none.scatter_add(1, index, torch.where(having, part, 0.0)) / number
+
+    # Where it is finite the mean is rounded, or past what the dtype has; and infinity less itself is NaN.
+    return torch.where(largest.isfinite(), largest + share(values - fixed), share(values))[:, :num_out]
