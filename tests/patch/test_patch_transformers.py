@@ -2,9 +2,11 @@
 """Models of Hugging Face's transformers: what a patch gives, leaves as it was, and refuses."""
 
 import copy
+import gc
 import inspect
 import pickle
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from tokred_kernels import diffrate_search, flops, set_keep_rate, unmerge
 from tokred_kernels.patch import patch, transformers_models, unpatch
+from tokred_kernels.patch.patched import Patched
 
 PREFIX = {"deit": 2, "deit, distilled": 2, "dinov2, registers": 5, "dinov3": 5, "ijepa": 0, "siglip": 0}
 PREFIX |= {"siglip, encoder": 0}
@@ -157,15 +160,97 @@ def test_gradients_are_the_same_with_checkpointing(name, method):
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20
 
 
-@pytest.mark.parametrize(("again", "states"), [(True, DEPTH), (False, 1)])
-def test_what_tokens_stood_for_is_kept_for_gradients_alone(again, states):
-    model, held = patch(make("dinov3"), "tome", r=5), []
-    model.model.layer[-1].register_forward_pre_hook(
-        lambda layer, args, kwargs: held.append(len(kwargs["tokred_flow"].states)), with_kwargs=True
-    )
-    with torch.set_grad_enabled(again):
-        model(images())
-    assert held == [states]
+@pytest.mark.parametrize(("name", "method"), [("dinov3", "tome"), ("vit", "dynamicvit"), ("vit", "learned")])
+@pytest.mark.parametrize("backward", [True, False])
+def test_checkpointing_lets_go_of_what_it_kept(name, method, backward):
+    model = make(name)
+    method, settings = ("diffrate", {}) if method == "learned" else (method, METHODS[method])
+    patch(model, method, **settings).train().gradient_checkpointing_enable()
+    alive = weakref.WeakSet()
+
+    last = [module for module in model.modules() if type(module).__name__.endswith("Layer")][-1]
+    last.register_forward_pre_hook(lambda layer, args: alive.add(args[0]))
+    for _ in range(4):
+        y = result(model(images()))
+        if backward:
+            y.square().sum().backward()
+        del y
+    gc.collect()
+    assert len(alive) <= 1  # the last forward's record may hold its own
+
+
+def test_sizes_take_no_gradients_that_nobody_asked_for():
+    model = patch(make("vit"), "tome", r=5).train()
+    assert model(images()).logits.requires_grad and not model.token_sizes.requires_grad
+
+
+@pytest.mark.parametrize("method", ["tome", "evit"])
+def test_reentrant_checkpointing_is_right_or_refused(method):
+    model, x = patch(make("vit"), method, **METHODS[method]).train(), images().requires_grad_()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        result(model(x)).square().sum().backward()
+        found.append(model.vit.layers[0].mlp.fc1.weight.grad)
+        model.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    patch(unpatch(model), "dynamicvit", **METHODS["dynamicvit"])
+    with pytest.raises(RuntimeError, match=r'reentrant checkpointing drops the gradients.*"use_reentrant": False'):
+        model(x)
+    model.eval()(x)
+
+
+def test_a_head_that_leaves_tokens_as_they_are():
+    model, x = make("siglip, encoder"), images()
+    model.head = nn.Identity()
+    assert flops.count(model).head == 0
+    outputs = patch(model, "tome", r=5)(x)
+    assert torch.equal(outputs.pooler_output, outputs.last_hidden_state)
+    unpatch(model).head = nn.Linear(48, 48)
+    with pytest.raises(NotImplementedError, match=r"the head of this SiglipVisionModel is a torch.nn.*Linear"):
+        patch(model, "tome", r=5)
+    assert not isinstance(model.encoder.layers[0], Patched)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "siglip"])
+def test_an_encoder_may_be_compiled_after(name):
+    model, x = patch(make(name), "tome", r=[30, 6]), images()
+    expected, own = model(x).logits, "dinov2" if name == "dinov2" else "vision_model"
+    setattr(model, own, torch.compile(getattr(model, own), backend="eager"))
+    torch.testing.assert_close(model(x).logits, expected)
+    assert model.token_map.num_out == model.token_map.num_tokens - 24
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_mean_classifiers_are_called_as_before(name):
+    model, x, labels = make(name), images(), torch.tensor([1, 2])
+    names = list(inspect.signature(model.forward).parameters)
+    positional = [x, labels, *([True] if "interpolate_pos_encoding" in names[2:3] else [])]
+    expected = model(*positional)
+    weighted = model(x, labels=labels, num_items_in_batch=torch.tensor(7)).loss
+    patch(model, "tome", r=0)
+    assert same(model(*positional), expected)
+    assert torch.equal(model(x, labels=labels, num_items_in_batch=torch.tensor(7)).loss, weighted)
+
+
+def test_layers_may_be_taken_out_and_put_in():
+    model, x = patch(make("vit"), "tome", r=5), images()
+    del model.vit.layers[1]
+    model.vit.layers.append(copy.deepcopy(model.vit.layers[0]))
+    model.vit.layers.append(model.vit.layers[1])
+    model(x)
+    assert model.token_map.num_out == 37 - 5 * (DEPTH + 1)
+    none = make("vit", num_hidden_layers=0)
+    expected = none(x)
+    assert same(patch(none, "tome", r=0)(x), expected)
+
+
+def test_predictors_are_where_the_encoder_is():
+    model = transformers.CLIPModel(transformers.CLIPConfig(**MODELS["clip, classifier"][2])).eval()
+    model.vision_model.double()
+    patch(model, "dynamicvit", layers=(1, 2), keep=0.5)
+    assert model.vision_model(images(dtype=torch.float64)).pooler_output.dtype == torch.float64
 
 
 def test_eager_attention_and_its_dropout():
@@ -360,6 +445,10 @@ def test_more_that_is_refused(monkeypatch):
     patch(model.vit, "tome", r=2)
     with pytest.raises(ValueError, match=r'the ViTModel inside is already patched \("tome", r=2'):
         patch(model, "tome", r=2)
+    with pytest.raises(ValueError, match="is not patched, but the ViTModel inside is: give that"):
+        unpatch(nn.Sequential(model))
+    with pytest.raises(ValueError, match=r'the ViTModel inside this Sequential is already patched \("tome", r=2'):
+        patch(nn.Sequential(model), "tome", r=2)
     unpatch(model.vit)
     patch(model, "tome", r=2)
     with pytest.raises(ValueError, match=r'already patched \("tome", r=2'):

@@ -127,7 +127,7 @@ class _Merge(torch.autograd.Function):
         keep_total = None if weight is None else total
         ctx.save_for_backward(keep_x, keep_y, weight, keep_total, dest, members, begin, count)
         ctx.reduce, ctx.backend, ctx.weight_sum = reduce, backend, weight_sum
-        if weight is None:
+        if not need_weight:  # of x the sums of weights know nothing
             ctx.mark_non_differentiable(total)
         return y, total
 
@@ -135,7 +135,7 @@ class _Merge(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
         x, y, weight, total, dest, members, begin, count = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
-        if weight is None or not ctx.weight_sum:
+        if not (need_weight and ctx.weight_sum):
             grad_total = None
         with torch.no_grad():
             grad_x, grad_weight = _merge_backward(

@@ -89,7 +89,9 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
         or, in transformers, `unmerge(encoder(images).last_hidden_state, encoder.token_map)`. A mean over tokens, or an
         attention pool, before the head weighs tokens by their size. Hooks on blocks of timm see tuples
         `(x, state, token_map)`, where `state` has the `size`, `grid` and `packing` of x, and `token_map` is that of the
-        block's merge, or None; those on layers of transformers see tokens, and `output_hidden_states` gives them.
+        block's merge, or None; those on layers of transformers see `(x, state, maps, tokens attended)`, and
+        `output_hidden_states` gives x. What a method adds to train (predictors, counts) is in the state dict, and comes
+        back by `load_state_dict` into a model that is patched alike; `from_pretrained` does not know of it.
 
     Raises:
         TypeError: `model` is nothing that can be patched, or a setting is unknown or of a wrong type.
@@ -154,4 +156,9 @@ def unpatch(model: Model) -> Model:
         if mark is not None:
             mark.remove(module)
             return model
-    raise ValueError(f"tokred_kernels.unpatch: this {type(model).__name__} is not patched")
+    parts = (part for module in modules for part in module.modules())
+    patched = next((type(part).__name__ for part in parts if MARK in vars(part)), None)
+    raise ValueError(
+        f"tokred_kernels.unpatch: this {type(model).__name__} is not patched"
+        + ("" if patched is None else f", but the {patched} inside is: give that")
+    )

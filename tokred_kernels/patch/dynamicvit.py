@@ -101,7 +101,7 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
     shares = share_per_layer("keep", keep, len(given))
     if any(after > before for before, after in pairwise(shares)):
         raise ValueError(f"tokred_kernels.patch: keep must not rise from layer to layer, got {tuple(shares)}")
-    parameter = next(model.parameters())
+    parameter = next(anatomy.model.parameters())
     predictors = nn.ModuleList([TokenPredictor(anatomy.width) for _ in given]).to(parameter.device, parameter.dtype)
     predictors.train(model.training)
     setattr(anatomy.model, PREDICTORS, predictors)

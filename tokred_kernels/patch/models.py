@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from tokred_kernels.patch import MARK
 from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.state import Step
 
@@ -75,6 +76,12 @@ def examine(model: Any) -> Anatomy:
     """
     adapter = _adapter(model)
     if adapter is None or not adapter.supports(model):
+        patched = next((part for part in model.modules() if MARK in vars(part)), None)
+        if patched is not None:
+            raise ValueError(
+                f"tokred_kernels.patch: the {type(patched).__name__} inside this {type(model).__name__} is already "
+                f"patched ({getattr(patched, MARK)})"
+            )
         wrapped = next((part for part in model.modules() if _supports(part)), None)
         advice = (
             OWN_BLOCK if wrapped is None else f"give the {type(wrapped).__name__} inside it, before anything wraps it"

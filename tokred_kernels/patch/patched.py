@@ -14,9 +14,7 @@ from tokred_kernels.patch import MARK
 from tokred_kernels.patch.state import Record, State, Step
 from tokred_kernels.token_map import TokenMap
 
-# What a patched block carries: what it does, and, where no loop of ours runs the blocks, which of them it is.
-STEP = "tokred_step"
-INDEX = "tokred_index"
+STEP = "tokred_step"  # what a patched block does
 RECORD = "tokred_record"
 
 
@@ -44,7 +42,7 @@ class Mark(NamedTuple):
         """Give every module its own class back, and drop what we left in them."""
         for module in list(model.modules()):
             if isinstance(module, Patched):
-                for name in (STEP, INDEX, RECORD, MARK):
+                for name in (STEP, RECORD, MARK):
                     module.__dict__.pop(name, None)
                 for name in self.modules:
                     module._modules.pop(name, None)

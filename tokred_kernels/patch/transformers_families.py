@@ -72,11 +72,13 @@ class Around(NamedTuple):
         encoder: where it has that.
         mean: whether it takes the mean of the patches, besides or instead of what the encoder pooled.
         class_token: whether the class token comes before that mean.
+        loss_takes_all: whether its loss gets the keywords that the encoder gets.
     """
 
     encoder: str
     mean: bool = False
     class_token: bool = False
+    loss_takes_all: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Family:
 
 CLASSIFIER = "ForImageClassification"
 _TWO_TOWERS = {"Model": Around("vision_model"), "VisionModelWithProjection": Around("vision_model")}
-_CLIPS = _TWO_TOWERS | {CLASSIFIER: Around("vision_model", mean=True)}
+_CLIPS = _TWO_TOWERS | {CLASSIFIER: Around("vision_model", mean=True, loss_takes_all=False)}
 
 # By the folder in transformers.models.
 FAMILIES = {

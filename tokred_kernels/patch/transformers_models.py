@@ -13,9 +13,11 @@ from functools import cache
 from math import prod
 from typing import Any
 
+from torch import nn
+
 from tokred_kernels.patch import MARK
 from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy, Parts
-from tokred_kernels.patch.patched import INDEX, RECORD, STEP, Mark, Patched
+from tokred_kernels.patch.patched import RECORD, STEP, Mark, Patched
 from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, Step
 from tokred_kernels.patch.transformers_families import FAMILIES, Around, Family
@@ -80,6 +82,12 @@ def check(model: Any) -> None:
                     f"supported; {SUPPORTED['transformers']} are. You can {OWN_BLOCK}"
                 )
     head = has_probe(encoder)
+    if head and not _is(encoder.head, family, family.probe):
+        raise NotImplementedError(
+            f"tokred_kernels.patch: the head of this {type(encoder).__name__} is a {type(encoder.head).__module__}."
+            f"{type(encoder.head).__name__}, which may pool tokens without heeding what they stand for; supported are "
+            f"{family.stem}{family.probe} and torch.nn.Identity"
+        )
     ours = [encoder, layers[0], getattr(layers[0], layout.attention)] if layers else [encoder]
     ours += [encoder.head] if head else []
     ours += [model] if model is not encoder and _around(type(model)).mean else []  # type: ignore[union-attr]
@@ -115,7 +123,7 @@ def _parts(layer: Any, attention: Any, config: Any) -> Parts:
 def has_probe(encoder: Any) -> bool:
     """Whether its head pools by attention; patched, it says that it has none."""
     family: Any = _family(type(encoder))
-    return family.probe is not None and encoder.__dict__["use_head"]
+    return family.probe is not None and encoder.__dict__["use_head"] and type(encoder.head) is not nn.Identity
 
 
 def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
@@ -126,7 +134,6 @@ def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
         _disguise(getattr(layer, family.layout.attention))
         _disguise(layer)
         setattr(layer, STEP, steps(index))
-        setattr(layer, INDEX, index)
     if has_probe(encoder):
         _disguise(encoder.head)
     setattr(encoder, MARK, mark)
@@ -193,6 +200,7 @@ def patched_class(original: Any) -> Any:
         output = getattr(sys.modules[original.__module__], "ImageClassifierOutput")  # noqa: B009  (not ours to import)
         mixin, fields = PatchedMeanClassifier, {"encoder_name": around.encoder}
         fields |= {"forward": classifier_forward(original, output), "with_class_token": around.class_token}
+        fields |= {"loss_takes_all": around.loss_takes_all}
     else:
         mixin, fields = PatchedWrapper, {"encoder_name": around.encoder}
     names = ("__module__", "__qualname__", "__doc__")

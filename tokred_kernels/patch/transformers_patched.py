@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The vision transformers of Hugging Face's transformers, patched.
 
-They all are made alike, under different names, which `transformers_models.py` lists. A model runs its own forward, and
-hands to its layers, with the keywords that it passes on, a `Flow`: what is known of the tokens of this one forward, by
-the index of the layer, so that a layer that is run again for its gradients finds what it found.
+They all are made alike, under different names, which `transformers_families.py` lists. A model runs its own forward,
+and hands to its layers, with the keywords that it passes on, a `Flow`: what is known of the tokens of this one forward.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import pool_sized
 from tokred_kernels.patch import MARK
-from tokred_kernels.patch.patched import INDEX, RECORD, Patched, ReducingBlock, ReducingModel, count, weights
+from tokred_kernels.patch.patched import RECORD, Patched, ReducingBlock, ReducingModel, count, weights
 from tokred_kernels.patch.positions import of_all_tokens
 from tokred_kernels.patch.state import Record, State
 from tokred_kernels.records import changed
@@ -29,15 +28,17 @@ FLOW = "tokred_flow"
 
 
 class Flow:
-    """What is known of the tokens of one forward.
+    """What is known of the tokens of one forward, as it goes on.
+
+    It ends at the call of each layer, and is none of the arguments of its `forward`: with these checkpointing runs it
+    again, and if they led to what came of them, nothing of the forward would ever be let go.
 
     Attributes:
         model: that runs.
         grid: of the patches that enter the first layer.
         entered: B, N and the device of the tokens that do.
-        states: of the tokens that enter each layer, by its index, and of those that leave the last.
-        again: whether layers may run again, for their gradients, so that what they began with is kept.
-        maps: that each layer followed.
+        state: of the tokens that enter the next layer; None before the first.
+        maps: that were followed so far.
         counts: of each layer, how many tokens its attention had, and how many left it.
     """
 
@@ -45,34 +46,29 @@ class Flow:
         self.model: Any = None
         self.grid: tuple[int, int] | None = None
         self.entered: tuple[int, int, torch.device] | None = None
-        self.states: dict[int, State] = {}
-        self.again = torch.is_grad_enabled()
-        self.maps: dict[int, tuple[TokenMap, ...]] = {}
-        self.counts: dict[int, tuple[Any, Any]] = {}
+        self.state: State | None = None
+        self.maps: list[TokenMap] = []
+        self.counts: list[tuple[Any, Any]] = []
 
-    def begin(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
-        """The first layer gets x (B, N, C), and, in models with rotary positions, cosines and sines of the patches."""
-        self.entered = (x.shape[0], x.shape[1], x.device)
-        num_prefix, turned = self.model.num_prefix_tokens, None
-        if rope is not None:
-            cosines, sines = rope
-            turned = of_all_tokens(torch.cat([sines, cosines], -1).unsqueeze(0), num_prefix)
-        self.states[0] = State(grid=self.grid, patches=x.shape[1] - num_prefix, rope=turned)
-
-    def entering(self, layer: int) -> State:
-        """The state of the tokens that enter a layer."""
-        return self.states[layer] if self.again else self.states.pop(layer)
+    def enter(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> State:
+        """The state of x (B, N, C), which enter a layer, with cosines and sines of the patches if positions rotate."""
+        if self.state is None:
+            self.entered = (x.shape[0], x.shape[1], x.device)
+            num_prefix, turned = self.model.num_prefix_tokens, None
+            if rope is not None:
+                cosines, sines = rope
+                turned = of_all_tokens(torch.cat([sines, cosines], -1).unsqueeze(0), num_prefix)
+            self.state = State(grid=self.grid, patches=x.shape[1] - num_prefix, rope=turned)
+        return self.state
 
     def last(self) -> State:
         """The state of the final tokens."""
-        return self.states[len(self.maps)]
+        return State() if self.state is None else self.state
 
     def record(self, *, keeps_maps: bool) -> Record:
         """What is left of the forward once it is through."""
-        layers = range(len(self.maps))
-        maps = tuple(token_map for layer in layers for token_map in self.maps[layer]) if keeps_maps else None
-        counts = tuple(self.counts[layer] for layer in layers)
-        return Record(maps, changed(self.last(), rope=None), self.entered, counts)
+        maps = tuple(self.maps) if keeps_maps else None
+        return Record(maps, changed(self.last(), rope=None), self.entered, tuple(self.counts))
 
 
 class PatchedAttention(Patched):
@@ -129,13 +125,11 @@ class PatchedLayer(ReducingBlock):
     scale_names: tuple[str | None, str | None]
     drop_name: str | None
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    # transformers'.
+    gradient_checkpointing: bool
+    training: bool
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, N, C) to (B, N', C). A mask that gets here is one of all tokens, as tracers have it."""
         flow: Flow | None = kwargs.get(FLOW)
         if flow is None:
@@ -143,19 +137,27 @@ class PatchedLayer(ReducingBlock):
                 "tokred_kernels: a layer of a patched model runs within its model alone, which knows what the tokens "
                 "stand for; call tokred_kernels.unpatch(model) first"
             )
-        layer: int = getattr(self, INDEX)
-        if layer == 0:
-            flow.begin(hidden_states, position_embeddings)
-        x, state, before = self.tokred_step.enter(flow.model, hidden_states, flow.entering(layer))
-        attended = count(x, state)
-        x, state, after = self._reduce(x, state)
-        flow.states[layer + 1] = state
-        flow.maps[layer] = tuple(token_map for token_map in (before, after) if token_map is not None)
-        flow.counts[layer] = (attended, count(x, state))
+        state = flow.enter(hidden_states, kwargs.get("position_embeddings"))
+        x, flow.state, maps, attended = super().__call__(hidden_states, state, flow.model)  # type: ignore[misc]
+        if flow.state.policy is not None and self._runs_again_without_graph():
+            raise RuntimeError(
+                "tokred_kernels: reentrant checkpointing drops the gradients of the policies that choose tokens; call "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+        flow.maps += maps
+        flow.counts.append((attended, count(x, flow.state)))
         return x
 
-    def _reduce(self, x: Tensor, state: State) -> tuple[Tensor, State, TokenMap | None]:
+    def _runs_again_without_graph(self) -> bool:
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return False
+        return getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, state: State, model: Any) -> tuple[Tensor, State, tuple[TokenMap, ...], Any]:
+        """x (B, N, C) and its state, to those that leave, the maps that were followed, and how many tokens attended."""
         step = self.tokred_step
+        x, state, before = step.enter(model, x, state)
+        tokens = count(x, state)
         attended, keys, importance = getattr(self, self.attention_name)(
             self._part(self.norm_names[0], x),
             state,
@@ -163,10 +165,11 @@ class PatchedLayer(ReducingBlock):
             importance=step.importance(x.shape[1]),
         )
         x = x + self._part(self.drop_name, self._part(self.scale_names[0], attended))
-        x, state, token_map = step.reduce(self, x, keys, importance, state)
+        x, state, after = step.reduce(self, x, keys, importance, state)
         del attended, keys
         wide = self.mlp(self._part(self.norm_names[1], x))  # type: ignore[attr-defined]
-        return x + self._part(self.drop_name, self._part(self.scale_names[1], wide)), state, token_map
+        x = x + self._part(self.drop_name, self._part(self.scale_names[1], wide))
+        return x, state, tuple(token_map for token_map in (before, after) if token_map is not None), tokens
 
     def _part(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else getattr(self, name)(x)
@@ -204,10 +207,11 @@ class PatchedProbeEncoder(PatchedEncoder):
         return False
 
     def pool(self, x: Tensor, size: Tensor | None) -> Tensor | None:
-        """(B, C), of x (B, N', C) and sizes (B, N', 1); None without a head."""
+        """(B, C), of x (B, N', C) and sizes (B, N', 1), or what another head makes of x; None without one."""
         if not self.__dict__["use_head"]:
             return None
-        return self.head(x, None if size is None or not self.counts_sizes() else size_bias(size, x))
+        heeds = size is not None and self.counts_sizes() and isinstance(self.head, PatchedProbe)
+        return self.head(x, size_bias(size, x)) if heeds else self.head(x)  # type: ignore[arg-type]
 
 
 class PatchedProbe(Patched):
@@ -235,7 +239,8 @@ def encoder_forward(original: type[nn.Module]) -> Any:
 
     @wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+        attentions = kwargs.get("output_attentions")
+        if getattr(self.config, "output_attentions", False) if attentions is None else attentions:
             raise NotImplementedError(
                 "tokred_kernels: a patched model gives no attentions, which are never written out; call "
                 "tokred_kernels.unpatch(model) first"
@@ -284,12 +289,12 @@ OF_THE_ENCODER = (MARK, *(name for name, value in vars(ReducingModel).items() if
 class PatchedMeanClassifier(PatchedWrapper):
     """An image classifier that takes the mean of the tokens; its class has what `classifier_forward` makes."""
 
-    # Of the family: whether the class token comes before the mean.
+    # Of the family: whether the class token comes before the mean, and whether the loss takes the other keywords.
     with_class_token: bool
+    loss_takes_all: bool
 
-    def pool(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """What the classifier takes, of x (B, N', C) and what each token counts, (B, N', 1)."""
-        begin = getattr(self, self.encoder_name).num_prefix_tokens
+    def pool(self, x: Tensor, weight: Tensor | None, begin: int) -> Tensor:
+        """What the classifier takes, of x (B, N', C) after the first tokens, which count (B, N', 1)."""
         mean = x[:, begin:].mean(1) if weight is None else pool_sized(x, weight, kind="avg", begin=begin)
         return torch.cat([x[:, 0], mean], 1) if self.with_class_token else mean
 
@@ -297,17 +302,23 @@ class PatchedMeanClassifier(PatchedWrapper):
 def classifier_forward(original: type[nn.Module], output: Any) -> Any:
     """The forward of a patched `original`, a classifier that takes a mean: it counts tokens by what they stand for."""
 
+    names = list(inspect.signature(original.forward).parameters)[1:]
+
     @wraps(original.forward)
-    def forward(self: Any, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         encoder = getattr(self, self.encoder_name)
-        patched = isinstance(encoder, PatchedEncoder)
-        if not patched:  # any more: the encoder was unpatched by itself
-            return original.forward(self, pixel_values, labels, **kwargs)
+        # A compiler or the like may have wrapped it since.
+        patched = next((part for part in encoder.modules() if isinstance(part, PatchedEncoder)), None)
+        if patched is None:  # any more: the encoder was unpatched by itself
+            return original.forward(self, *args, **kwargs)
         as_tuple = not _returns_dict(self, kwargs)
-        flow = Flow()
-        outputs = encoder(pixel_values, **kwargs, **{FLOW: flow}, return_dict=True)
-        logits = self.classifier(self.pool(outputs.last_hidden_state, weights(flow.last())))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        kwargs |= dict(zip(names[: len(args)], args, strict=True))
+        labels, flow = kwargs.pop("labels", None), Flow()
+        outputs = encoder(**kwargs, **{FLOW: flow}, return_dict=True)
+        pooled = self.pool(outputs.last_hidden_state, weights(flow.last()), patched.num_prefix_tokens)
+        logits = self.classifier(pooled)
+        others = kwargs if self.loss_takes_all else {}
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **others)
         result = output(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return result.to_tuple() if as_tuple else result
 
