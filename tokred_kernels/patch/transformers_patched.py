@@ -307,8 +307,7 @@ def classifier_forward(original: type[nn.Module], output: Any) -> Any:
     @wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         encoder = getattr(self, self.encoder_name)
-        # A compiler or the like may have wrapped it since.
-        patched = next((part for part in encoder.modules() if isinstance(part, PatchedEncoder)), None)
+        patched = encoder if isinstance(encoder, PatchedEncoder) else _inside(encoder)
         if patched is None:  # any more: the encoder was unpatched by itself
             return original.forward(self, *args, **kwargs)
         as_tuple = not _returns_dict(self, kwargs)
@@ -323,6 +322,12 @@ def classifier_forward(original: type[nn.Module], output: Any) -> Any:
         return result.to_tuple() if as_tuple else result
 
     return forward
+
+
+def _inside(wrapped: nn.Module) -> PatchedEncoder | None:
+    """The patched encoder in what a compiler or the like has made of it, if there is one."""
+    patched = [part for part in wrapped.modules() if isinstance(part, PatchedEncoder)]
+    return patched[0] if patched else None
 
 
 def _returns_dict(model: Any, kwargs: dict[str, Any]) -> bool:
