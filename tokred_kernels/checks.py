@@ -89,3 +89,13 @@ def prefix_length(op: str, num_prefix: int | None, class_token: bool, distill_to
             f"got num_prefix={num_prefix}, class_token={class_token}, distill_token={distill_token}"
         )
     return num_prefix
+
+
+def is_per_row(value: Tensor, rows: tuple[int, ...]) -> bool:
+    """Whether `value` has the shape `rows`, or that and a dimension of 1.
+
+    Compared one by one: where torch.compile leaves a number open, `in` finds none.
+    """
+    if value.shape == rows:
+        return True
+    return value.shape == (*rows, 1)

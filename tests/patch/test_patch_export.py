@@ -67,6 +67,16 @@ def test_compiles_whole_and_once(backend, pool, method):
                 assert torch.equal(sizes, model.token_sizes)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles_block_by_block(method):
+    model, x = make(method), images()
+    expected = model(x)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    # The number of tokens is another in each block, and from the second one on the compiler leaves it open.
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_compiles_with_inductor(method):

@@ -15,6 +15,7 @@ from torch import nn
 
 from tokred_kernels import diffrate_search, flops, set_keep_rate, unmerge
 from tokred_kernels.patch import patch, transformers_models, unpatch
+from tokred_kernels.patch.models import anatomy
 from tokred_kernels.patch.patched import Patched
 
 PREFIX = {"deit": 2, "deit, distilled": 2, "dinov2, registers": 5, "dinov3": 5, "ijepa": 0, "siglip": 0}
@@ -28,7 +29,7 @@ METHODS = {
 }
 MEANS = ["ijepa", "dinov2", "dinov2, registers", "clip, classifier", "metaclip_2", "siglip"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 def encoder_of(model):
@@ -131,6 +132,15 @@ def test_compiled_without_graph_breaks(name):
     with torch.no_grad():
         torch.testing.assert_close(result(compiled(x)), result(expected))
     assert model.token_map.num_out == model.token_map.num_tokens - 5 * DEPTH
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3", "siglip, encoder"])
+def test_compiled_layer_by_layer(name):
+    model, x = patch(make(name), "tome", r=5), images()
+    expected = result(model(x))
+    for layer in anatomy(model).blocks:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(result(model(x)), expected)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov3", "siglip, encoder"])

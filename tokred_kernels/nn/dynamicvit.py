@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import check_count, shape
+from tokred_kernels.checks import check_count, is_per_row, shape
 
 KEEP = 0  # of the predictor's two classes
 INIT_STD = 0.02  # as published
@@ -51,7 +51,7 @@ class TokenPredictor(nn.Module):
             policy: (B, N, 1) or (B, N), 1 for tokens that were kept so far, else 0. An image that kept none has zeros
                 for the mean.
         """
-        if policy.shape not in ((*x.shape[:2], 1), x.shape[:2]):
+        if not is_per_row(policy, x.shape[:2]):
             raise ValueError(
                 f"tokred_kernels.nn.TokenPredictor: policy must be {(*x.shape[:2], 1)} as x is {shape(x)}, "
                 f"got {shape(policy)}"

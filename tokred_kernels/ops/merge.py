@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
-from tokred_kernels.checks import check_floating, check_same_device, check_tokens, shape
+from tokred_kernels.checks import check_floating, check_same_device, check_tokens, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import is_differentiated, once, register
 from tokred_kernels.token_map import TokenMap
@@ -73,7 +73,7 @@ def prepare_weight(op: str, name: str, weight: Any, x: Tensor) -> Tensor:
     """The weight as a contiguous (B, N), or (T,), in the dtype that sums are kept in; differentiable."""
     check_floating(op, name, weight)
     rows = x.shape[:-1]
-    if weight.shape not in (rows, (*rows, 1)):
+    if not is_per_row(weight, rows):
         raise ValueError(
             f"tokred_kernels.{op}: {name} must be {tuple(rows)} or {(*rows, 1)} as x is {shape(x)}, got {shape(weight)}"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
-from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
+from tokred_kernels.checks import check_floating, check_real, check_same_device, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted, is_autocasting
 from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.packing import Packing, check_packing
@@ -146,7 +146,7 @@ def _per_token(name: str, value: Any, q: Tensor, rows: tuple[int, ...]) -> Tenso
     if value is None:
         return None
     check_floating(OP, name, value)
-    if value.shape not in (rows, (*rows, 1)):
+    if not is_per_row(value, rows):
         raise ValueError(f"tokred_kernels.{OP}: {name} must be {rows} or {(*rows, 1)}, got {shape(value)}")
     check_same_device(OP, name, value, "q", q)
     accumulator = accumulator_of(q)
