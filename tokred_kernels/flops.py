@@ -72,20 +72,14 @@ def count(
         NotImplementedError: a model of other parts.
         ImportError: the model's library is too old for patches.
     """
-    from tokred_kernels.patch import models  # noqa: PLC0415  (the patches count by this module)
-
     anatomy = made_of(model)
-    costs = importlib.import_module(f"tokred_kernels.patch.{models.library(model)}_flops")
     pixels = image_size(model) if img_size is None else _pixels(img_size)
-    costs.check_pixels(model, pixels)
-    return _count(model, anatomy, costs, pixels, tokens)
+    return _count(model, anatomy, pixels, tokens)
 
 
 def image_size(model: Any) -> tuple[int, int]:
     """Height and width of the images that a model, which `count` takes, was made for."""
-    from tokred_kernels.patch import models  # noqa: PLC0415  (the patches count by this module)
-
-    return importlib.import_module(f"tokred_kernels.patch.{models.library(model)}_flops").made_for(model)
+    return _costs(model).made_for(model)
 
 
 def made_of(model: Any) -> Any:
@@ -169,7 +163,15 @@ def _pixels(img_size: int | tuple[int, int]) -> tuple[int, int]:
     return size
 
 
-def _count(model: Any, anatomy: Any, costs: Any, pixels: tuple[int, int], given: Sequence[int] | None) -> Flops:
+def _costs(model: Any) -> Any:
+    """The module that knows what models of the library take around their blocks."""
+    from tokred_kernels.patch import models  # noqa: PLC0415  (the patches count by this module)
+
+    return importlib.import_module(f"tokred_kernels.patch.{models.library(model)}_flops")
+
+
+def _count(model: Any, anatomy: Any, pixels: tuple[int, int], given: Sequence[int] | None) -> Flops:
+    costs = _costs(model)
     grid = costs.grid(model, pixels)
     entering = grid[0] * grid[1] + anatomy.num_prefix
     images = _tokens(anatomy, entering, grid, given)

@@ -3,6 +3,7 @@
 
 import copy
 
+import method_settings
 import pytest
 import torch
 from pruning_models import set_counts
@@ -41,14 +42,7 @@ MODELS = {
     },
     "mrope": {**ROPE, "rope_type": "mrope", "rope_mrope_section": (4, 2, 2)},
 }
-METHODS = {
-    "tome": {"r": 5},
-    "algm": {"layers": (1, 3), "threshold": 0.2},
-    "algm, packed": {"layers": (1, 3), "threshold": 0.2, "count": "image"},
-    "dynamicvit": {"layers": (1, 2), "keep": (0.7, 0.5)},
-    "evit": {"layers": (1, 2), "keep_rate": 0.7},
-    "diffrate": {"kept": {"prune_kept_num": [30, 25, 20, 15], "merge_kept_num": [27, 22, 18, 12]}},
-}
+METHODS = method_settings.METHODS | {"algm, packed": {"layers": (1, 3), "threshold": 0.2, "count": "image"}}
 BY_SIZE = ("tome", "algm", "algm, packed")
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,29 +11,23 @@ import weakref
 import pytest
 import torch
 from hf_models import DEPTH, MODELS, images, make, result, transformers
+from method_settings import METHODS
 from torch import nn
 
 from tokred_kernels import diffrate_search, flops, set_keep_rate, unmerge
-from tokred_kernels.patch import patch, transformers_models, unpatch
+from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.patch.models import anatomy
 from tokred_kernels.patch.patched import Patched
 
 PREFIX = {"deit": 2, "deit, distilled": 2, "dinov2, registers": 5, "dinov3": 5, "ijepa": 0, "siglip": 0}
 PREFIX |= {"siglip, encoder": 0}
-METHODS = {
-    "tome": {"r": 5},
-    "algm": {"layers": (1, 3), "threshold": 0.2},
-    "dynamicvit": {"layers": (1, 2), "keep": (0.7, 0.5)},
-    "evit": {"layers": (1, 2), "keep_rate": 0.7},
-    "diffrate": {"kept": {"prune_kept_num": [30, 25, 20, 15], "merge_kept_num": [27, 22, 18, 12]}},
-}
 MEANS = ["ijepa", "dinov2", "dinov2, registers", "clip, classifier", "metaclip_2", "siglip"]
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 def encoder_of(model):
-    return transformers_models.carrier(model)
+    return anatomy(model).model
 
 
 def same(outputs, expected):
@@ -467,6 +461,8 @@ def test_more_that_is_refused(monkeypatch):
         model(x, output_attentions=True)
     with pytest.raises(NotImplementedError, match="takes no attention_mask"):
         model(x, attention_mask=torch.tensor([[1] * 36 + [0]] * 2))
+    with pytest.raises(TypeError, match="ViTModel takes at most 4 arguments, got 5"):
+        model.vit(x, None, None, None, None)
     with pytest.raises(RuntimeError, match="runs within its model alone"):
         model.vit.layers[0](torch.randn(2, 37, 48))
     with pytest.raises(RuntimeError, match="has run none yet"):

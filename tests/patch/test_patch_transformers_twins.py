@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Hugging Face's models, patched, against timm's of the same weights, whose patches are tested against the papers."""
 
+import method_settings
 import pytest
 import torch
 from hf_models import SIDE, TIMM_NAMES, images, make, timm_twin
@@ -8,15 +9,11 @@ from hf_models import SIDE, TIMM_NAMES, images, make, timm_twin
 from tokred_kernels import calibrate_thresholds
 from tokred_kernels.patch import patch
 
-METHODS = {
+METHODS = method_settings.METHODS | {
     "tome": {"r": [5, 0, 7, 100]},
     "tome, sizes not in attention": {"r": 5, "prop_attn": False},
-    "algm": {"layers": (1, 3), "threshold": 0.2},
     "algm, a number": {"layers": (1, 3), "count": 4, "prop_attn": True},
-    "dynamicvit": {"layers": (1, 2), "keep": (0.7, 0.5)},
-    "evit": {"layers": (1, 2), "keep_rate": 0.7},
     "evit, mean": {"layers": (1, 2), "keep_rate": 0.7, "importance": "mean", "fuse": False},
-    "diffrate": {"kept": {"prune_kept_num": [30, 25, 20, 15], "merge_kept_num": [27, 22, 18, 12]}},
 }
 WITHOUT_CLASS_TOKEN = [name for name in METHODS if name not in ("dynamicvit", "evit", "diffrate")]
 PAIRS = [

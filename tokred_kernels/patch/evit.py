@@ -101,7 +101,6 @@ def apply(
 
 def set_keep_rate(model: Any, keep_rate: Any) -> None:
     """See `tokred_kernels.set_keep_rate`."""
-    model = models.carrier(model)
     mark = getattr(model, MARK, None)
     if not isinstance(mark, Mark) or mark.method != METHOD:
         raise ValueError(
@@ -109,7 +108,8 @@ def set_keep_rate(model: Any, keep_rate: Any) -> None:
             + ("" if mark is None else f" patched with {mark}")
         )
     given = mark.settings["layers"]
-    blocks = models.anatomy(model).blocks
+    anatomy = models.anatomy(model)
+    blocks = anatomy.blocks
     if given[-1] >= len(blocks):
         raise ValueError(
             f"tokred_kernels.set_keep_rate: model must still have the blocks {given} that it was patched in, got "
@@ -118,4 +118,4 @@ def set_keep_rate(model: Any, keep_rate: Any) -> None:
     rates = share_per_layer("keep_rate", keep_rate, len(given))
     for layer, rate in zip(given, rates, strict=True):
         setattr(blocks[layer], STEP, replace(blocks[layer].tokred_step, keep=as_text(rate)))
-    setattr(model, MARK, mark._replace(settings={**mark.settings, "keep_rate": keep_rate}))
+    setattr(anatomy.model, MARK, mark._replace(settings={**mark.settings, "keep_rate": keep_rate}))

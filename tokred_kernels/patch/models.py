@@ -12,8 +12,8 @@ from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.state import Step
 
 # The models that are known, by the package that their classes are of. Of each, the module <package>_models.py beside
-# this one has `supports(model)`, `check(model)`, `anatomy(model)`, `install(model, mark, steps)` and `carrier(model)`,
-# as here, and <package>_flops.py what `flops.py` asks for.
+# this one has `supports(model)`, `check(model)`, `anatomy(model)` and `install(model, mark, steps)`, as here, and
+# <package>_flops.py what `flops.py` asks for.
 SUPPORTED = {
     "timm": (
         "timm's VisionTransformer and VisionTransformerDistilled, made of timm's Block and Attention, and Eva (EVA, "
@@ -102,12 +102,6 @@ def anatomy(model: Any) -> Anatomy:
 def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
     """Patch `model`, which `examine` has passed: the block of each index does `steps(index)`."""
     _adapter(model).install(model, mark, steps)
-
-
-def carrier(model: Any) -> Any:
-    """The module that carries the mark of `model`, patched or not: itself, or one inside."""
-    adapter = _adapter(model)
-    return model if adapter is None else adapter.carrier(model)
 
 
 def check_switches(**switches: Any) -> None:

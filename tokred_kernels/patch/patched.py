@@ -56,9 +56,30 @@ class Patched:
 
 
 class ReducingBlock(Patched):
-    """A block that may remove tokens, as its step says."""
+    """A pre-norm block that may remove tokens between attention and MLP, as its step says."""
 
     tokred_step: Step
+
+    def reduced(self, x: Tensor, state: State) -> tuple[Tensor, State, TokenMap | None]:
+        """x (B, N, C), or packed (T, C), and its state, to those that leave, and the map that was followed, if any."""
+        step = self.tokred_step
+        attended, keys, importance = self.attend(x, state, step.proportional, step.importance(x.shape[-2]))
+        x = x + self.branch(1, attended, state)
+        x, state, token_map = step.reduce(self, x, keys, importance, state)
+        del attended, keys  # the keys may be a view of all of qkv, which would else live on through the MLP
+        return x + self.branch(2, self.feed(x), state), state, token_map
+
+    def attend(self, x: Tensor, state: State, proportional: bool, importance: str | None) -> tuple[Any, ...]:
+        """The first norm and attention: the same shape, the keys, and their importance, where it is wanted."""
+        raise NotImplementedError
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second norm and the MLP."""
+        raise NotImplementedError
+
+    def branch(self, number: int, x: Tensor, state: State) -> Tensor:
+        """What the first or second residual branch does with what it adds: scales it, drops some of it."""
+        raise NotImplementedError
 
 
 class ReducingModel(Patched):

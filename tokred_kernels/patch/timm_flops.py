@@ -22,19 +22,15 @@ def made_for(model: Any) -> tuple[int, int]:
     return tuple(model.patch_embed.img_size)
 
 
-def check_pixels(model: Any, pixels: tuple[int, int]) -> None:
-    """Raise ValueError for images of a size that the model does not take."""
+def grid(model: Any, pixels: tuple[int, int]) -> tuple[int, int]:
+    """Of patches, down and across; raise ValueError for images of a size that the model does not take."""
     embed = model.patch_embed
     if embed.strict_img_size and pixels != tuple(embed.img_size):
         raise ValueError(
             f"tokred_kernels.flops.count: the model takes images of {tuple(embed.img_size)} pixels only, got {pixels}; "
             "make it with dynamic_img_size=True, or call its set_input_size"
         )
-
-
-def grid(model: Any, pixels: tuple[int, int]) -> tuple[int, int]:
-    """Of patches, down and across."""
-    return model.patch_embed.dynamic_feat_size(pixels)
+    return embed.dynamic_feat_size(pixels)
 
 
 def patch_embed(model: Any, pixels: tuple[int, int], grid: tuple[int, int]) -> int:

@@ -26,12 +26,18 @@ def import_timm() -> ModuleType:
         ImportError: it is not installed, or too old for its models to be patched.
     """
     timm = import_beside_torchvision("timm")
-    if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < OLDEST_TIMM:
-        oldest = ".".join(map(str, OLDEST_TIMM))
-        raise ImportError(
-            f"tokred_kernels.patch needs timm {oldest} or later, got {timm.__version__}: pip install --upgrade timm"
-        )
+    check_version(timm, OLDEST_TIMM)
     return timm
+
+
+def check_version(library: ModuleType, oldest: tuple[int, ...]) -> None:
+    """Raise ImportError where a library is too old for its models to be patched."""
+    name, version = library.__name__, library.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[: len(oldest)])) < oldest:
+        needed = ".".join(map(str, oldest))
+        raise ImportError(
+            f"tokred_kernels.patch needs {name} {needed} or later, got {version}: pip install --upgrade {name}"
+        )
 
 
 def import_beside_torchvision(library: str) -> ModuleType:

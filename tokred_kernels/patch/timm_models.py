@@ -85,11 +85,6 @@ def check(model: Any) -> None:
         )
 
 
-def carrier(model: Any) -> Any:
-    """See `models.carrier`."""
-    return model
-
-
 def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
     """See `models.install`."""
     for index, block in enumerate(model.blocks):

@@ -97,7 +97,7 @@ class PatchedSelfAttention(Patched):
 
 
 class PatchedPreNormBlock(ReducingBlock):
-    """A block that may remove tokens between attention and MLP, as its step says."""
+    """timm's blocks, patched."""
 
     # Of timm's.
     attn: Any
@@ -116,16 +116,22 @@ class PatchedPreNormBlock(ReducingBlock):
         x: Tensor,
         state: State = State(),  # noqa: B008  (it never changes)
     ) -> tuple[Tensor, State, TokenMap | None]:
-        """x (B, N, C), or packed (T, C), and its state, to those that leave, and the map that was followed, if any."""
-        step = self.tokred_step
-        size = state.size if step.proportional else None
-        wanted = step.importance(x.shape[-2])
-        attended, keys, importance = self.attn(self.norm1(x), size, state.policy, state.packing, wanted, state.rope)
-        x = x + _drop_path(self.drop_path1, self.scale(1, attended), state.packing)
-        x, state, token_map = step.reduce(self, x, keys, importance, state)
-        del attended, keys  # the keys may be a view of all of qkv, which would else live on through the MLP
-        x = x + _drop_path(self.drop_path2, self.scale(2, self.mlp(self.norm2(x))), state.packing)
-        return x, state, token_map
+        """See `reduced`."""
+        return self.reduced(x, state)
+
+    def attend(self, x: Tensor, state: State, proportional: bool, importance: str | None) -> tuple[Any, ...]:
+        """See `ReducingBlock`."""
+        size = state.size if proportional else None
+        return self.attn(self.norm1(x), size, state.policy, state.packing, importance, state.rope)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """See `ReducingBlock`."""
+        return self.mlp(self.norm2(x))
+
+    def branch(self, number: int, x: Tensor, state: State) -> Tensor:
+        """See `ReducingBlock`."""
+        drop = self.drop_path1 if number == 1 else self.drop_path2
+        return _drop_path(drop, self.scale(number, x), state.packing)
 
 
 def _drop_path(drop: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from tokred_kernels.flops import linear_flops
-from tokred_kernels.patch.models import anatomy
-from tokred_kernels.patch.transformers_models import has_probe
+from tokred_kernels.patch.transformers_models import encoder_of, has_probe
 from tokred_kernels.patch.transformers_patched import grid_of, sides
 
 TEXT = ("text_model", "text_projection")  # of models with two towers
@@ -17,28 +16,24 @@ TEXT = ("text_model", "text_projection")  # of models with two towers
 
 def made_for(model: Any) -> tuple[int, int]:
     """Height and width of the images that the model was made for."""
-    return sides(anatomy(model).model.config.image_size)
-
-
-def check_pixels(model: Any, pixels: tuple[int, int]) -> None:
-    """Any size will do: models that do not take others without being asked do when they are asked."""
+    return sides(encoder_of(model).config.image_size)
 
 
 def grid(model: Any, pixels: tuple[int, int]) -> tuple[int, int]:
-    """Of patches, down and across."""
-    return grid_of(anatomy(model).model.config, pixels)
+    """Of patches, down and across. Any size will do: models that do not take others unless asked do when asked."""
+    return grid_of(encoder_of(model).config, pixels)
 
 
 def patch_embed(model: Any, pixels: tuple[int, int], grid: tuple[int, int]) -> int:
     """The operations of the patch embedding."""
-    embeddings = anatomy(model).model.embeddings
+    embeddings = encoder_of(model).embeddings
     (projection,) = (part for part in embeddings.modules() if isinstance(part, nn.Conv2d))
     return grid[0] * grid[1] * 2 * projection.weight.numel()
 
 
 def head(model: Any, tokens: int) -> int:
     """The operations of pooling so many tokens, and of heads, which run once."""
-    encoder = anatomy(model).model
+    encoder = encoder_of(model)
     around = [] if model is encoder else [part for name, part in model.named_children() if name not in TEXT]
     parts = [part for part in (*around, getattr(encoder, "pooler", None)) if part not in (None, encoder)]
     probe = encoder.head if has_probe(encoder) else None

@@ -20,6 +20,7 @@ from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy, Parts
 from tokred_kernels.patch.patched import RECORD, STEP, Mark, Patched
 from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, Step
+from tokred_kernels.patch.timm_import import check_version
 from tokred_kernels.patch.transformers_families import FAMILIES, Around, Family
 from tokred_kernels.patch.transformers_patched import (
     PatchedAttention,
@@ -43,7 +44,7 @@ def supports(model: Any) -> bool:
     """Whether `model`, not patched, is of a class that can be."""
     family, around = _family(type(model)), _around(type(model))
     if isinstance(model, PatchedWrapper):
-        return not isinstance(carrier(model), Patched)  # it was unpatched by itself, and left its wrapper alone
+        return not isinstance(encoder_of(model), Patched)  # it was unpatched by itself, and left its wrapper alone
     if family is None or not _is_own(type(model)):
         return False
     return around is not None or _is(model, family, family.layout.encoder)
@@ -51,14 +52,8 @@ def supports(model: Any) -> bool:
 
 def check(model: Any) -> None:
     """Raise unless the version of transformers, and all parts, are what this adapter was written for."""
-    version = sys.modules["transformers"].__version__
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise ImportError(
-            f"tokred_kernels.patch needs transformers {oldest} or later, got {version}: pip install --upgrade "
-            "transformers"
-        )
-    encoder = carrier(model)
+    check_version(sys.modules["transformers"], OLDEST)
+    encoder = encoder_of(model)
     if isinstance(encoder, Patched):
         raise ValueError(
             f"tokred_kernels.patch: the {type(encoder).__name__} inside is already patched ({getattr(encoder, MARK)}); "
@@ -96,7 +91,7 @@ def check(model: Any) -> None:
 
 def anatomy(model: Any) -> Anatomy:
     """See `models.anatomy`."""
-    encoder = carrier(model)
+    encoder = encoder_of(model)
     family: Any = _family(type(encoder))
     layers, config, head = encoder.get_submodule(family.layout.layers), encoder.config, has_probe(encoder)
     return Anatomy(
@@ -128,7 +123,7 @@ def has_probe(encoder: Any) -> bool:
 
 def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
     """See `models.install`."""
-    encoder = carrier(model)
+    encoder = encoder_of(model)
     family: Any = _family(type(encoder))
     for index, layer in enumerate(encoder.get_submodule(family.layout.layers)):
         _disguise(getattr(layer, family.layout.attention))
@@ -143,8 +138,8 @@ def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
         _disguise(model)
 
 
-def carrier(model: Any) -> Any:
-    """See `models.carrier`: the encoder."""
+def encoder_of(model: Any) -> Any:
+    """What runs the layers of a model, patched or not, and carries its mark."""
     around = _around(type(model))
     return model if around is None else getattr(model, around.encoder)
 
@@ -182,35 +177,26 @@ def _bare(original: Any) -> Any:
 def patched_class(original: Any) -> Any:
     """The class that a module of `original` takes while it is patched."""
     family: Any = _family(original)
-    layout, ending = family.layout, original.__name__.removeprefix(family.stem)
-    around = _around(original)
+    around, ending = _around(original), original.__name__.removeprefix(family.stem)
+    names = ("__module__", "__qualname__", "__doc__")
+    fields = {name: getattr(original, name) for name in names}
+    fields |= {"original": original, "family": family, "around": around}
     mixin: Any
-    fields: dict[str, Any]
     if ending == "Attention":
-        mixin, fields = PatchedAttention, {"out_name": layout.out, "dropout_name": layout.dropout}
-    elif ending == layout.layer:
-        mixin, fields = PatchedLayer, {"attention_name": layout.attention, "norm_names": layout.norms}
-        fields |= {"scale_names": layout.scales, "drop_name": layout.drop}
+        mixin = PatchedAttention
+    elif ending == family.layout.layer:
+        mixin = PatchedLayer
     elif ending == family.probe:
-        mixin, fields = PatchedProbe, {}
+        mixin = PatchedProbe
     elif around is None:
         mixin = PatchedEncoder if family.probe is None else PatchedProbeEncoder
-        fields = {"forward": encoder_forward(original), "num_prefix_tokens": property(_num_prefix)}
+        fields["forward"] = encoder_forward(original)
     elif around.mean:
         output = getattr(sys.modules[original.__module__], "ImageClassifierOutput")  # noqa: B009  (not ours to import)
-        mixin, fields = PatchedMeanClassifier, {"encoder_name": around.encoder}
-        fields |= {"forward": classifier_forward(original, output), "with_class_token": around.class_token}
-        fields |= {"loss_takes_all": around.loss_takes_all}
+        mixin, fields["forward"] = PatchedMeanClassifier, classifier_forward(original, output)
     else:
-        mixin, fields = PatchedWrapper, {"encoder_name": around.encoder}
-    names = ("__module__", "__qualname__", "__doc__")
-    fields |= {"original": original, **{name: getattr(original, name) for name in names}}
+        mixin = PatchedWrapper
     return type(original.__name__, (Disguised, mixin, original), fields)
-
-
-def _num_prefix(encoder: Any) -> int:
-    family: Any = _family(type(encoder))
-    return family.num_prefix(encoder.config)
 
 
 def _family(kind: type) -> Family | None:

@@ -20,6 +20,7 @@ from tokred_kernels.patch import MARK
 from tokred_kernels.patch.patched import RECORD, Patched, ReducingBlock, ReducingModel, count, weights
 from tokred_kernels.patch.positions import of_all_tokens
 from tokred_kernels.patch.state import Record, State
+from tokred_kernels.patch.transformers_families import Around, Family
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
@@ -71,7 +72,14 @@ class Flow:
         return Record(maps, changed(self.last(), rope=None), self.entered, tuple(self.counts))
 
 
-class PatchedAttention(Patched):
+class OfFamily(Patched):
+    """A patched module whose parts have the names of its family."""
+
+    family: Family
+    around: Around  # of models around an encoder alone
+
+
+class PatchedAttention(OfFamily):
     """Self-attention that takes what travels with the tokens, and gives its keys and their importance too."""
 
     # transformers'.
@@ -81,9 +89,6 @@ class PatchedAttention(Patched):
     q_proj: Any
     k_proj: Any
     v_proj: Any
-    # Of the family.
-    out_name: str
-    dropout_name: str
 
     def forward(self, x: Tensor, state: State, *, proportional: bool, importance: str | None) -> tuple[Any, ...]:
         """Attend, x (B, N, C).
@@ -92,7 +97,7 @@ class PatchedAttention(Patched):
             The same shape; the keys (B, H, N, d) as queries meet them: a view, or rotated; and their importance, where
             it was asked for.
         """
-        layers = (self.q_proj, self.k_proj, self.v_proj)
+        layout, layers = self.family.layout, (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
         if state.rope is not None:
             q, k = (_turned(part, state.rope.unsqueeze(1)).type_as(v) for part in (q, k))
@@ -103,10 +108,10 @@ class PatchedAttention(Patched):
             size=state.size if proportional else None,
             policy=state.policy,
             importance=importance,
-            dropout=getattr(self, self.dropout_name) if self.training else 0.0,
+            dropout=getattr(self, layout.dropout) if self.training else 0.0,
             fused=self.config._attn_implementation != "eager",
         )
-        return getattr(self, self.out_name)(y.transpose(1, 2).flatten(-2)), k, worth
+        return getattr(self, layout.out)(y.transpose(1, 2).flatten(-2)), k, worth
 
 
 def _turned(x: Tensor, rope: Tensor) -> Tensor:
@@ -116,16 +121,11 @@ def _turned(x: Tensor, rope: Tensor) -> Tensor:
     return x * cosines + torch.cat([-second, first], -1) * sines
 
 
-class PatchedLayer(ReducingBlock):
+class PatchedLayer(OfFamily, ReducingBlock):
     """A layer that may remove tokens before it, and between attention and MLP, as its step says."""
 
-    # Of the family: what its parts are called; None where there is no such part.
-    attention_name: str
-    norm_names: tuple[str, str]
-    scale_names: tuple[str | None, str | None]
-    drop_name: str | None
-
     # transformers'.
+    mlp: Any
     gradient_checkpointing: bool
     training: bool
 
@@ -155,21 +155,25 @@ class PatchedLayer(ReducingBlock):
 
     def forward(self, x: Tensor, state: State, model: Any) -> tuple[Tensor, State, tuple[TokenMap, ...], Any]:
         """x (B, N, C) and its state, to those that leave, the maps that were followed, and how many tokens attended."""
-        step = self.tokred_step
-        x, state, before = step.enter(model, x, state)
+        x, state, before = self.tokred_step.enter(model, x, state)
         tokens = count(x, state)
-        attended, keys, importance = getattr(self, self.attention_name)(
-            self._part(self.norm_names[0], x),
-            state,
-            proportional=step.proportional,
-            importance=step.importance(x.shape[1]),
-        )
-        x = x + self._part(self.drop_name, self._part(self.scale_names[0], attended))
-        x, state, after = step.reduce(self, x, keys, importance, state)
-        del attended, keys
-        wide = self.mlp(self._part(self.norm_names[1], x))  # type: ignore[attr-defined]
-        x = x + self._part(self.drop_name, self._part(self.scale_names[1], wide))
+        x, state, after = self.reduced(x, state)
         return x, state, tuple(token_map for token_map in (before, after) if token_map is not None), tokens
+
+    def attend(self, x: Tensor, state: State, proportional: bool, importance: str | None) -> tuple[Any, ...]:
+        """See `ReducingBlock`."""
+        layout = self.family.layout
+        attention = getattr(self, layout.attention)
+        return attention(self._part(layout.norms[0], x), state, proportional=proportional, importance=importance)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """See `ReducingBlock`."""
+        return self.mlp(self._part(self.family.layout.norms[1], x))
+
+    def branch(self, number: int, x: Tensor, state: State) -> Tensor:
+        """See `ReducingBlock`."""
+        layout = self.family.layout
+        return self._part(layout.drop, self._part(layout.scales[number - 1], x))
 
     def _part(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else getattr(self, name)(x)
@@ -187,13 +191,16 @@ def grid_of(config: Any, pixels: Any) -> tuple[int, int]:
     return pixels[0] // patch[0], pixels[1] // patch[1]
 
 
-class PatchedEncoder(ReducingModel):
+class PatchedEncoder(OfFamily, ReducingModel):
     """A model that runs layers; its class has the `forward` that `encoder_forward` makes."""
 
     # transformers'.
     config: Any
-    # Of the family.
-    num_prefix_tokens: int
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens come before the patches."""
+        return self.family.num_prefix(self.config)
 
 
 class PatchedProbeEncoder(PatchedEncoder):
@@ -214,7 +221,7 @@ class PatchedProbeEncoder(PatchedEncoder):
         return self.head(x, size_bias(size, x)) if heeds else self.head(x)  # type: ignore[arg-type]
 
 
-class PatchedProbe(Patched):
+class PatchedProbe(OfFamily):
     """Attention pooling by a learned query."""
 
     # transformers'.
@@ -233,31 +240,47 @@ class PatchedProbe(Patched):
         return (x + self.mlp(self.layernorm(x)))[:, 0]
 
 
+def _by_name(original: type[nn.Module]) -> Any:
+    """Let a function be the forward of `original` to who asks, and get all arguments of a call by their names."""
+    forward: Any = original.forward
+    _, *parameters = inspect.signature(forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+
+    def decorate(function: Any) -> Any:
+        @wraps(forward)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                raise TypeError(f"{type(self).__name__} takes at most {len(names)} arguments, got {len(args)}")
+            return function(self, **dict(zip(names[: len(args)], args, strict=True)), **kwargs)
+
+        return call
+
+    return decorate
+
+
 def encoder_forward(original: type[nn.Module]) -> Any:
     """The forward of a patched `original`: its own, with a Flow that becomes the record."""
-    names = list(inspect.signature(original.forward).parameters)[1:]
 
-    @wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @_by_name(original)
+    def forward(self: Any, **kwargs: Any) -> Any:
         attentions = kwargs.get("output_attentions")
         if getattr(self.config, "output_attentions", False) if attentions is None else attentions:
             raise NotImplementedError(
                 "tokred_kernels: a patched model gives no attentions, which are never written out; call "
                 "tokred_kernels.unpatch(model) first"
             )
-        given = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
-        if given.get("attention_mask") is not None:
+        if kwargs.get("attention_mask") is not None:
             raise NotImplementedError(
                 "tokred_kernels: a patched model takes no attention_mask, for its tokens change from layer to layer; "
                 "call tokred_kernels.unpatch(model) first"
             )
         flow = kwargs.pop(FLOW, None) or Flow()
         flow.model = self
-        pixel_values = given.get("pixel_values")
+        pixel_values = kwargs.get("pixel_values")
         if pixel_values is not None:
             flow.grid = grid_of(self.config, pixel_values.shape[-2:])
         as_tuple = not _returns_dict(self, kwargs)
-        outputs = original.forward(self, *args, **kwargs, **{FLOW: flow}, return_dict=True)
+        outputs = original.forward(self, **kwargs, **{FLOW: flow}, return_dict=True)
         x = outputs.last_hidden_state
         if isinstance(self, PatchedProbeEncoder):
             outputs.pooler_output = self.pool(x, flow.last().size)
@@ -269,16 +292,13 @@ def encoder_forward(original: type[nn.Module]) -> Any:
     return forward
 
 
-class PatchedWrapper(Patched):
+class PatchedWrapper(OfFamily):
     """A model around an encoder that takes no more of its tokens than what it was pooled to."""
-
-    # Of the family.
-    encoder_name: str
 
     def __getattr__(self, name: str) -> Any:
         """The mark and what is known of the last forward are the encoder's."""
         if name in OF_THE_ENCODER:
-            return getattr(getattr(self, self.encoder_name), name)
+            return getattr(getattr(self, self.around.encoder), name)
         return super().__getattr__(name)  # type: ignore[misc]
 
 
@@ -289,34 +309,27 @@ OF_THE_ENCODER = (MARK, *(name for name, value in vars(ReducingModel).items() if
 class PatchedMeanClassifier(PatchedWrapper):
     """An image classifier that takes the mean of the tokens; its class has what `classifier_forward` makes."""
 
-    # Of the family: whether the class token comes before the mean, and whether the loss takes the other keywords.
-    with_class_token: bool
-    loss_takes_all: bool
-
     def pool(self, x: Tensor, weight: Tensor | None, begin: int) -> Tensor:
         """What the classifier takes, of x (B, N', C) after the first tokens, which count (B, N', 1)."""
         mean = x[:, begin:].mean(1) if weight is None else pool_sized(x, weight, kind="avg", begin=begin)
-        return torch.cat([x[:, 0], mean], 1) if self.with_class_token else mean
+        return torch.cat([x[:, 0], mean], 1) if self.around.class_token else mean
 
 
 def classifier_forward(original: type[nn.Module], output: Any) -> Any:
     """The forward of a patched `original`, a classifier that takes a mean: it counts tokens by what they stand for."""
 
-    names = list(inspect.signature(original.forward).parameters)[1:]
-
-    @wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        encoder = getattr(self, self.encoder_name)
+    @_by_name(original)
+    def forward(self: Any, **kwargs: Any) -> Any:
+        encoder = getattr(self, self.around.encoder)
         patched = encoder if isinstance(encoder, PatchedEncoder) else _inside(encoder)
         if patched is None:  # any more: the encoder was unpatched by itself
-            return original.forward(self, *args, **kwargs)
+            return original.forward(self, **kwargs)
         as_tuple = not _returns_dict(self, kwargs)
-        kwargs |= dict(zip(names[: len(args)], args, strict=True))
         labels, flow = kwargs.pop("labels", None), Flow()
         outputs = encoder(**kwargs, **{FLOW: flow}, return_dict=True)
         pooled = self.pool(outputs.last_hidden_state, weights(flow.last()), patched.num_prefix_tokens)
         logits = self.classifier(pooled)
-        others = kwargs if self.loss_takes_all else {}
+        others = kwargs if self.around.loss_takes_all else {}
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **others)
         result = output(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         return result.to_tuple() if as_tuple else result
