@@ -58,6 +58,8 @@ $(VENV)/installed: $(VENV)/required $(NATIVE_SOURCES)
 # for minutes, tests and benchmarks can be cut into several commands:
 #   make gpu-build GPU_ARCHS=90a                      for an H100 alone, in a fraction of the time; default: all
 #   make gpu-test GPU_FILES=tests/ops GPU_PART=-ops   some of the tests, reported in build/gpu/gpu-tests-ops.xml
+#   make gpu-test MINUTES=8                           start none later; those that are left count as failed
+#   make gpu-sanitize SANITIZE_ARGS="--skip grid"     what is left where something lost the device
 #   make gpu-micro MINUTES=8                          again until it is complete; keeps what the day's file has
 #   make gpu-collect TO=folder                        all that was written, as folder/gpu-results.tar.gz
 # A tree that came without its repository is told its commit by TOKRED_COMMIT in the environment.
@@ -71,15 +73,20 @@ MINUTES ?= 60
 # What a GPU has to do with; a test fails where a GPU's test lies elsewhere. Other files need packages that it may lack.
 GPU_FILES ?= tests/ops tests/backends tests/benchmarks tests/cuda/test_device.py tests/test_token_map.py \
   tests/test_torch_integration.py tests/test_token_attention_use.py
+# A process that loses the device, or waits for a kernel without end, ends, and another does what is left
+# (tests/lost_device.py); workers are replaced as often as it takes.
 GPU_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -m gpu --continue-on-collection-errors \
-  $(shell $(PYTHON) -c "import xdist; print('-n 16')" 2>/dev/null)
+  --minutes $(MINUTES) $(shell $(PYTHON) -c "import xdist; print('-n 16 --max-worker-restart 1000')" 2>/dev/null) \
+  $(shell $(PYTHON) -c "import pytest_timeout; print('--timeout 180 --timeout-method thread')" 2>/dev/null)
 TUNED_TESTS := tests/ops/test_token_attention.py tests/ops/test_token_attention_packed.py \
   tests/ops/test_lookup_gather.py tests/ops/test_lookup_scatter.py
 # Only this package's kernels are looked at, and neither torch's nor those of the libraries that it calls: by a part of
 # the mangled name. CUDA's have their namespace in it; Triton's are found by name, each.
 SANITIZER = compute-sanitizer --target-processes application-only --error-exitcode 1
-SANITIZE_CUDA = --kernel-name kns=tokred $(PYTHON) tests/cuda/sanitize.py cuda
-SANITIZE_TRITON = $$($(PYTHON) tests/cuda/sanitize.py triton --filters) $(PYTHON) tests/cuda/sanitize.py triton
+SANITIZE_ARGS ?=
+SANITIZE_CUDA = --kernel-name kns=tokred $(PYTHON) tests/cuda/sanitize.py cuda $(SANITIZE_ARGS)
+SANITIZE_TRITON = $$($(PYTHON) tests/cuda/sanitize.py triton --filters) $(PYTHON) tests/cuda/sanitize.py triton \
+  $(SANITIZE_ARGS)
 GPU_RUN = $(PYTHON) benchmarks/run.py --device cuda --minutes $(MINUTES)
 GPU_WRITES = tokred_kernels/backends/triton/tuned.json tokred_kernels/backends/verified.json benchmarks/results \
   docs/lookup_memory_cuda.* README.md $(GPU_BUILD)/gpu-tests*.xml

@@ -7,6 +7,8 @@ import torch
 
 import tokred_kernels as tk
 
+pytest_plugins = ["lost_device"]
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

@@ -31,9 +31,7 @@ def sanitize(monkeypatch):
     spec = importlib.util.spec_from_file_location("sanitize", ROOT / "tests" / "cuda" / "sanitize.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.TOKENS = (1, 17)
-    module.LENGTHS, module.WINDOWS = module.LENGTHS[:1], module.WINDOWS[:1]
-    module.LOOKUPS, module.ATTENTIONS = module.LOOKUPS[:1], module.ATTENTIONS[:2]
+    module.CHECKS = {name: (function, sizes[:2]) for name, (function, sizes) in module.CHECKS.items()}
     return module
 
 
@@ -65,8 +63,38 @@ def test_what_was_written_is_collected(tmp_path):
 
 
 def test_every_op_that_is_sanitized_runs(sanitize, capsys):
-    sanitize.main(["cpu", "--device", "cpu"])
-    assert "all ops ran on cpu" in capsys.readouterr().out
+    assert sanitize.main(["cpu", "--device", "cpu"]) == 0
+    assert "all ops ran on cpu\n" in capsys.readouterr().out
+
+
+def test_the_sanitizer_goes_on_after_what_fails(sanitize, capsys):
+    ran = []
+    sanitize.CHECKS = {
+        "wrong": (lambda *_: torch.testing.assert_close(torch.zeros(1), torch.ones(1)), (1,)),
+        "left_out": (lambda *_: ran.append("left out"), (1,)),
+        "right": (lambda run, size, dtype: ran.append((size, dtype)), (1, 2)),
+    }
+    assert sanitize.main(["cpu", "--device", "cpu", "--skip", "left_out"]) == 1
+    assert ran == [(size, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16) for size in (1, 2)]
+    told = capsys.readouterr().err
+    assert "wrong, 1, torch.bfloat16: AssertionError" in told and "3 checks failed on cpu" in told
+    with pytest.raises(SystemExit):
+        sanitize.main(["cpu", "--device", "cpu", "--skip", "everything"])
+    assert "--skip must name some of wrong" in capsys.readouterr().err
+
+
+def test_the_sanitizer_stops_where_the_device_is_lost(sanitize, capsys, monkeypatch):
+    def wait(run):
+        if ran:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ran = []
+    monkeypatch.setattr(sanitize.Run, "wait", wait)
+    sanitize.CHECKS = {"stray": (lambda *_: ran.append("stray"), (1, 2))}
+    assert sanitize.main(["cpu", "--device", "cpu"]) == 1
+    assert ran == ["stray"]
+    told = capsys.readouterr().err
+    assert "illegal memory access" in told and "the device is lost, and 5 checks did not run" in told
 
 
 def test_the_sanitizer_passes_over_heads_that_a_backend_does_not_take(sanitize):
