@@ -6,14 +6,16 @@ python benchmarks/run.py --device cuda --json                 everything on a GP
 python benchmarks/run.py --op unmerge --backend cpu,reference --markdown --plot speed.png
 python benchmarks/run.py --device cuda --minutes 8 --resume gpu.json      some minutes at a time, until it is complete
 
-What fails is recorded beside the rows, and the rest goes on. Exits with 1 where anything failed; a run that --minutes
-has cut short, and in which nothing failed, exits with 0, and its file says that it is not complete.
+What fails is recorded beside the rows, and the rest goes on; a case that never ends on a GPU ends the run, and
+--resume leaves it to the last. Exits with 1 where anything failed; a run that --minutes has cut short, and in which
+nothing failed, exits with 0, and its file says that it is not complete.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import os
 import sys
 import time
@@ -38,6 +40,8 @@ from tokred_kernels import backends
 SUITES = ("micro", "model")
 DTYPES = ("float32", "float16", "bfloat16")
 TO_DEFAULT_PATH = ""  # what --json without a path is
+# In seconds. A kernel that never ends holds its process for good, so that it must end for the others to be measured.
+LONGEST_CASE = {"cuda": 240.0}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,6 +143,8 @@ def _run(case: Case | ModelCase, record: Record, settings: micro.Settings) -> bo
     print(case.name, flush=True)
     record.start(case.name)
     error = None
+    if case.device in LONGEST_CASE:
+        faulthandler.dump_traceback_later(LONGEST_CASE[case.device], exit=True, file=sys.__stderr__)
     try:
         if isinstance(case, Case):
             rows, lost = micro.measure(case, settings, record.ceilings)
@@ -146,6 +152,8 @@ def _run(case: Case | ModelCase, record: Record, settings: micro.Settings) -> bo
             rows, lost = model_suite.measure(case, settings)
     except Exception as whatever:  # of torch, a compiler, a driver; it is recorded
         error = told(whatever)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     if error is None:
         record.end(rows, lost)
         for row in rows:

@@ -3,6 +3,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ import tokred_kernels as tk
 from benchmarks import machine, micro, record, run
 from benchmarks.providers import CLONE, COMPILED, Provider
 
+ROOT = Path(__file__).parents[2]
 ROW = {"suite": "micro", "provider": "cpu", "median_us": 1.0, "speedup_published": 1.0, "targets": []}
 
 
@@ -113,6 +117,26 @@ def test_a_killed_run_leaves_its_rows(three, monkeypatch, tmp_path):
     result = json.loads(path.read_text())
     assert {row["case"] for row in result["rows"]} == {names[0]}
     assert result["running"] == names[1] and not result["settings"]["complete"]
+
+
+NEVER_ENDING = """
+import sys, time
+from benchmarks import micro, run
+
+run.LONGEST_CASE = {"cpu": 1.0}
+micro.measure = lambda *_: time.sleep(100)
+run.main(["--op", "unmerge", "--device", "cpu", "--json", sys.argv[1]])
+"""
+
+
+def test_a_case_without_end_is_ended(tmp_path):
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-c", NEVER_ENDING, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=90)
+    assert done.returncode == 1 and "Timeout" in done.stderr and "in _run" in done.stderr, done.stderr
+    result = json.loads(path.read_text())
+    assert result["running"] == next(case.name for case in run.CASES if case.op == "unmerge" and case.device == "cpu")
+    assert not result["rows"]
 
 
 def test_a_resumed_run_keeps_what_there_is_and_runs_what_killed_it_last(three, monkeypatch, tmp_path):
