@@ -32,7 +32,7 @@ def pytest_configure(config):
         minutes = config.getoption("--minutes")
         handle, name = tempfile.mkstemp(prefix="crashed-tests-")
         os.close(handle)
-        told = {"deadline": time.time() + 60 * minutes if minutes else float("inf"), "crashed": name}
+        told = {"deadline": time.time() + 60 * minutes if minutes is not None else float("inf"), "crashed": name}
     config.stash[DEADLINE], config.stash[CRASHED] = told["deadline"], Path(told["crashed"])
 
 

@@ -28,7 +28,7 @@ torch.cuda.synchronize = synchronize
 
 @pytest.fixture
 def launch():
-    yield lambda: lost.append(True)  # nothing is known of it until someone waits
+    return lambda: lost.append(True)  # nothing is known of it until someone waits
 """
 SOUND = """
 import pytest
@@ -38,7 +38,7 @@ import pytest
 def test_sound(turn, backend):
     pass
 """
-# In one file, by name: whatever backend its kernels are of, the other is tried to the end.
+# Its CUDA kernels alone lose the device.
 BROKEN = """
 import pytest
 
@@ -52,14 +52,14 @@ def test_broken(turn, backend, launch):
 
 @pytest.fixture
 def run(tmp_path):
-    """Outcomes by test, and texts of what failed, of a run of the two files."""
+    """Outcomes by test, and texts of what failed, of a run of the three files."""
     (tmp_path / "conftest.py").write_text(PRETENCE)
     (tmp_path / "test_a.py").write_text(SOUND)
     (tmp_path / "test_b.py").write_text(BROKEN)
     (tmp_path / "test_c.py").write_text(SOUND)
 
     def function(*arguments):
-        # Of its own: what a run of pytest-xdist's leaves in the environment of its processes is not for this one.
+        # The run that this test is of may be one of pytest-xdist's, whose variables are not for the one inside.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
         report = tmp_path / "report.xml"
         command = (sys.executable, "-m", "pytest", "-p", "lost_device", "-q", f"--junit-xml={report}", *arguments)

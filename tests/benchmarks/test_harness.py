@@ -26,7 +26,7 @@ def made(*arguments):
 
 
 @pytest.fixture
-def sanitize(monkeypatch):
+def sanitize():
     """The module that the sanitizer runs, on fewer sizes."""
     spec = importlib.util.spec_from_file_location("sanitize", ROOT / "tests" / "cuda" / "sanitize.py")
     module = importlib.util.module_from_spec(spec)
