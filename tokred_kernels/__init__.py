@@ -2,7 +2,8 @@
 """Fused kernels for token reduction in vision transformers: token maps, the ops on them, and patches for models."""
 
 from tokred_kernels import flops, nn, viz
-from tokred_kernels.backends import show_config, use_backend
+from tokred_kernels.backends import use_backend
+from tokred_kernels.backends.configuration import show_config
 from tokred_kernels.calibrate import Thresholds, calibrate_thresholds
 from tokred_kernels.diffrate_search import FoundRates, diffrate_search
 from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
@@ -23,8 +24,7 @@ from tokred_kernels.ops.window_match import window_match
 from tokred_kernels.packing import Packing
 from tokred_kernels.patch import patch, set_keep_rate, unpatch
 from tokred_kernels.token_map import TokenMap
-
-__version__ = "0.1.0"
+from tokred_kernels.version import __version__
 
 __all__ = [
     "FoundRates",
@@ -32,6 +32,7 @@ __all__ = [
     "Packing",
     "Thresholds",
     "TokenMap",
+    "__version__",
     "adaptive_bipartite_match",
     "bipartite_match",
     "bipartite_merge",

@@ -14,7 +14,7 @@ from tokred_kernels.ops.library import register
 def compose(first: Tensor, second: Tensor) -> Tensor:
     """`dest` (B, N) of the map `first` (B, N), into N1 slots, followed by `second` (B, N1).
 
-    What either drops is dropped. As with `invert`, always on the best backend present.
+    What either drops is dropped. The backend requested by `use_backend` runs it if it can, else the best one.
     """
     backend = backends.best("compose", first)
     if backend == "reference":

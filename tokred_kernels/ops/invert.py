@@ -14,8 +14,7 @@ from tokred_kernels.ops.library import register
 def invert(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
     """`members` (B * N), `begin` (B, N') and `count` (B, N') of `dest` (B, N), all int32.
 
-    Whole numbers are the same on every backend, so this always takes the best one present: `use_backend` does not
-    govern it.
+    The backend requested by `use_backend` runs it if it can, else the best one.
     """
     backend = backends.best("invert", dest)
     if backend == "reference":

@@ -48,10 +48,11 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     """
     q, k, v = lookup_inputs(OP, q, k, v, k)
     scale = default_scale(q) if scale is None else check_real(OP, "scale", scale)
-    backend = backends.choose(OP, q, unfit=too_wide(q))
+    differentiated = is_differentiated(q, k, v)
+    backend = backends.choose(OP, q, unfit=too_wide(q), training=differentiated)
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
-    if is_differentiated(q, k, v):
+    if differentiated:
         alone = nobody_listens(q, but_the_profiler=True)
         carries = backend in TAKES_OVER and alone and q.requires_grad and k.requires_grad
         out, lse, *carried = _LookupGather.apply(*distinct(q, k, v), scale, backend, carries)

@@ -46,10 +46,11 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float
     q, k, v = lookup_inputs(OP, q, k, v, q)
     _check_lse(q, lse)
     scale = default_scale(q) if scale is None else check_real(OP, "scale", scale)
-    backend = backends.choose(OP, q, unfit=too_wide(q))
+    differentiated = is_differentiated(q, k, v, lse)
+    backend = backends.choose(OP, q, unfit=too_wide(q), training=differentiated)
     if backend == "reference":
         return reference.lookup_scatter(q, k, v, lse, scale)
-    if is_differentiated(q, k, v, lse):
+    if differentiated:
         by_gather = carried(lse, q, k, scale) if backend in TAKES_OVER else None
         q, k = by_gather or (q, k)
         out = _LookupScatter.apply(*distinct(q, k, v), lse, scale, backend, by_gather is not None)

@@ -48,7 +48,7 @@ def match_map(
         views = reference.match_map(partner, rank, partition, num_tokens, counts, *starts, num_out)
     else:
         lists = partition.sources, partition.destinations
-        others = counts, *starts, num_out, backends.beside("match_map", backend, partner)
+        others = counts, *starts, num_out, backends.companion("match_map", backend, partner)
         views = _match_map(partner, rank, *lists, *partition.numbers(), num_tokens, *others)
     return TokenMap(views[0], num_out, *views[1:], packed, packed_in)
 

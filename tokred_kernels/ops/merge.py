@@ -95,11 +95,12 @@ def segment_reduce(
         one = x.flatten(0, -2)[None], token_map.as_rows(), flat_weight
         y, total = segment_reduce(*one, reduce, weight_sum)
         return y[0], None if total is None else total[0]
-    backend = backends.choose("merge", x)
+    differentiated = is_differentiated(x, weight)
+    backend = backends.choose("merge", x, training=differentiated)
     if backend == "reference":
         return reference.merge(x, weight, token_map.dest, token_map.num_out, reduce, weight_sum)
     members, begin, count = token_map.views()
-    if is_differentiated(x, weight):
+    if differentiated:
         y, total = _Merge.apply(x, weight, token_map.dest, members, begin, count, reduce, weight_sum, backend)
     else:
         y, total = _merge(x, weight, members, begin, count, reduce, weight_sum, backend)

@@ -20,7 +20,7 @@ def similar_count(score: Tensor, threshold: float, divisor: float, own: bool, ba
     """
     if backend == "reference":
         return reference.similar_count(score, threshold, divisor, own)
-    return _similar_count(score, threshold, divisor, own, backends.beside("similar_count", backend, score))
+    return _similar_count(score, threshold, divisor, own, backends.companion("similar_count", backend, score))
 
 
 def _fake(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:

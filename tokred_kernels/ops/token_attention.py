@@ -91,9 +91,13 @@ def token_attention(
     if policy is None and importance is None and packed is None and q.shape[1] > 0:
         wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         eager = q.is_cpu and nobody_listens(q, but_the_profiler=True)
-        if not wants_bias and backends.torch_attends(OP, q, plain=bias is None, eager=eager, unfit=too_wide(q)):
+        plain, training = bias is None, is_differentiated(q, k, v)
+        if not wants_bias and backends.torch_attends(
+            OP, q, plain=plain, eager=eager, unfit=too_wide(q), training=training
+        ):
             return torchs_attention(q, k, v, bias, scale=scale)
-    backend = backends.choose(OP, q, unfit=too_wide(q))
+    training = is_differentiated(q, k, v, bias, policy)
+    backend = backends.choose(OP, q, unfit=too_wide(q), training=training)
     out, worth = _attend(q, k, v, bias, policy, packed, scale, importance or "", backend)
     return out if importance is None else (out, worth)
 

@@ -43,10 +43,11 @@ def unmerge(y: Tensor, token_map: TokenMap) -> Tensor:
     check_same_device("unmerge", "token_map", token_map.dest, "y", y)
     if token_map.packed is not None:
         return unmerge(y[None], token_map.as_rows()).view(*token_map.in_shape, y.shape[-1])
-    backend = backends.choose("unmerge", y)
+    differentiated = is_differentiated(y)
+    backend = backends.choose("unmerge", y, training=differentiated)
     if backend == "reference":
         return reference.unmerge(y, token_map.dest)
-    if is_differentiated(y):
+    if differentiated:
         return _Unmerge.apply(y, token_map.dest, *token_map.views(), backend)
     return _unmerge(y, token_map.dest, backend)
 

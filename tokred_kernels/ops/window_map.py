@@ -33,7 +33,7 @@ def window_map(score: Tensor, windows: Windows, r: int, backend: str, counts: Te
             return TokenMap(reference.window_dest(score, windows, r), num_out)
         views = reference.window_map(score, windows, r, counts, starts_out, num_out)
     else:
-        others = counts, starts_out, num_out, backends.beside("window_map", backend, score)
+        others = counts, starts_out, num_out, backends.companion("window_map", backend, score)
         views = _window_map(score, *windows, r, *others)
     return TokenMap(views[0], num_out, *views[1:], packed)
 

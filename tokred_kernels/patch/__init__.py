@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tokred_kernels import backends
+
 # The module that puts each method in, imported at first use. It has a function `apply(model, **settings)`, which checks
 # the settings and the model (by `models.py`, or an adapter of its own), and hands it what each block shall do. Where a
 # method takes more than modules, its `resolve(model)` gives the module that is patched, and that carries the mark.
@@ -117,6 +119,7 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
             raise TypeError(
                 f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(known)}, got {name}'
             )
+    backends.prepare(target)
     built = module.apply(target, **settings)
     return model if built is None else built
 

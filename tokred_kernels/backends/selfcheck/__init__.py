@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""The self-check: which kernels give right results on this GPU, with this driver and these versions, and how fast.
+
+`auto` runs a GPU kernel only if it passed. The check runs once for each GPU model and set of versions, in child
+processes; its verdicts are cached in $TOKRED_CACHE_DIR, by default ~/.cache/tokred_kernels.
+
+    verdict.py      what is found out about one op of one backend
+    cases/          what is computed, and what is right
+    memory.py       guard bands and poison around every tensor
+    worker.py       the child process: runs the cases
+    timing.py       times the candidates
+    supervisor.py   starts workers, limits their time, survives their end
+    cache.py        the file, its key and its lock
+    known_bad.py    kernels that are not even tried
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tokred_kernels.backends.selfcheck import cache, supervisor
+from tokred_kernels.backends.selfcheck.known_bad import reason_known
+from tokred_kernels.backends.selfcheck.supervisor import Settings, Task
+from tokred_kernels.backends.selfcheck.verdict import UNSUPPORTED, Verdict, Verdicts
+from tokred_kernels.backends.support import OPS, reason_against, triton_interprets
+
+COMMAND = "python -m tokred_kernels check"
+# The backends that a device's check covers. The reference runs anywhere, and is checked and timed on GPUs like kernels.
+CHECKED = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "triton")}
+# torch's own attention with a bias is a candidate for token attention with sizes, and is not ours to check.
+TIMED_ONLY = {"token_attention": ("torch",), "token_attention_backward": ("torch",)}
+# Seconds for one op. Compiling the Triton kernels of attention takes a minute on a slow CPU core.
+LIMIT, LIMIT_INTERPRETED = 120.0, 300.0
+MOST_WORKERS = 4  # each has a CUDA context of some 500 MB
+ESTIMATE = "about 15 s with CUDA kernels, up to 60 s with Triton kernels alone"
+
+_known: dict[int, Verdicts] = {}
+_lock = threading.Lock()
+_is_fork = False
+
+
+def _after_fork() -> None:
+    global _is_fork  # noqa: PLW0603
+    _is_fork = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def verdicts(device: torch.device) -> Verdicts:
+    """Return the verdicts for a GPU, by backend and op; run the self-check first if they are not known.
+
+    Verdicts come from this process's memory, then from the cache, then from a check. There is no check if
+    TOKRED_SELFCHECK=0, in a forked process, or while the current stream is captured in a CUDA graph: what is not known
+    then stays out of the result, and is not used.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    known = _known.get(index)
+    if known is not None:
+        return known
+    with _lock:
+        if index not in _known:
+            device = torch.device("cuda", index)
+            facts = cache.facts(device)
+            found = cache.read(facts)
+            if _missing(found, device):
+                refusal = _refusal()
+                if refusal is not None:
+                    warnings.warn(
+                        f"tokred_kernels: no self-check of the GPU kernels {refusal}; the PyTorch reference runs "
+                        f"instead. Run `{COMMAND}` before",
+                        stacklevel=2,
+                    )
+                    return found  # not kept: the next call may be able to check
+                if not is_off():
+                    found = _check_automatically(device, facts)
+            _known[index] = found
+    return _known[index]
+
+
+def cached(device: torch.device) -> Verdicts:
+    """Return what is known about a device without running anything."""
+    index = device.index or 0
+    return _known[index] if device.type == "cuda" and index in _known else cache.read(cache.facts(device))
+
+
+def is_known(device: torch.device) -> bool:
+    """Return whether this process has the verdicts for a GPU."""
+    return (torch.cuda.current_device() if device.index is None else device.index) in _known
+
+
+def is_off() -> bool:
+    """Return whether TOKRED_SELFCHECK=0 forbids the check."""
+    return os.environ.get("TOKRED_SELFCHECK", "1") == "0"
+
+
+def check(
+    device: torch.device,
+    progress: Callable[[str, str, Verdict], None],
+    *,
+    backends: Sequence[str] = (),
+    ops: Sequence[str] = OPS,
+    deep: bool = False,
+    known: Verdicts | None = None,
+) -> Verdicts:
+    """Check `ops` on `backends` now, and time them if the device is a GPU.
+
+    Args:
+        device: a GPU; or the CPU, for the C++ kernels, and for Triton's in its interpreter.
+        progress: called with backend, op and verdict as each is found.
+        backends: default all that the device may have.
+        deep: run many more cases.
+        known: verdicts that are not checked again.
+
+    Returns:
+        `known` with the new verdicts added, by backend and op.
+    """
+    backends = backends or CHECKED[device.type]
+    found: Verdicts = {backend: dict(by_op) for backend, by_op in (known or {}).items()}
+    facts = cache.facts(device)
+    tasks = []
+    for backend, op in itertools.product(backends, ops):
+        if op in found.get(backend, {}):
+            continue
+        reason = reason_against(op, backend, device, torch.float32)
+        reason = reason or reason_known(backend, op, facts["architecture"], facts["triton"])
+        if reason is None:
+            tasks.append(Task(op, (backend,)))
+        else:
+            found.setdefault(backend, {})[op] = Verdict(UNSUPPORTED, reason)
+            progress(backend, op, found[backend][op])
+    if device.type == "cuda":
+        for op in dict.fromkeys(task.op for task in tasks):
+            tasks.append(Task(op, (*CHECKED["cuda"], *TIMED_ONLY.get(op, ())), times=True))
+    return supervisor.run(tasks, _settings(device, deep), progress, found)
+
+
+def _check_automatically(device: torch.device, facts: dict[str, Any]) -> Verdicts:
+    """Check what the cache lacks, while other processes of this machine wait; without a cache, check everything."""
+    try:
+        with cache.lock(facts, lambda: _say(f"waiting for another process, which checks the kernels on {device}")):
+            found = cache.read(facts)
+            if _missing(found, device):
+                found = _check_and_say(device, facts, found)
+                cache.write(facts, found)
+            return found
+    except cache.Unusable as error:
+        _say(f"{error}; the verdicts last as long as this process")
+        return _check_and_say(device, facts, {})
+
+
+def _check_and_say(device: torch.device, facts: dict[str, Any], known: Verdicts) -> Verdicts:
+    _say(
+        f"checking the kernels on {facts['device']}, once for this GPU, driver and versions ({ESTIMATE}); "
+        "set TOKRED_SELFCHECK=0 to skip the check and run the PyTorch reference"
+    )
+    return check(device, lambda *_: None, known=known)
+
+
+def _say(text: str) -> None:
+    print(f"tokred_kernels: {text}", file=sys.stderr, flush=True)
+
+
+def _missing(found: Verdicts, device: torch.device) -> bool:
+    return any(op not in found.get(backend, {}) for backend in CHECKED[device.type] for op in OPS)
+
+
+def _refusal() -> str | None:
+    """Return why no check may start now, or None."""
+    if _is_fork:  # CUDA cannot be used there
+        return "in a forked process"
+    if torch.cuda.is_current_stream_capturing():
+        return "during CUDA graph capture"
+    return None
+
+
+def _settings(device: torch.device, deep: bool) -> Settings:
+    interpreted = device.type == "cpu" and triton_interprets()
+    named = os.environ.get("TOKRED_SELFCHECK_TIMEOUT")
+    try:
+        seconds = float(named) if named else LIMIT_INTERPRETED if interpreted else LIMIT
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"TOKRED_SELFCHECK_TIMEOUT must be a number of seconds above 0, got {named!r}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Settings(str(device), seconds, min(MOST_WORKERS, cores), deep)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: MIT
+"""Run the self-check in worker processes: a kernel that kills or blocks its process costs only its own verdict.
+
+An illegal access leaves a CUDA context unusable, so nothing is checked in the user's process. A worker answers one task
+at a time on its standard output; the supervisor gives each task a time limit, and replaces a worker that dies or hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokred_kernels.backends.selfcheck.verdict import CRASHED, HUNG, PASSED, UNKNOWN, Verdict, Verdicts
+
+ROOT = Path(__file__).resolve().parents[3]  # the folder that holds this copy of the package
+# Not `-m`: the worker must run this copy of the package, and nothing from the current folder.
+WORKER = "import sys; sys.path.insert(0, {!r}); from tokred_kernels.backends.selfcheck import worker; worker.main()"
+START_LIMIT = 180.0  # seconds in which a worker must have imported torch and opened the device
+KILL_LIMIT = 10.0  # seconds in which a killed process must be gone; one that the driver holds is left behind
+MOST_STARTS = 2
+STDERR_TAIL = 300  # characters
+TORCH = "torch"  # not a backend with kernels to check, but a candidate to time
+
+
+class Task(NamedTuple):
+    """What a worker does in one go: check an op on each of the backends, or, if `times`, time it on them in turns."""
+
+    op: str
+    backends: tuple[str, ...]
+    times: bool = False
+
+
+class Settings(NamedTuple):
+    """What all tasks share.
+
+    `seconds` limits a task. `workers` of them check side by side; tasks that time run one by one.
+    """
+
+    device: str
+    seconds: float
+    workers: int
+    deep: bool = False
+
+
+Note = Callable[[str, dict[str, Verdict]], None]
+Tasks = queue.SimpleQueue
+
+
+def run(
+    tasks: Iterable[Task], settings: Settings, progress: Callable[[str, str, Verdict], None], known: Verdicts
+) -> Verdicts:
+    """Check, then time, and return `known` with the new verdicts added.
+
+    `progress` is called with backend, op and verdict as each is found. Tasks that time come after all others, and take
+    the backends that have passed by then.
+    """
+    found: Verdicts = {backend: dict(ops) for backend, ops in known.items()}
+    record = threading.Lock()
+
+    def note(op: str, answer: dict[str, Verdict]) -> None:
+        with record:
+            for backend, verdict in answer.items():
+                found.setdefault(backend, {})[op] = verdict
+                progress(backend, op, verdict)
+
+    checks: Tasks[Task] = Tasks()
+    timings = []
+    for task in tasks:
+        timings.append(task) if task.times else checks.put(task)
+    slow: Tasks[Task] = Tasks()
+    workers = [_Worker(settings) for _ in range(max(1, min(settings.workers, checks.qsize())))]
+    threads = [
+        threading.Thread(target=_work, args=(worker, checks, note, slow if len(workers) > 1 else None), daemon=True)
+        for worker in workers
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        _work(workers[0], slow, note, None)  # other work may have slowed these down: once more, one by one
+        for task in timings:
+            backends = (name for name in task.backends if name == TORCH or _has_passed(found.get(name, {}), task.op))
+            checks.put(task._replace(backends=tuple(backends)))
+        _work(workers[0], checks, note, None)
+    finally:  # at a keyboard interrupt, too
+        for worker in workers:
+            worker.close()
+    return found
+
+
+def _has_passed(verdicts: dict[str, Verdict], op: str) -> bool:
+    return op in verdicts and verdicts[op].verdict == PASSED
+
+
+def _work(worker: _Worker, tasks: Tasks[Task], note: Note, slow: Tasks[Task] | None) -> None:
+    """Run tasks until none is left; those over the time limit go to `slow`, if that is given."""
+    while not worker.is_closed:
+        try:
+            task = tasks.get_nowait()
+        except queue.Empty:
+            return
+        if not task.backends:
+            continue
+        cannot_start = worker.make_ready()
+        if cannot_start is not None:
+            note(task.op, dict.fromkeys(task.backends, Verdict(UNKNOWN, cannot_start)))
+            continue
+        try:
+            answer = worker.run(task)
+        except TimeoutError as error:
+            worker.stop()
+            if slow is not None:
+                slow.put(task)
+                continue
+            answer = {worker.at or task.backends[0]: Verdict(HUNG, str(error))}
+        except _Gone as error:
+            worker.stop()
+            answer = {worker.at or task.backends[0]: Verdict(CRASHED, str(error))}
+        if not worker.is_closed:
+            note(task.op, answer)
+            # What a worker could not answer because it lost the device, or died, is for another.
+            tasks.put(task._replace(backends=tuple(name for name in task.backends if name not in answer)))
+
+
+class _Gone(Exception):
+    """The worker ended; the message says how."""
+
+
+class _Worker:
+    """One worker process, started when it is needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process: subprocess.Popen[str] | None = None
+        self._stderr: Any = None
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._cannot_start: str | None = None
+        self.at = ""  # the backend that is running
+        self.is_closed = False
+
+    def make_ready(self) -> str | None:
+        """Start the process unless it runs, at the second try if need be; return why it does not start, or None."""
+        for _ in range(MOST_STARTS):
+            if self._cannot_start is not None or (self._process is not None and self._process.poll() is None):
+                break
+            self.stop()
+            try:
+                self._start()
+                return None
+            except (_Gone, TimeoutError, OSError) as error:
+                failure = f"the worker process did not start: {error}"
+                self.stop()
+        else:
+            self._cannot_start = failure
+        return self._cannot_start
+
+    def run(self, task: Task) -> dict[str, Verdict]:
+        """Return the verdict of the task by backend; raise _Gone or TimeoutError if there is none."""
+        self.at = ""
+        self._send(task._asdict())
+        while True:
+            answer = self._receive(self._settings.seconds)
+            if "at" not in answer:
+                return {backend: Verdict.from_json(value) for backend, value in answer.items()}
+            self.at = answer["at"]
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_LIMIT)
+            self._stderr.close()
+
+    def close(self) -> None:
+        """End the process, and start no other."""
+        self.is_closed = True
+        self.stop()
+
+    def _start(self) -> None:
+        environment = os.environ | {"TOKRED_SELFCHECK": "0", "TOKRED_BACKEND": "auto", "PYTHONSAFEPATH": "1"}
+        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (closed in `stop`)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
+        command = [sys.executable, "-c", WORKER.format(str(ROOT))]
+        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
+        self._lines = queue.Queue()
+        threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
+        self._send({"device": self._settings.device, "deep": self._settings.deep})
+        self._receive(START_LIMIT)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            print(json.dumps(message), file=self._process.stdin, flush=True)  # type: ignore[union-attr]
+        except OSError as error:
+            raise _Gone(self._how_it_ended()) from error
+
+    def _receive(self, seconds: float) -> Any:
+        try:
+            line = self._lines.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"not done after {seconds:g} s") from None
+        if line is None:
+            raise _Gone(self._how_it_ended())
+        return json.loads(line)
+
+    def _how_it_ended(self) -> str:
+        process = self._process
+        if process is None:
+            return "the process was ended"
+        status = process.wait()
+        try:
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        except ValueError:
+            how = f"signal {-status}"
+        self._stderr.seek(0)
+        said = " ".join(self._stderr.read().split())[-STDERR_TAIL:]
+        return f"the process ended with {how}" + (f": {said}" if said else "")
+
+
+def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    """Pass on the lines of the worker's output, then None."""
+    with process.stdout as output:  # type: ignore[union-attr]
+        for line in output:
+            lines.put(line)
+    lines.put(None)
