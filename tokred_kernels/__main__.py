@@ -11,7 +11,7 @@ import torch
 
 from tokred_kernels import backends
 from tokred_kernels.backends import selfcheck
-from tokred_kernels.backends.configuration import show_config
+from tokred_kernels.backends.configuration import show_config, verdict_lines
 from tokred_kernels.backends.selfcheck.verdict import PASSED, UNSUPPORTED, Verdict
 
 
@@ -46,7 +46,7 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     chosen = [options.backend] if options.backend else known
 
     def progress(backend: str, op: str, verdict: Verdict) -> None:
-        print(f"{backend:9}  {op:26}  {verdict.verdict:11}  {verdict.reason or ''}".rstrip(), flush=True)
+        print(f"{'timed' if verdict.times_us else 'checked'} {op} on {backend}: {verdict.verdict}", flush=True)
 
     try:
         facts = selfcheck.cache.facts(device)
@@ -57,6 +57,9 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(str(error))
     results = [verdict.verdict for by_op in found.values() for verdict in by_op.values()]
     counts = ", ".join(f"{results.count(name)} {name}" for name in dict.fromkeys(sorted(results)))
+    print()
+    for op in ops:
+        print("\n".join(f"{op:26}{line}" for line in verdict_lines(op, found)))
     print(f"{facts['device']}: {counts}")
     if options.json:
         print(json.dumps(found, default=vars))
