@@ -250,6 +250,7 @@ PYBIND11_MODULE(_native, m) {
   auto cuda = m.def_submodule("cuda");
   bind_ops<Cuda>(cuda);
   tokred::bindings::bind_lookup_cuda(cuda);
+  cuda.def("why_unusable", [] { return tokred::cuda::why_unusable(TOKRED_CUDA_ARCHITECTURES); });
   m.attr("cuda_architectures") = std::string(TOKRED_CUDA_ARCHITECTURES);
 #else
   m.attr("cuda_architectures") = std::string();

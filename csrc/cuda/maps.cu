@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Maps without their data: the members of each slot, and one map after another.
 #include "../common/row_config.h"
+#include "device.h"
 #include "launch.h"
 #include "map_parts.cuh"
 #include "ops.h"
@@ -40,6 +41,10 @@ void compose(const ComposeArgs& args, cudaStream_t stream) {
   const int64_t rows = args.images * args.tokens;
   if (rows == 0) return;
   launch(kCompose, compose_tokens, divide_up(rows, kRowThreads), kRowThreads, 0, stream, args);
+}
+
+std::string why_unusable(const std::string& architectures) {
+  return load_failure(reinterpret_cast<const void*>(compose_tokens), architectures);
 }
 
 }  // namespace tokred::cuda

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: MIT
-// The CUDA ops: each launches on the given stream of the current device, and returns at once. A failed launch throws
-// std::runtime_error with the op's name and CUDA's words.
+// The CUDA ops. Each launches on the given stream of the current device and does not wait for the result. A failed
+// launch throws std::runtime_error with the op's name and CUDA's message.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <string>
 
 #include "../common/args.h"
 
 namespace tokred::cuda {
+
+// Return "" if the current device can run these kernels, else the reason. `architectures` are those of the build.
+std::string why_unusable(const std::string& architectures);
 
 // Device bytes that bipartite_match wants as args.workspace; 0 where one launch does it all.
 std::size_t match_workspace_bytes(const MatchArgs& args);

@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <map>
+#include <utility>
 
 #include "emulator.h"
 
@@ -100,9 +103,22 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoDevice = 100,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
+struct cudaFuncAttributes {};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -110,25 +126,69 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = emulation::device().shared_limit, cudaSuccess;
+namespace emulation {
+
+// Dynamic shared memory that a kernel can use without the function attribute.
+constexpr int kDefaultShared = 48 * 1024 - static_cast<int>(kStaticShared);
+
+// The runtime's state; tests set and read it.
+struct Runtime {
+  cudaError_t last_error = cudaSuccess;
+  cudaError_t load_status = cudaSuccess;  // of cudaFuncGetAttributes
+  int driver = 13000, version = 13000, capability = 90;
+  std::map<std::pair<const void*, int>, int> shared;  // the attribute of each kernel on each device
+  int attribute_calls = 0;
+  std::function<void()> before_launch;  // runs once, at the start of the next launch
+
+  cudaError_t report(cudaError_t status) {
+    if (status != cudaSuccess) last_error = status;
+    return status;
+  }
+};
+inline Runtime& runtime() {
+  static Runtime the_runtime;
+  return the_runtime;
 }
+
+}  // namespace emulation
+
+inline const char* cudaGetErrorString(cudaError_t status) {
+  return status == cudaErrorInvalidValue ? "invalid argument" : "another error";
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(emulation::runtime().last_error, cudaSuccess); }
+// The limit of a device never changes, so each limit is a device of its own, and its number.
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device().shared_limit, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const int capability = emulation::runtime().capability;
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device
+           : attribute == cudaDevAttrComputeCapabilityMajor     ? capability / 10
+                                                                : capability % 10;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = emulation::runtime().driver, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = emulation::runtime().version, cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   return std::memset(memory, value, bytes), cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-  return cudaSuccess;
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return emulation::runtime().report(emulation::runtime().load_status);
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  emulation::Runtime& r = emulation::runtime();
+  const int limit = emulation::device().shared_limit;
+  ++r.attribute_calls;
+  if (bytes + static_cast<int>(emulation::kStaticShared) > limit) return r.report(cudaErrorInvalidValue);
+  return r.shared[{kernel, limit}] = bytes, cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  const size_t used = config->dynamicSmemBytes + emulation::kStaticShared;
-  if (used > static_cast<size_t>(emulation::device().shared_limit)) return cudaErrorInvalidValue;
+  emulation::Runtime& r = emulation::runtime();
+  if (const auto hook = std::exchange(r.before_launch, nullptr)) hook();
+  const auto allowed = r.shared.find({reinterpret_cast<const void*>(kernel), emulation::device().shared_limit});
+  const int limit = allowed == r.shared.end() ? emulation::kDefaultShared : allowed->second;
+  if (config->dynamicSmemBytes > static_cast<size_t>(limit)) return r.report(cudaErrorInvalidValue);
   emulation::device().launch(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
                              [&] { kernel(arguments...); });
   return cudaSuccess;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -18,7 +19,9 @@ FAILURE = ""
 try:  # after torch, so that the module's OpenMP is torch's own, and one thread pool serves both
     MODULE = importlib.import_module("tokred_kernels._native")
     CUDA = getattr(MODULE, "cuda", None)
-except ImportError as error:  # a source tree that was never built still has the reference; show_config tells
+except ModuleNotFoundError:  # the reference and Triton kernels work without it
+    FAILURE = "it was not built: TOKRED_NATIVE=0 was set at installation, or the source tree is not installed"
+except ImportError as error:  # it is there, but does not load
     FAILURE = str(error)
 
 # Whether products of bfloat16 are done in AMX tiles on the CPU.
@@ -53,6 +56,15 @@ class _Elsewhere:
                 return op(*arguments)
 
         return run
+
+
+@functools.cache
+def cuda_failure(device_index: int) -> str | None:
+    """Return the reason why the CUDA kernels cannot run on this GPU, or None if they can."""
+    if CUDA is None:
+        return "this build has no CUDA kernels"
+    with torch.cuda.device(device_index):
+        return CUDA.why_unusable() or None
 
 
 def kernels(tensor: Tensor) -> Any:
