@@ -53,7 +53,7 @@ def attend(
         q, k, v = autocasted(q, k, v)
         return torchs_attention(q, k, v, None if size is None else size.log(), dropout_p=dropout), None
     bias = None if size is None else size.to(torch.promote_types(q.dtype, size.dtype)).log()
-    weights = attention_weights(q, k, bias, policy, q.shape[-1] ** -0.5)
+    weights = attention_weights(q, k, bias, policy, q.shape[-1] ** -0.5, torch.matmul)
     worth = None if importance is None else importance_of(weights, importance)
     return F.dropout(weights.to(v.dtype), dropout) @ v, worth
 

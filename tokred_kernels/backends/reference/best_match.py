@@ -6,10 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokred_kernels.backends.reference import is_exporting, product
 from tokred_kernels.partition import Partition
 
-# torch.compiler.is_exporting came with torch 2.7; before, this holds for other compilers too, which changes no result.
-_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 MIN_SQUARED_NORM = 1e-30  # as in csrc/common/numerics.h: under it a token is zero, and similar to nothing
 NO_RANK = 2**31 - 1  # of a source that may not join; as in csrc/common/slots.h
 
@@ -55,7 +54,7 @@ def best_destination(metric: Tensor, partition: Partition, dtype: torch.dtype = 
     source, destination = tokens(partition, metric.shape[0], metric.device)
     a = metric.gather(1, source[..., None].expand(-1, -1, metric.shape[2]))
     b = metric.gather(1, destination[..., None].expand(-1, -1, metric.shape[2]))
-    scores = (a @ b.transpose(1, 2)) * inverse_norm(a) * inverse_norm(b).transpose(1, 2)
+    scores = product(a, b.transpose(1, 2)) * inverse_norm(a) * inverse_norm(b).transpose(1, 2)
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if partition.protected_dst:
         scores = scores[..., partition.protected_dst :]
@@ -90,7 +89,7 @@ def tokens(partition: Partition, batch: int, device: torch.device) -> tuple[Tens
 def ranks(scores: Tensor) -> Tensor:
     """The place (B, n) of each score in the order from high to low, ties by index; int64."""
     index = torch.arange(scores.shape[1], device=scores.device)
-    if not _exporting():
+    if not is_exporting():
         order = scores.argsort(dim=1, descending=True, stable=True)
         return torch.zeros_like(order).scatter(1, order, index.expand(scores.shape))
     # ONNX has no stable sort. Here a score's rank is the number of those that go before it, so ties are by index in

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokred_kernels.backends.reference import unrounded
+from tokred_kernels.backends.reference import product
 from tokred_kernels.backends.reference.lookup_gather import lookup_scores
 
 
 def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> Tensor:
     """See `ops.lookup_scatter`."""
-    with unrounded(q):
-        weights = (lookup_scores(q, k, scale) - lse[..., None]).exp()
-        return (weights.transpose(-2, -1) @ v.to(weights.dtype)).to(q.dtype)
+    weights = (lookup_scores(q, k, scale) - lse[..., None]).exp()
+    return product(weights.transpose(-2, -1), v.to(weights.dtype)).to(q.dtype)

@@ -1,55 +1,47 @@
 # SPDX-License-Identifier: MIT
-"""Merge as scatter-adds: what the fused kernels must equal. Its gradients are autograd's."""
+"""Merge as segment reductions; the fused kernels must give the same result. Its gradients are autograd's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from tokred_kernels.backends.reference.segments import Segments
 from tokred_kernels.dtypes import accumulator_of
 
 
 def merge(
     x: Tensor, weight: Tensor | None, dest: Tensor, num_out: int, reduce: str, weight_sum: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """See `ops.merge`: y (B, N', C), and the (B, N') sums of weights where they are wanted."""
-    batch, _, channels = x.shape
-    accumulator = accumulator_of(x)
-    slot = torch.where(dest < 0, num_out, dest).long()[..., None]  # what is dropped goes to one slot more, cut off last
-    values = x.to(accumulator)
+    """See `ops.merge`: y (B, N', C), and the (B, N') sums of weights if `weight_sum`."""
+    values = x.to(accumulator_of(x))
+    segments = Segments(dest, num_out)
     if reduce == "amax":
-        return _largest(values, slot, num_out).to(x.dtype), None
+        return _largest(values, segments)[:, :num_out].to(x.dtype), None
 
-    ones = values.new_ones(batch, dest.shape[1], 1)
-    column = values.new_zeros(batch, num_out + 1, 1)
-    count = column.scatter_add(1, slot, ones)[:, :num_out]
-    total = count if weight is None else column.scatter_add(1, slot, weight[..., None])[:, :num_out]
-    if weight is not None:
-        values = values * weight[..., None]
-    sums = values.new_zeros(batch, num_out + 1, channels).scatter_add(1, slot.expand(-1, -1, channels), values)
-    y = sums[:, :num_out]
+    count = segments.sum(values.new_ones(*dest.shape, 1))
+    total = count if weight is None else segments.sum(weight[..., None])
+    y = segments.sum(values if weight is None else values * weight[..., None])
     if reduce == "mean":
         y = y / torch.where(count > 0, total, 1.0)  # a slot without members stays 0
-    return y.to(x.dtype), total[..., 0] if weight_sum else None
+    return y[:, :num_out].to(x.dtype), total[:, :num_out, 0] if weight_sum else None
 
 
-def _largest(values: Tensor, slot: Tensor, num_out: int) -> Tensor:
-    """The maximum of each slot, (B, N', C); one without members is 0.
+def _largest(values: Tensor, segments: Segments) -> Tensor:
+    """Return the maximum of each slot, 0 for an empty slot.
 
-    Its gradient goes to the members that have the maximum, a NaN among them where it is NaN, in equal shares. That of
-    torch's scatter_reduce is NaN there, so the maximum has none, and the mean of those that have it takes its place.
+    The gradient goes in equal shares to the members equal to the maximum, or to the NaN members if it is NaN. The
+    gradient of torch's scatter_reduce is NaN in that case, so the maximum itself carries none: it is the mean of those
+    members that is differentiated.
     """
-    batch, _, channels = values.shape
-    index = slot.expand(-1, -1, channels)
-    none = values.new_zeros(batch, num_out + 1, channels)
     fixed = values.detach()
-    largest = (none - torch.inf).scatter_reduce(1, index, fixed, "amax", include_self=True)
-    own = largest.gather(1, index)
+    largest = segments.max(fixed)
+    own = segments.spread(largest)
     having = (fixed == own) | (fixed.isnan() & own.isnan())
-    number = none.scatter_add(1, index, having.to(values.dtype)).clamp_min(1)
+    number = segments.sum(having.to(values.dtype)).clamp_min(1)
 
     def share(part: Tensor) -> Tensor:
-        return none.scatter_add(1, index, torch.where(having, part, 0.0)) / number
+        return segments.sum(torch.where(having, part, 0.0)) / number
 
-    # Where it is finite the mean is rounded, or past what the dtype has; and infinity less itself is NaN.
-    return torch.where(largest.isfinite(), largest + share(values - fixed), share(values))[:, :num_out]
+    # A finite maximum is added exactly, as the mean could be rounded or overflow. infinity - infinity would be NaN.
+    return torch.where(largest.isfinite(), largest + share(values - fixed), share(values))

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference import unrounded
+from tokred_kernels.backends.reference import product
 from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.packing import Packing
 
@@ -44,16 +45,22 @@ def token_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, policy: Tensor | None, scale: float, importance: str
 ) -> tuple[Tensor, Tensor]:
-    with unrounded(q):
-        weights = attention_weights(q, k, bias, policy, scale)
-        out = (weights @ v.to(weights.dtype)).to(q.dtype)
+    weights = attention_weights(q, k, bias, policy, scale)
+    out = product(weights, v.to(weights.dtype)).to(q.dtype)
     return out, importance_of(weights, importance) if importance else weights.new_empty(0)
 
 
-def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, policy: Tensor | None, scale: float) -> Tensor:
-    """(B, H, N, N), in float32, or float64 of such."""
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    policy: Tensor | None,
+    scale: float,
+    multiply: Callable[[Tensor, Tensor], Tensor] = product,
+) -> Tensor:
+    """Return (B, H, N, N) in float32, or float64 for float64. `multiply` is the matrix product of the scores."""
     accumulator = accumulator_of(q)
-    scores = (q.to(accumulator) @ k.to(accumulator).transpose(-2, -1)) * scale
+    scores = multiply(q.to(accumulator), k.to(accumulator).transpose(-2, -1)) * scale
     if bias is not None:
         scores = scores + bias[:, None, None, :]
     return scores.softmax(-1) if policy is None else policy_softmax(scores, policy)
