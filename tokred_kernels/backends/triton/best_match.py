@@ -157,9 +157,7 @@ def inverse_norm(squared):
 
 
 @triton.jit(
-    do_not_specialize=[
-        *("heads", "channels", "first", "stride", "num_src", "num_dst", "protected_src", "protected_dst", "blocks")
-    ]
+    do_not_specialize=["heads", "first", "stride", "num_src", "num_dst", "protected_src", "protected_dst", "blocks"]
 )
 def match_kernel(
     metric,  # (B, H, N, D), or, if PACKED, (T, D)
@@ -272,7 +270,7 @@ def rank_kernel(
     tl.store(rank + i, tl.where((i >= protected_src) & (i < num_src), place, _NO_RANK), mask=in_row)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "heads", "channels"])
+@triton.jit(do_not_specialize=["rows", "tokens", "heads"])
 def mean_kernel(
     metric,  # (B, H, N, d)
     mean,  # out: (B, N, d), contiguous

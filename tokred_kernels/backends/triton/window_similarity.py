@@ -37,7 +37,7 @@ def window_similarity(x: Tensor, windows: Windows, threshold: float) -> tuple[Te
     return score, (score >= threshold).sum(1, dtype=torch.int32)
 
 
-@triton.jit(do_not_specialize=["num_windows", "channels", "first", "grid_width", "height", "width", "down", "across"])
+@triton.jit(do_not_specialize=["num_windows", "first", "grid_width", "height", "width", "down", "across"])
 def window_kernel(
     x,  # (B, N, C)
     inverse,  # workspace (num_windows * height * width), unless ONE_CHUNK
