@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 
@@ -45,13 +46,14 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     ops = [options.op] if options.op else backends.OPS
     chosen = [options.backend] if options.backend else known
 
-    def progress(backend: str, op: str, verdict: Verdict) -> None:
-        print(f"{'timed' if verdict.times_us else 'checked'} {op} on {backend}: {verdict.verdict}", flush=True)
+    def progress(task: selfcheck.Task, backend: str, verdict: Verdict) -> None:
+        part = f" in {task.dtype}" if task.dtype else ""
+        print(f"{'timed' if task.times else 'checked'} {task.op} on {backend}{part}: {verdict.verdict}", flush=True)
 
     try:
         facts = selfcheck.cache.facts(device)
         selfcheck.cache.writable_folder()  # before the work, not after it
-        found = selfcheck.check(device, progress, backends=chosen, ops=ops, deep=options.deep)
+        found = selfcheck.check(device, itertools.product(chosen, ops), progress, deep=options.deep)
         selfcheck.cache.write(facts, found)
     except (selfcheck.cache.Unusable, ValueError) as error:
         parser.error(str(error))

@@ -175,6 +175,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(selfcheck.cache, "facts", lambda device: {"device": "A GPU", "torch": torch.__version__})
     monkeypatch.setattr(selfcheck, "check", lambda *_, **__: runs.append(1) or everything)
+    monkeypatch.setattr(selfcheck, "due", lambda device, found: [] if found else [("cuda", "merge")])
     return runs
 
 
@@ -256,6 +257,22 @@ def test_patch_prepares_the_kernels(gpu, monkeypatch):
         backends.prepare(Model())
 
 
+def test_triton_is_due_only_where_cuda_does_not_serve(monkeypatch):
+    def able(op, backend, device, dtype):
+        return None if backend != "cuda" or "attention" not in op else "no kernel"
+
+    monkeypatch.setattr(selfcheck, "reason_against", able)
+    pairs = selfcheck.due(GPU, {})
+    assert {op for backend, op in pairs if backend == "triton"} == set(selfcheck.TRITON_FIRST)
+    assert ("cuda", "merge") in pairs and ("cuda", "token_attention") not in pairs
+    found = {backend: {op: passed() for b, op in pairs if b == backend} for backend in selfcheck.CHECKED["cuda"]}
+    assert selfcheck.due(GPU, found) == []
+    found["cuda"]["merge"] = Verdict(WRONG, "off")
+    assert selfcheck.due(GPU, found) == [("triton", "merge")]
+    monkeypatch.setattr(selfcheck, "reason_against", lambda op, b, *_: "no CUDA" if b == "cuda" else None)
+    assert {op for backend, op in selfcheck.due(GPU, {}) if backend == "triton"} == set(backends.OPS)
+
+
 def test_known_bad_kernels_are_not_tried(monkeypatch):
     from tokred_kernels.backends.selfcheck import known_bad, supervisor
 
@@ -263,7 +280,7 @@ def test_known_bad_kernels_are_not_tried(monkeypatch):
     monkeypatch.setattr(known_bad, "KNOWN_BAD", (bad,))
     tried = []
     monkeypatch.setattr(supervisor, "run", lambda tasks, settings, progress, known: tried.extend(tasks) or known)
-    found = selfcheck.check(torch.device("cpu"), lambda *_: None, backends=["cpu"], ops=["merge", "unmerge"])
+    found = selfcheck.check(torch.device("cpu"), [("cpu", "merge"), ("cpu", "unmerge")])
     assert found["cpu"]["merge"] == Verdict("unsupported", "wrong on this machine")
     assert [task.op for task in tried] == ["unmerge"]
     assert known_bad.reason_known("triton", "merge", "sm_90", "3.6.0") is None

@@ -219,11 +219,12 @@ import torch
 from tokred_kernels.backends import selfcheck
 log, ready, go = sys.argv[1:]
 cpu, real_facts, real_check = torch.device("cpu"), selfcheck.cache.facts, selfcheck.check
-def check(device, progress, known):
+def check(device, kernels, known):
     open(log, "a").write("checked\\n")
     time.sleep(float(go))
-    return real_check(cpu, progress, backends=["cpu"], ops=selfcheck.OPS, known=known)
-selfcheck.CHECKED["cuda"], selfcheck.OPS, selfcheck.check = ("cpu",), ("compose",), check
+    return real_check(cpu, [("cpu", "compose")], known=known)
+selfcheck.check = check
+selfcheck.due = lambda device, found: [] if found else [("cpu", "compose")]
 selfcheck.cache.facts = lambda device: real_facts(cpu)
 torch.cuda.is_current_stream_capturing = lambda: False
 open(ready, "w").close()
@@ -422,7 +423,10 @@ def test_the_supervisor_blames_who_was_running(monkeypatch, tmp_path):
     timings = [supervisor.Task(op, ("cuda", "triton", "torch"), times=True) for op in ("merge", "compose")]
     known = {"cuda": {"unmerge": Verdict(WRONG, "known")}}
     found = supervisor.run(
-        [*timings, *checks], supervisor.Settings("cpu", 2, 2), lambda *told: order.append(told[:2]), known
+        [*timings, *checks],
+        supervisor.Settings("cpu", 2, 2),
+        lambda task, backend, _: order.append((backend, task.op)),
+        known,
     )
     times = Verdict(PASSED, None, {"shape": 5.0})
     assert found["cuda"] == {"unmerge": known["cuda"]["unmerge"], "merge": times, "compose": times}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tokred_kernels.backends.selfcheck.verdict import PASSED, Verdict
+from tokred_kernels.backends.selfcheck.verdict import Verdict
 from tokred_kernels.backends.support import BACKWARD, MAP_OPS
 
 # "torch" is scaled_dot_product_attention with the logarithm of the sizes as a bias on the keys.
@@ -37,7 +37,7 @@ def ranking(
 
 
 def _passed(verdicts: Mapping[str, Verdict], ops: tuple[str, ...]) -> bool:
-    return all(op in verdicts and verdicts[op].verdict == PASSED for op in ops)
+    return all(op in verdicts and verdicts[op].is_passed for op in ops)
 
 
 def _time(verdicts: Mapping[str, Verdict], ops: tuple[str, ...], dtype: torch.dtype) -> float | None:

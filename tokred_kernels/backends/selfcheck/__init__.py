@@ -21,7 +21,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,16 +30,19 @@ from tokred_kernels.backends.selfcheck import cache, supervisor
 from tokred_kernels.backends.selfcheck.known_bad import reason_known
 from tokred_kernels.backends.selfcheck.supervisor import Settings, Task
 from tokred_kernels.backends.selfcheck.verdict import UNSUPPORTED, Verdict, Verdicts
-from tokred_kernels.backends.support import OPS, reason_against, triton_interprets
+from tokred_kernels.backends.support import MAP_OPS, OPS, reason_against, triton_interprets
 
 COMMAND = "python -m tokred_kernels check"
 # The backends that a device's check covers. The reference runs anywhere, and is checked and timed on GPUs like kernels.
 CHECKED = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "triton")}
 # torch's own attention with a bias is a candidate for token attention with sizes, and is not ours to check.
 TIMED_ONLY = {"token_attention": ("torch",), "token_attention_backward": ("torch",)}
-# Seconds for one op. Compiling the Triton kernels of attention takes a minute on a slow CPU core.
+# Ops that are tiles of matrix products, which Triton has on the matrix units and CUDA not.
+TRITON_FIRST = frozenset(op for op in OPS if op.startswith(("token_attention", "lookup_")))
+DTYPES = ("float32", "float16", "bfloat16")
+# Seconds for one task. Compiling the Triton kernels of attention takes a minute on a slow CPU core.
 LIMIT, LIMIT_INTERPRETED = 120.0, 300.0
-MOST_WORKERS = 4  # each has a CUDA context of some 500 MB
+MOST_WORKERS = 8  # each has a CUDA context of some 500 MB
 ESTIMATE = "about 15 s with CUDA kernels, up to 60 s with Triton kernels alone"
 
 _known: dict[int, Verdicts] = {}
@@ -72,7 +75,7 @@ def verdicts(device: torch.device) -> Verdicts:
             device = torch.device("cuda", index)
             facts = cache.facts(device)
             found = cache.read(facts)
-            if _missing(found, device):
+            if due(device, found):
                 refusal = _refusal()
                 if refusal is not None:
                     warnings.warn(
@@ -105,43 +108,58 @@ def is_off() -> bool:
 
 def check(
     device: torch.device,
-    progress: Callable[[str, str, Verdict], None],
+    kernels: Iterable[tuple[str, str]],
+    progress: Callable[[Task, str, Verdict], None] = lambda *_: None,
     *,
-    backends: Sequence[str] = (),
-    ops: Sequence[str] = OPS,
     deep: bool = False,
     known: Verdicts | None = None,
 ) -> Verdicts:
-    """Check `ops` on `backends` now, and time them if the device is a GPU.
+    """Check kernels now, and time them if the device is a GPU.
 
     Args:
         device: a GPU; or the CPU, for the C++ kernels, and for Triton's in its interpreter.
-        progress: called with backend, op and verdict as each is found.
-        backends: default all that the device may have.
+        kernels: pairs of a backend and an op.
+        progress: called with the task, the backend and the verdict as each is found.
         deep: run many more cases.
-        known: verdicts that are not checked again.
+        known: verdicts found before.
 
     Returns:
         `known` with the new verdicts added, by backend and op.
     """
-    backends = backends or CHECKED[device.type]
     found: Verdicts = {backend: dict(by_op) for backend, by_op in (known or {}).items()}
     facts = cache.facts(device)
     tasks = []
-    for backend, op in itertools.product(backends, ops):
-        if op in found.get(backend, {}):
-            continue
+    for backend, op in kernels:
         reason = reason_against(op, backend, device, torch.float32)
         reason = reason or reason_known(backend, op, facts["architecture"], facts["triton"])
-        if reason is None:
-            tasks.append(Task(op, (backend,)))
-        else:
+        if reason is not None:
             found.setdefault(backend, {})[op] = Verdict(UNSUPPORTED, reason)
-            progress(backend, op, found[backend][op])
+            progress(Task(op, (backend,)), backend, found[backend][op])
+        elif backend == "triton" and op not in MAP_OPS:  # split: most of the time goes into compiling
+            tasks += [Task(op, (backend,), dtype=dtype) for dtype in DTYPES]
+        else:
+            tasks.append(Task(op, (backend,)))
     if device.type == "cuda":
         for op in dict.fromkeys(task.op for task in tasks):
             tasks.append(Task(op, (*CHECKED["cuda"], *TIMED_ONLY.get(op, ())), times=True))
     return supervisor.run(tasks, _settings(device, deep), progress, found)
+
+
+def due(device: torch.device, found: Verdicts) -> list[tuple[str, str]]:
+    """Return the pairs of backend and op that `auto` needs a verdict for, apart from those in `found`.
+
+    Compiling Triton kernels takes most of the time of a check. So for ops that CUDA does well, Triton is checked only
+    if CUDA has no kernel, or a wrong one; `python -m tokred_kernels check` checks everything.
+    """
+    pairs = []
+    for op, backend in itertools.product(OPS, CHECKED["cuda"]):
+        if op in found.get(backend, {}) or reason_against(op, backend, device, torch.float32) is not None:
+            continue
+        by_cuda = found.get("cuda", {}).get(op)
+        expected = reason_against(op, "cuda", device, torch.float32) is None if by_cuda is None else by_cuda.is_passed
+        if backend != "triton" or op in TRITON_FIRST or not expected:
+            pairs.append((backend, op))
+    return pairs
 
 
 def _check_automatically(device: torch.device, facts: dict[str, Any]) -> Verdicts:
@@ -149,29 +167,27 @@ def _check_automatically(device: torch.device, facts: dict[str, Any]) -> Verdict
     try:
         with cache.lock(facts, lambda: _say(f"waiting for another process, which checks the kernels on {device}")):
             found = cache.read(facts)
-            if _missing(found, device):
-                found = _check_and_say(device, facts, found)
+            if due(device, found):
+                found = _check_due(device, facts, found)
                 cache.write(facts, found)
             return found
     except cache.Unusable as error:
         _say(f"{error}; the verdicts last as long as this process")
-        return _check_and_say(device, facts, {})
+        return _check_due(device, facts, {})
 
 
-def _check_and_say(device: torch.device, facts: dict[str, Any], known: Verdicts) -> Verdicts:
+def _check_due(device: torch.device, facts: dict[str, Any], found: Verdicts) -> Verdicts:
     _say(
         f"checking the kernels on {facts['device']}, once for this GPU, driver and versions ({ESTIMATE}); "
         "set TOKRED_SELFCHECK=0 to skip the check and run the PyTorch reference"
     )
-    return check(device, lambda *_: None, known=known)
+    found = check(device, due(device, found), known=found)
+    in_place_of_cuda = due(device, found)
+    return check(device, in_place_of_cuda, known=found) if in_place_of_cuda else found
 
 
 def _say(text: str) -> None:
     print(f"tokred_kernels: {text}", file=sys.stderr, flush=True)
-
-
-def _missing(found: Verdicts, device: torch.device) -> bool:
-    return any(op not in found.get(backend, {}) for backend in CHECKED[device.type] for op in OPS)
 
 
 def _refusal() -> str | None:

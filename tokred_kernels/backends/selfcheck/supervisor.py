@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokred_kernels.backends.selfcheck.verdict import CRASHED, HUNG, PASSED, UNKNOWN, Verdict, Verdicts
+from tokred_kernels.backends.selfcheck.verdict import CRASHED, HUNG, UNKNOWN, Verdict, Verdicts
 
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds this copy of the package
 # Not `-m`: the worker must run this copy of the package, and nothing from the current folder.
@@ -33,11 +33,15 @@ TORCH = "torch"  # not a backend with kernels to check, but a candidate to time
 
 
 class Task(NamedTuple):
-    """What a worker does in one go: check an op on each of the backends, or, if `times`, time it on them in turns."""
+    """What a worker does in one go: check an op on each of the backends, or, if `times`, time it on them in turns.
+
+    `dtype` restricts a check to the cases whose name starts with it, so that an op can be split over several workers.
+    """
 
     op: str
     backends: tuple[str, ...]
     times: bool = False
+    dtype: str = ""
 
 
 class Settings(NamedTuple):
@@ -52,31 +56,35 @@ class Settings(NamedTuple):
     deep: bool = False
 
 
-Note = Callable[[str, dict[str, Verdict]], None]
+Note = Callable[[Task, dict[str, Verdict]], None]
 Tasks = queue.SimpleQueue
 
 
 def run(
-    tasks: Iterable[Task], settings: Settings, progress: Callable[[str, str, Verdict], None], known: Verdicts
+    tasks: Iterable[Task], settings: Settings, progress: Callable[[Task, str, Verdict], None], known: Verdicts
 ) -> Verdicts:
     """Check, then time, and return `known` with the new verdicts added.
 
-    `progress` is called with backend, op and verdict as each is found. Tasks that time come after all others, and take
-    the backends that have passed by then.
+    `progress` is called with the task, the backend and the verdict as each is found. Tasks that time come after all
+    others, and take the backends that have passed by then.
     """
     found: Verdicts = {backend: dict(ops) for backend, ops in known.items()}
     record = threading.Lock()
-
-    def note(op: str, answer: dict[str, Verdict]) -> None:
-        with record:
-            for backend, verdict in answer.items():
-                found.setdefault(backend, {})[op] = verdict
-                progress(backend, op, verdict)
-
     checks: Tasks[Task] = Tasks()
     timings = []
     for task in tasks:
         timings.append(task) if task.times else checks.put(task)
+    failed = set()
+
+    def note(task: Task, answer: dict[str, Verdict]) -> None:
+        with record:
+            for backend, verdict in answer.items():
+                if (backend, task.op) not in failed:  # one part of the cases that fails is enough
+                    found.setdefault(backend, {})[task.op] = verdict
+                if not verdict.is_passed:
+                    failed.add((backend, task.op))
+                progress(task, backend, verdict)
+
     slow: Tasks[Task] = Tasks()
     workers = [_Worker(settings) for _ in range(max(1, min(settings.workers, checks.qsize())))]
     threads = [
@@ -100,7 +108,7 @@ def run(
 
 
 def _has_passed(verdicts: dict[str, Verdict], op: str) -> bool:
-    return op in verdicts and verdicts[op].verdict == PASSED
+    return op in verdicts and verdicts[op].is_passed
 
 
 def _work(worker: _Worker, tasks: Tasks[Task], note: Note, slow: Tasks[Task] | None) -> None:
@@ -114,7 +122,7 @@ def _work(worker: _Worker, tasks: Tasks[Task], note: Note, slow: Tasks[Task] | N
             continue
         cannot_start = worker.make_ready()
         if cannot_start is not None:
-            note(task.op, dict.fromkeys(task.backends, Verdict(UNKNOWN, cannot_start)))
+            note(task, dict.fromkeys(task.backends, Verdict(UNKNOWN, cannot_start)))
             continue
         try:
             answer = worker.run(task)
@@ -128,7 +136,7 @@ def _work(worker: _Worker, tasks: Tasks[Task], note: Note, slow: Tasks[Task] | N
             worker.stop()
             answer = {worker.at or task.backends[0]: Verdict(CRASHED, str(error))}
         if not worker.is_closed:
-            note(task.op, answer)
+            note(task, answer)
             # What a worker could not answer because it lost the device, or died, is for another.
             tasks.put(task._replace(backends=tuple(name for name in task.backends if name not in answer)))
 

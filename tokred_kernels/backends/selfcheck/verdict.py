@@ -26,6 +26,11 @@ class Verdict:
     reason: str | None = None
     times_us: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def is_passed(self) -> bool:
+        """Whether the kernel may be used."""
+        return self.verdict == PASSED
+
     @classmethod
     def from_json(cls, value: Any) -> Verdict:
         """Rebuild a verdict from parsed JSON; raise ValueError unless that has the right structure."""

@@ -56,7 +56,7 @@ def main() -> None:
                     runs[backend] = timing.prepare(task["op"], _call(backend, task["op"]), device)
                     found[backend] = Verdict(PASSED)
                 else:
-                    found[backend] = check(backend, task["op"], device, settings["deep"])
+                    found[backend] = check(backend, task["op"], device, settings["deep"], task["dtype"])
             except Exception as error:  # from a kernel, its launch, its compiler or its import: this is the result
                 found[backend] = failure(error)
             _end_if_lost(device)
@@ -65,12 +65,14 @@ def main() -> None:
         _answer(answers, {backend: vars(verdict) for backend, verdict in found.items()})
 
 
-def check(backend: str, op: str, device: torch.device, deep: bool = False) -> Verdict:
-    """Run all cases of `op` on `backend`."""
+def check(backend: str, op: str, device: torch.device, deep: bool = False, dtype: str = "") -> Verdict:
+    """Run the cases of `op` on `backend`: all, or those whose name starts with `dtype`."""
     call = _call(backend, op)
     number = 0
     poisons = POISONS_INTERPRETED if triton_interprets() else POISONS
     for case in cases(op, interpreted=backend == "triton" and triton_interprets(), deep=deep):
+        if not case.name.startswith(dtype):
+            continue
         fault = check_case(case, call, device, poisons, captures=backend != "reference")
         if fault is not None:
             return Verdict(WRONG, f"{case.name}: {fault}")
