@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred_kernels.backends.reference.token_attention import attention_weights, importance_of
+from tokred_kernels.backends.torch_attention import key_bias, torchs_attention
 from tokred_kernels.dtypes import autocasted
-from tokred_kernels.ops.token_attention import key_bias, token_attention, torchs_attention
+from tokred_kernels.ops.token_attention import token_attention
 from tokred_kernels.packing import Packing
 
 

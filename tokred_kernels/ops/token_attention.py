@@ -7,14 +7,14 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
+from tokred_kernels.backends.torch_attention import torchs_attention
 from tokred_kernels.checks import check_floating, check_real, check_same_device, is_per_row, shape
-from tokred_kernels.dtypes import accumulator_of, autocasted, is_autocasting
+from tokred_kernels.dtypes import accumulator_of, autocasted
 from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.packing import Packing, check_packing
 
@@ -100,25 +100,6 @@ def token_attention(
     backend = backends.choose(OP, q, unfit=too_wide(q), training=training)
     out, worth = _attend(q, k, v, bias, policy, packed, scale, importance or "", backend)
     return out if importance is None else (out, worth)
-
-
-def torchs_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
-    """torch's own attention, with `bias` (B, N) on keys, or none; `settings` are its own, `scale` or `dropout_p`."""
-    mask = None if bias is None else key_bias(bias, q)
-    if q.is_cpu and mask is not None and is_autocasting(q):  # which would round the mask, and has nothing else to do
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
-
-
-def key_bias(bias: Tensor, like: Tensor) -> Tensor:
-    """`bias` (B, N) on keys as torch's attention of `like`'s dtype takes it, (B, 1, 1, N).
-
-    It stays a row: scaled_dot_product_attention broadcasts it over heads and queries without a copy, so proportional
-    attention costs O(B N) memory, not the O(B H N^2) of a bias added to explicit scores. On a CPU scores are float32,
-    and so may the bias be; the fused kernels of GPUs want it in the dtype of q.
-    """
-    return bias[:, None, None, :].to(accumulator_of(like) if like.is_cpu else like.dtype)
 
 
 def too_wide(q: Tensor) -> tuple[str, ...]:
