@@ -172,7 +172,7 @@ struct MergeArgs {
 
 // With s = dest[n] (as an absolute row), g = grad_y[s], W = weight_sum[s] (count[s] without weight), w = weight[n]:
 //   sum   grad_x = w g            grad_weight = <x, g>              + grad_weight_sum[s]
-//   mean  grad_x = w / W g        grad_weight = (<x, g> - <y, g>)/W + grad_weight_sum[s]
+//   mean  grad_x = w / W g        grad_weight = (<x, g> - <y, g>)/W + grad_weight_sum[s]; with W = 0 only the last term
 //   amax  grad_x = g where x equals y (NaN equals NaN), divided by the number of members that do; else 0
 // Rows that are dropped get 0. grad_weight_sum is null where the sizes that came out were not used.
 struct MergeBackwardArgs {

@@ -31,6 +31,10 @@ void reduce_row(const MergeArgs& a, int64_t row) {
   for (int32_t m = 0; m < count; ++m) total += weight ? weight[members[m]] : Sum(1);
   if (a.weight_sum) static_cast<Sum*>(a.weight_sum)[row] = total;
 
+  if (kReduce == Reduce::mean && total == 0) {  // nothing has a weight
+    std::memset(static_cast<void*>(y), 0, a.channels * sizeof(T));
+    return;
+  }
   if (count == 1 && (!weight || is_copy<kReduce>(total))) {
     copy_row(y, x + members[0] * a.x_stride, a.channels * sizeof(T));
     return;
@@ -62,7 +66,7 @@ void reduce_row(const MergeArgs& a, int64_t row) {
         for (int64_t c = 0; c < n; ++c) sums[c] += E::load(values[c]);
       }
     }
-    const Sum divisor = kReduce == Reduce::mean && count > 0 ? total : Sum(1);
+    const Sum divisor = kReduce == Reduce::mean ? total : Sum(1);
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) y[start + c] = E::store(sums[c] / divisor);
   }

@@ -33,6 +33,13 @@ void gather_row(const MergeBackwardArgs& a, int64_t row) {
   const Sum total = a.reduce == Reduce::sum ? Sum(1)
                     : weight                ? static_cast<const Sum*>(a.weight_sum)[out]
                                             : static_cast<Sum>(a.count[out]);
+  const Sum* grad_total = static_cast<const Sum*>(a.grad_weight_sum);
+  const Sum from_total = grad_total ? grad_total[out] : Sum(0);
+  if (a.reduce == Reduce::mean && total == 0) {  // the mean is 0 whatever the row holds
+    clear_row<T>(a, row);
+    if (a.grad_weight) static_cast<Sum*>(a.grad_weight)[row] = from_total;
+    return;
+  }
   const T* g = static_cast<const T*>(a.grad_y) + out * a.channels;
   if (a.grad_x) {
     T* grad_x = static_cast<T*>(a.grad_x) + row * a.channels;
@@ -55,8 +62,7 @@ void gather_row(const MergeBackwardArgs& a, int64_t row) {
 #pragma omp simd reduction(+ : dot)
       for (int64_t c = 0; c < a.channels; ++c) dot += E::load(x[c]) * E::load(g[c]);
     }
-    const Sum* grad_total = static_cast<const Sum*>(a.grad_weight_sum);
-    static_cast<Sum*>(a.grad_weight)[row] = dot / total + (grad_total ? grad_total[out] : Sum(0));
+    static_cast<Sum*>(a.grad_weight)[row] = dot / total + from_total;
   }
 }
 

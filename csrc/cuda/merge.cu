@@ -38,12 +38,13 @@ struct Reduction {
   }
 };
 
-// From the reduced values to what is stored: a mean divides, which makes the mean of equal members exactly that.
+// From the reduced values to what is stored. A mean divides, so that the mean of equal members is exactly their value;
+// it is 0 if the weights sum to 0.
 template <class T, int kElements>
 __device__ __forceinline__ Vector<T, kElements> finish(const Acc<T> (&values)[kElements], bool divide, Acc<T> total) {
   Vector<T, kElements> v;
 #pragma unroll
-  for (int e = 0; e < kElements; ++e) v.element[e] = narrow<T>(divide ? values[e] / total : values[e]);
+  for (int e = 0; e < kElements; ++e) v.element[e] = narrow<T>(!divide ? values[e] : total == 0 ? Acc<T>(0) : values[e] / total);
   return v;
 }
 
@@ -89,9 +90,10 @@ __device__ __forceinline__ void reduce_short(const MergeArgs& args, const RowCon
     const int32_t row = count ? members[0] : -1;
     const A weight = count ? weight_of<T>(args, row) : A(0);
     if (args.weight_sum && g.lane == 0) static_cast<A*>(args.weight_sum)[g.row] = weight;
-    // w / w is 1 but for weights of zero, infinity and NaN.
+    // w / w is 1, or NaN for an infinite weight or NaN. The mean of no weight is 0.
     const A factor = kMax ? A(1) : mean ? weight / weight : weight;
-    move_row<T, kElements>(g, c, count ? row_of<T>(args, row) : nullptr, factor, y);
+    const bool is_zero = count == 0 || (!kMax && mean && weight == 0);
+    move_row<T, kElements>(g, c, is_zero ? nullptr : row_of<T>(args, row), factor, y);
     return;
   }
   A total = 0;

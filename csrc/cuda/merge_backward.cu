@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     if (args.weight) weight = static_cast<const A*>(args.weight)[g.row];
     if (mean) total = args.weight ? static_cast<const A*>(args.weight_sum)[slot] : static_cast<A>(args.count[slot]);
   }
-  const T* grad = dest < 0 ? nullptr : row_of<T>(args.grad_y, slot, args.channels);
+  // The mean of a slot whose weights sum to 0 is 0, whatever its members hold.
+  const T* grad = dest < 0 || total == 0 ? nullptr : row_of<T>(args.grad_y, slot, args.channels);
   if (args.grad_x && present) {
     T* grad_x = static_cast<T*>(args.grad_x) + g.row * args.channels;
     const A factor = mean ? weight / total : weight;
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   }
   for (int step = g.lanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(kFullWarp, dot, step);
   if (present && g.lane == 0) {
-    const A from_sum = grad && args.grad_weight_sum ? static_cast<const A*>(args.grad_weight_sum)[slot] : A(0);
-    static_cast<A*>(args.grad_weight)[g.row] = dot / total + from_sum;
+    const A from_sum = dest >= 0 && args.grad_weight_sum ? static_cast<const A*>(args.grad_weight_sum)[slot] : A(0);
+    static_cast<A*>(args.grad_weight)[g.row] = (grad ? dot / total : A(0)) + from_sum;
   }
 }
 

@@ -30,7 +30,9 @@ def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tenso
             "amax".
 
     Returns:
-        (B, N', C), or (T', C) from a packed map, in x's dtype. A slot without members is 0. NaN in, NaN out.
+        (B, N', C), or (T', C) from a packed map, in x's dtype. A slot without members is 0, as is the mean of a slot
+        whose weights sum to 0; so are their gradients. In all other slots NaN in gives NaN out. What a dropped token
+        holds reaches neither the result nor a gradient.
 
     Differentiable once in `x` and `weight`. "amax" divides its gradient evenly between the members that tie.
 

@@ -21,9 +21,15 @@ def merge(
 
     count = segments.sum(values.new_ones(*dest.shape, 1))
     total = count if weight is None else segments.sum(weight[..., None])
-    y = segments.sum(values if weight is None else values * weight[..., None])
+    if weight is not None:
+        # Tokens that cannot reach the result are masked first: 0 * NaN would be NaN, forward and backward.
+        counted = (dest >= 0)[..., None]
+        if reduce == "mean":
+            counted = counted & (segments.spread(total.detach()) != 0)
+        values = torch.where(counted, values, 0.0) * weight[..., None]
+    y = segments.sum(values)
     if reduce == "mean":
-        y = y / torch.where(count > 0, total, 1.0)  # a slot without members stays 0
+        y = y / torch.where(total == 0, 1.0, total)  # a slot without members, or whose weights sum to 0, stays 0
     return y[:, :num_out].to(x.dtype), total[:, :num_out, 0] if weight_sum else None
 
 
