@@ -102,7 +102,7 @@ class Nvcc:
             raise CudaUnavailableError(f"{path} cannot compile for sm_{OLDEST_ARCHITECTURE} or newer")
 
     def knows(self, architecture: str) -> bool:
-        """Return True if nvcc can compile for `architecture`, such as "80" or "90a". Its lists omit names with a suffix."""
+        """Return True if nvcc can compile for `architecture`, such as "80" or "90a"; its lists omit suffixes."""
         if not re.fullmatch(r"\d+[af]?", architecture) or int(architecture.rstrip("af")) not in self.numbers:
             return False
         if architecture.isdigit():
