@@ -33,7 +33,7 @@ MISSING = {
     "The CUDA compiler\n|CMakeCUDACompilerId": "nvcc does not work: set CUDAHOSTCXX to a C++ compiler that it supports",
 }
 # Measured on one core: seconds per C++ file, per CUDA file, and per CUDA file and architecture.
-CPP_SECONDS, CUDA_SECONDS, ARCHITECTURE_SECONDS = 2.0, 1.0, 6.0
+CPP_SECONDS, CUDA_SECONDS, ARCHITECTURE_SECONDS = 2.0, 1.0, 4.5
 SECONDS_BETWEEN_REPORTS = 10
 
 
@@ -52,7 +52,7 @@ def say(message: str) -> None:
     sys.stdout.write(line)
     sys.stdout.flush()
     if not sys.stderr.isatty():
-        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:  # OSError: there is no terminal
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:  # OSError: no terminal
             terminal.write(line)
 
 
@@ -99,10 +99,10 @@ class Nvcc:
         ]
         self.numbers = sorted(int(n) for n in set.intersection(*listed) if int(n) >= OLDEST_ARCHITECTURE)
         if not self.numbers:
-            raise CudaUnavailableError(f"{path} knows no architecture from sm_{OLDEST_ARCHITECTURE} on")
+            raise CudaUnavailableError(f"{path} cannot compile for sm_{OLDEST_ARCHITECTURE} or newer")
 
     def knows(self, architecture: str) -> bool:
-        """Whether `architecture`, such as "80" or "90a", can be compiled for. The lists omit those with a suffix."""
+        """Return True if nvcc can compile for `architecture`, such as "80" or "90a"; its lists omit suffixes."""
         if not re.fullmatch(r"\d+[af]?", architecture) or int(architecture.rstrip("af")) not in self.numbers:
             return False
         if architecture.isdigit():
@@ -136,12 +136,12 @@ class Nvcc:
             return self._name(capability)
         lower = [number for number in ARCHITECTURES if number in self.numbers and number < capability]
         if not lower:
-            raise CudaUnavailableError(f"{self.path} knows no architecture for the GPU, sm_{capability}")
+            raise CudaUnavailableError(f"{self.path} cannot compile for the GPU, sm_{capability}")
         return str(lower[-1])
 
 
 def gpu_capabilities() -> list[int]:
-    """Return the compute capabilities of the GPUs present, such as [80, 90]; an empty list if there is no driver."""
+    """Return the compute capabilities of the GPUs present, such as [80, 90]; an empty list without a driver."""
     lines = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
     return sorted({int(line.replace(".", "")) for line in lines if re.fullmatch(r"\d+\.\d", line)})
 

@@ -130,7 +130,7 @@ def machine(tmp_path):
 
 
 def assert_fails(result, words):
-    """The last line is one sentence with these words, and there is no traceback."""
+    """The last line is one sentence with these words; no traceback is printed."""
     assert result.returncode != 0
     assert words in result.stderr.strip().splitlines()[-1], result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("tokred_kernels: ")
@@ -224,7 +224,7 @@ def nvcc_without_lists(machine):
     machine.nvcc("13.0")
     text = (machine.folder / "nvcc").read_text().replace("--list-gpu-code)", "--other)")
     (machine.folder / "nvcc").write_text(text)
-    return "knows no architecture from sm_80 on"
+    return "cannot compile for sm_80 or newer"
 
 
 def old_gpu(machine):

@@ -48,6 +48,10 @@ constexpr int kWarpColumns = 4;
 constexpr int64_t kMaxFusedTokens = 1088;
 // The tiled match cuts the destinations until there are this many blocks: two for each multiprocessor of an H100.
 constexpr int64_t kTargetBlocks = 264;
+// One block that streams more than this per image takes longer than several blocks and the additional launches. With at
+// most kFewImages images, one block per image leaves half of the multiprocessors of an H100 idle.
+constexpr int64_t kMostStreamedBytes = 1 << 20;
+constexpr int64_t kFewImages = kTargetBlocks / 4;
 // Candidates per source that the ranking launch then has to combine.
 constexpr int64_t kMaxSplits = 16;
 // The ranking launch: lanes that share the counting for one source, sources a block ranks, keys in shared memory at a
@@ -96,6 +100,13 @@ inline MatchConfig layout(MatchConfig c, Resident resident, std::size_t rows, st
 
 }  // namespace detail
 
+// Bytes that are loaded to match an image: every tile loads its sources and destinations, of all heads.
+inline int64_t streamed_bytes(const MatchProblem& args, const MatchConfig& c) {
+  const Partition& p = args.partition;
+  const int64_t rows = divide_up(p.num_dst, kTileDestinations) * p.num_src + c.tiles * p.num_dst;
+  return rows * args.heads * c.row_units * kUnitBytes;
+}
+
 // `shared_limit` is the most dynamic shared memory of a block, in bytes. Does not look at r.
 inline MatchConfig match_config(const MatchProblem& args, int64_t shared_limit) {
   const Partition& p = args.partition;
@@ -116,7 +127,8 @@ inline MatchConfig match_config(const MatchProblem& args, int64_t shared_limit) 
       if (whole.shared_bytes <= shared_limit) return whole;
     }
     const MatchConfig streamed = detail::layout(c, Resident::none, 0, map_bytes, p.num_src);
-    if (streamed.shared_bytes <= shared_limit) return streamed;
+    const bool spread = args.images <= kFewImages && streamed_bytes(args, c) > kMostStreamedBytes;
+    if (streamed.shared_bytes <= shared_limit && !spread) return streamed;
     c.fused = false;
   }
   const int64_t blocks = std::max<int64_t>(c.tiles * args.images, 1);

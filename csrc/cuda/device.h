@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Whether the driver can load this build's kernels on the current device.
+// Check that the driver can load the kernels of this build on the current device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ inline std::string load_failure(const void* kernel, const std::string& architect
   if (status == cudaSuccess) return "";
   cudaGetLastError();  // clear the error: this function reports it
   if (status == cudaErrorInsufficientDriver || status == cudaErrorUnsupportedPtxVersion) {
-    int driver = 0, runtime = 0;  // a driver version of 0 means that there is no driver
+    int driver = 0, runtime = 0;  // a driver version of 0 means no driver
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
     if (driver == 0) return "no NVIDIA driver is installed";

@@ -27,7 +27,7 @@ inline unsigned grid_size(const char* op, int64_t blocks) {
 
 // Shared memory that every kernel can use without a function attribute.
 constexpr int kDefaultShared = 48 * 1024;
-// Upper bound of the static shared memory in kernels that also use dynamic shared memory. Both count against the limits.
+// Upper bound of the static shared memory in kernels that also use dynamic; both count against the limits.
 constexpr int kReservedShared = 256;
 
 // The most dynamic shared memory that a block can use on the current device, in bytes.

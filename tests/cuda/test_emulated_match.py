@@ -9,6 +9,7 @@ from emulated_match import (
     NONE,
     SOURCES,
     STREAMING_SHARED,
+    check_best,
     check_match,
     emulated_match,
     match_problem,
@@ -134,6 +135,38 @@ def test_match_of_strided_rows(emulator, dtype, offset):
     check_match(emulator, metric, every_other(50, 9, None, True, False), offset=offset)
 
 
+# Two tiles of sources and destinations, and three; mean of heads; (images, tokens, heads, channels) of bfloat16.
+@pytest.mark.parametrize(
+    "sizes,fused",
+    [
+        ((2, 1024, 1, 640), False),
+        ((66, 577, 1, 1024), False),
+        ((67, 577, 1, 1024), True),
+        ((8, 593, 1, 384), False),
+        ((1, 300, 4, 448), False),
+        # All of the image stays in shared memory; one tile; too few bytes.
+        ((1, 577, 16, 64), True),
+        ((1, 197, 1, 1280), True),
+        ((1, 300, 1, 448), True),
+    ],
+)
+def test_few_images_that_are_streamed_are_spread_over_blocks(emulator, sizes, fused):
+    images, tokens, heads, channels = sizes
+    p = every_other(tokens, tokens // 4, None, False, False)
+    problem = (0, 0, channels, images, heads, tokens, channels, DTYPES[torch.bfloat16], *map(int, p[:8]))
+    got, resident, *_ = emulator.call("match_config", (*problem, H100_SHARED), [None] * 4)
+    assert got == fused and (resident == ALL) == (heads == 16)
+
+
+def test_match_of_an_image_that_is_spread_over_blocks(emulator):
+    p = every_other(577, 100, None, True, False)
+    metric = whole_numbers(1, 1, 577, 153)
+    fused, *_ = emulator.call("match_config", (*match_problem(metric, p), H100_SHARED), [None] * 4)
+    assert not fused
+    check_match(emulator, metric, p)
+    check_best(emulator, metric, p)
+
+
 # Above the fused sizes: one block of ranks and several, cursors in shared memory and in the result itself.
 @pytest.mark.parametrize(
     ("tokens", "by_index", "dtype"),
@@ -215,7 +248,7 @@ def test_match_fits_shared_memory(emulator):
             for channels in (1, 64, 80, 384, 1280):
                 for dtype in DTYPES.values():
                     p = (0, 2, tokens - tokens // 2, tokens // 2, 0, 0, 0, tokens // 4)
-                    problem = (0, 0, channels, 8, 1, tokens, channels, dtype, *p)
+                    problem = (0, 0, channels, 67, 1, tokens, channels, dtype, *p)  # as many images as use one block
                     fused, resident, shared, splits, workspace = emulator.call(
                         "match_config", (*problem, limit), [None] * 4
                     )

@@ -156,7 +156,7 @@ inline const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaErrorInvalidValue ? "invalid argument" : "another error";
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulation::runtime().last_error, cudaSuccess); }
-// The limit of a device never changes, so each limit is a device of its own, and its number.
+// A real device has one limit, so each shared_limit stands for another device and is its number.
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device().shared_limit, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const int capability = emulation::runtime().capability;
