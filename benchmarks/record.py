@@ -19,7 +19,7 @@ from benchmarks.ceilings import Ceilings
 
 # What must be equal for one run to go on with the rows of another.
 SAME_MACHINE = ("commit", "gpu", "cpu", "threads", "torch", "triton")
-SAME_SETTINGS = ("device", "suite", "quick", "dtype", "backends", "budget", "verified", "tuned")
+SAME_SETTINGS = ("device", "suite", "quick", "dtype", "backends", "budget", "verdicts", "tuned")
 # They are compared with, and the case is whole without them.
 YARDSTICKS = ("compiled", "clone", "fused", "flex")
 LONGEST_TEXT = 1500  # of an error: Inductor's are pages

@@ -7,10 +7,8 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +65,7 @@ NO_CUDA_OPS = ("token_attention", "token_attention_backward")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Tiles of matrix products: in CUDA there are simple versions, without tensor cores.
 TRITON_FIRST = ("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lookup_scatter_backward")
-# GPU ops that a recorded run on a GPU has shown right; `benchmarks/verify.py` writes this after such a run.
-VERIFIED: dict[str, list[str]] = json.loads((Path(__file__).parent / "verified.json").read_text())
+VERIFIED: dict[str, list[str]] = {}
 
 # From how many tokens on the CPU's attention serves sizes in float32, with vectors of 64 bytes, and not torch's with a
 # bias. Torch's is at its best where TORCHS_BLOCK divides them, which is seldom what merging leaves; of other numbers,
