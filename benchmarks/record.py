@@ -78,7 +78,7 @@ class Record:
         for part, names, mine in (("machine", SAME_MACHINE, self.machine), ("settings", SAME_SETTINGS, self.settings)):
             for name in names:
                 if before[part].get(name) != mine[name]:
-                    return f"its {name} is {before[part].get(name)}, and here it is {mine[name]}"
+                    return f"its {name}: {before[part].get(name)}, here: {mine[name]}"
         wanted = set(self.cases)
         self.rows = [row for row in before["rows"] if row["case"] in wanted]
         self.failures = [failure for failure in before.get("failures", []) if failure["case"] in wanted]

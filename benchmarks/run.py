@@ -137,7 +137,7 @@ def _resume(parser: argparse.ArgumentParser, record: Record, path: Path) -> None
     except (ValueError, KeyError) as error:
         parser.error(f"--resume {path}: {error}")
     if reason:
-        print(f"{path} is not gone on with: {reason}")
+        print(f"{path} is not resumed: {reason}")
     else:
         done = sum(map(record.is_done, record.cases))
         print(f"{path} has {done} of {len(record.cases)} cases")

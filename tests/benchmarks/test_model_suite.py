@@ -84,7 +84,7 @@ def test_rows_measured_under_other_verdicts_are_not_kept(measured, monkeypatch, 
     assert run.main(resume) == 0 and "has 1 of 1 cases" in capsys.readouterr().out
     wrong = {"triton": {"merge": SimpleNamespace(verdict="wrong", reason="off by 3")}}
     monkeypatch.setattr(run.machine, "verdicts", lambda device: wrong)
-    assert run.main(resume) == 0 and "is not gone on with: its verdicts is" in capsys.readouterr().out
+    assert run.main(resume) == 0 and "is not resumed: its verdicts:" in capsys.readouterr().out
 
 
 def test_a_kernel_that_did_not_pass_the_self_check_runs_no_model():
