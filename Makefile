@@ -69,7 +69,8 @@ MINUTES ?= 60
 GPU_FILES ?= tests/ops tests/backends tests/benchmarks tests/cuda/test_device.py tests/test_token_map.py \
   tests/test_torch_integration.py tests/test_token_attention_use.py
 # A process that loses the device (tests/conftest.py), or whose kernel hangs, ends; pytest-xdist starts another one.
-GPU_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive timeout --signal INT $(MINUTES)m $(PYTHON) -m pytest -m gpu --continue-on-collection-errors \
+GPU_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive timeout --signal INT $(MINUTES)m \
+  $(PYTHON) -m pytest -m gpu --continue-on-collection-errors \
   $(shell $(PYTHON) -c "import xdist; print('-n 16 --max-worker-restart 1000')" 2>/dev/null) \
   $(shell $(PYTHON) -c "import pytest_timeout; print('--timeout 180 --timeout-method thread')" 2>/dev/null)
 TUNED_TESTS := tests/ops/test_token_attention.py tests/ops/test_token_attention_packed.py \
