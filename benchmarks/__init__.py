@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Benchmarks: `run.py` times, `table.py` writes the README's table, `verify.py` records what a GPU has shown right."""
+"""Benchmarks: `run.py` times, `table.py` writes the README's table, `tune.py` searches for Triton block sizes."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the numbers were taken on: without it a row means nothing."""
+"""The machine that the numbers come from, and what the self-check says of the kernels on its GPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import tokred_kernels as tk
-from tokred_kernels.backends import native
+from tokred_kernels.backends import native, selfcheck
 
 ROOT = Path(__file__).resolve().parents[1]
-DEVICE_HELP = "default: cuda where there is one"
+DEVICE_HELP = "default: cuda if there is a GPU"
 
 
 def chosen_device(parser: argparse.ArgumentParser, named: str | None) -> str:
@@ -53,6 +53,21 @@ def describe() -> dict[str, Any]:
         "native": native.MODULE.cpu.instruction_set() if native.MODULE is not None else None,
         "commit": os.environ.get("TOKRED_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
+    }
+
+
+def verdicts(device: str) -> dict[str, dict[str, selfcheck.Verdict]]:
+    """Return the self-check's verdicts on the kernels of this GPU, after running it if it is due; none for a CPU."""
+    return selfcheck.verdicts(torch.device("cuda", torch.cuda.current_device())) if device == "cuda" else {}
+
+
+def failures(verdicts: dict[str, dict[str, selfcheck.Verdict]]) -> dict[tuple[str, str], str]:
+    """Return why a kernel did not pass the self-check, by backend and op. A kernel that does not exist cannot fail."""
+    return {
+        (backend, op): f"{op} did not pass the self-check: {found.verdict}, {found.reason}"
+        for backend, by_op in verdicts.items()
+        for op, found in by_op.items()
+        if found.verdict not in ("passed", "unsupported")
     }
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import footprint, resident, traffic
@@ -13,7 +13,7 @@ from benchmarks.cases import ADAPTIVE_OPS, Case, Target
 from benchmarks.ceilings import Ceilings
 from benchmarks.families import family
 from benchmarks.inputs import Inputs, draw
-from benchmarks.providers import CLONE, COMPILED, FUSED, PUBLISHED, REFERENCE, Provider, providers
+from benchmarks.providers import CLONE, COMPILED, FUSED, PUBLISHED, REFERENCE, Failed, Provider, providers
 from benchmarks.record import release, told
 from benchmarks.timing import (
     Budget,
@@ -33,11 +33,12 @@ SLOTS_OF_THEIR_OWN = ("random_bipartite_match", "grid_bipartite_match")  # the p
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run asks for, over all its cases."""
+    """The settings of a run, for all its cases."""
 
     budget: Budget
     backends: list[str]
     quick: bool
+    failed: Failed = field(default_factory=dict)
 
 
 def measure(
@@ -48,7 +49,7 @@ def measure(
     A provider whose result is wrong, or that cannot run, is not timed; the others are.
     """
     compile_chain = case.quick_compile or not settings.quick
-    competing = providers(case, settings.backends, compile_chain)
+    competing = providers(case, settings.backends, compile_chain, settings.failed)
     lost: dict[str, dict[str, str]] = {}
 
     def each(step: Callable[[Provider], Any]) -> dict[str, Any]:

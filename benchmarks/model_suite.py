@@ -17,7 +17,7 @@ from benchmarks.agreement import Disagreement
 from benchmarks.micro import Settings, judge
 from benchmarks.model_cases import ModelCase
 from benchmarks.model_zoo import make_model, output_of
-from benchmarks.providers import REFERENCE
+from benchmarks.providers import NONE_FAILED, REFERENCE, Failed
 from benchmarks.record import release, told
 from benchmarks.timing import Visit, event_visit, graph_visit, interleave, ratio, summarise, wall_visit
 from tokred_kernels import backends
@@ -26,7 +26,8 @@ from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.patch.models import anatomy
 
 UNPATCHED = "unpatched"
-PATCHED_OPS = ("bipartite_match", "merge")  # besides attention, which torch may serve
+PATCHED_OPS = ("bipartite_match", "merge")
+ATTENTION = "token_attention"  # a backend without a kernel for it leaves it to torch
 SEED = 11
 CLOCKS: dict[str, dict[str, Callable[..., Visit]]] = {
     "cpu": {"wall": wall_visit},
@@ -46,7 +47,7 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], 
     plain = make_model(case.model).to(case.device, dtype)
     size = image_size(plain)
     images = [torch.randn(case.batch, 3, *size, device=case.device, dtype=dtype) for _ in range(IMAGE_SETS)]
-    able = [name for name in settings.backends if reason_against(case, name) is None]
+    able = [name for name in settings.backends if reason_against(case, name, settings.failed) is None]
     if settings.quick:
         able = [name for name in able if name != REFERENCE] or able
 
@@ -104,21 +105,20 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[dict[str, Any]], 
     return rows, lost
 
 
-def reason_against(case: ModelCase, backend: str) -> str | None:
-    """Why a backend cannot run a patched model; None where it can."""
+def reason_against(case: ModelCase, backend: str, failed: Failed = NONE_FAILED) -> str | None:
+    """Return why a backend cannot run a patched model, or must not, as its kernels did not pass the self-check."""
     if backend == backends.AUTO:
         return None
-    for op in PATCHED_OPS:
-        reason = backends.reason_against(op, backend, case.device, getattr(torch, case.dtype))
-        if reason is not None:
-            return reason
-    return None
+    dtype = getattr(torch, case.dtype)
+    reasons = [backends.reason_against(op, backend, case.device, dtype) for op in PATCHED_OPS]
+    reasons += [failed.get((backend, op)) for op in (*PATCHED_OPS, ATTENTION)]
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) -> dict[str, str]:
-    """Who serves a patched model's ops: by `auto` they may be several, and the reference where nothing is verified.
+    """Return the backend of each op of a patched model. `auto` may choose a different one for each.
 
-    Attention with so many `tokens` in each block may be served by more than one: those, with "+" between.
+    `tokens` holds the token count of each block. If attention runs on several backends, they are joined by "+".
     """
     if name == UNPATCHED:
         return {}
@@ -129,9 +129,9 @@ def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) 
         width = anatomy(model).parts[0].head_width
         for number in tokens:
             q = tensor.new_empty(0, 1, int(number), width)
-            by_torch = backends.torch_attends("token_attention", q, plain=False)
-            attends.append("torch" if by_torch else backends.choose("token_attention", q))
-        return served | {"token_attention": "+".join(dict.fromkeys(attends))}
+            by_torch = backends.torch_attends(ATTENTION, q, plain=False)
+            attends.append("torch" if by_torch else backends.choose(ATTENTION, q))
+        return served | {ATTENTION: "+".join(dict.fromkeys(attends))}
 
 
 def _statistics(case: ModelCase, seconds: dict[str, list[float]], name: str) -> dict[str, Any]:

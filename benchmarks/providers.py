@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,9 @@ FUSED, FLEX = "fused", "flex"  # torch's own attentions: with no term but the sc
 BASELINES = (PUBLISHED, COMPILED, CLONE, FUSED, FLEX)
 YARDSTICKS = (CLONE, FUSED)  # which compute something else
 REFERENCE = "reference"  # says what is right, and is asked for no speed
+# Why kernels did not pass the self-check, by backend and op; see `machine.failures`.
+Failed = Mapping[tuple[str, str], str]
+NONE_FAILED: Failed = {}
 
 # What a case's rows run on, by the names that the backends know.
 KERNEL_OPS = {
@@ -102,15 +105,13 @@ def chain(case: Case) -> tuple[Callable[..., Any], Callable[[Inputs], tuple[Any,
     }.get(case.op)
 
 
-def ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
-    """The package's own call; which backend serves it is set around it, by `scope`."""
+def ours(case: Case) -> Callable[[Inputs], Any]:
+    """Return the package's own call. `Provider.scope` sets the backend around it."""
     r, reduce, window, grid = case.r, case.reduce, case.window, case.grid
     kept = case.shape[1] - r
     own = family(case)
     if own is not None:
         return own.ours(case)
-    if case.op in ("then", "invert"):
-        return _whole_numbers(case, backend)
 
     def window_merge(i: Inputs) -> tk.MergeOutput:
         token_map = tk.window_match(i.x, i.threshold, window=window)
@@ -131,20 +132,9 @@ def ours(case: Case, backend: str) -> Callable[[Inputs], Any]:
         ),
         "grid_bipartite_match": lambda i: tk.grid_bipartite_match(i.metric, r, grid=grid, stride=window),
         "importance_match": lambda i: tk.importance_match(i.metric, kept, class_token=True),
+        "then": lambda i: i.token_map.then(i.second_map),
+        "invert": lambda i: tk.TokenMap(i.token_map.dest, i.token_map.num_out).views(),
     }[case.op]
-
-
-def _whole_numbers(case: Case, backend: str) -> Callable[[Inputs], Any]:
-    """Composing and inverting, which `use_backend` does not govern: a backend other than the best is called itself."""
-    op = KERNEL_OPS[case.op][0]
-    if backends.best(op, torch.empty(0, dtype=torch.int32, device=case.device)) == backend:
-        if op == "compose":
-            return lambda i: i.token_map.then(i.second_map)
-        return lambda i: tk.TokenMap(i.token_map.dest, i.token_map.num_out).views()
-    function = backends.implementation(backend, op)
-    if op == "compose":
-        return lambda i: tk.TokenMap(function(i.token_map.dest, i.second_map.dest), i.second_map.num_out)
-    return lambda i: function(i.token_map.dest, i.token_map.num_out)
 
 
 @dataclass(frozen=True)
@@ -163,8 +153,8 @@ class Provider:
             yield
 
 
-def providers(case: Case, chosen: list[str], compile_chain: bool) -> list[Provider]:
-    """Baselines first, then those of the `chosen` backends that can serve the case.
+def providers(case: Case, chosen: list[str], compile_chain: bool, failed: Failed = NONE_FAILED) -> list[Provider]:
+    """Return the baselines, then those of the `chosen` backends that can run the case and have not failed its ops.
 
     An adaptive count is read back to the host, where a compiled chain falls into parts; it is compiled anew for each
     count. So on a GPU, where inputs of several counts rotate, such a chain has no compiled form.
@@ -189,7 +179,7 @@ def providers(case: Case, chosen: list[str], compile_chain: bool) -> list[Provid
         found += [Provider(FLEX, flex)] if flex else []
     if any(target.measure == "speedup_reference" for target in case.targets):  # then it is a baseline, asked for or not
         chosen = list(dict.fromkeys([REFERENCE, *chosen]))
-    found += [Provider(name, ours(case, name), name) for name in chosen if reason_against(case, name) is None]
+    found += [Provider(name, ours(case), name) for name in chosen if reason_against(case, name, failed) is None]
     if case.training:
         own = family(case)
         backward = own.with_backward if own is not None else partial(_with_backward, case)
@@ -197,13 +187,14 @@ def providers(case: Case, chosen: list[str], compile_chain: bool) -> list[Provid
     return found
 
 
-def reason_against(case: Case, backend: str) -> str | None:
-    """Why a backend cannot run a case; None where it can."""
+def reason_against(case: Case, backend: str, failed: Failed = NONE_FAILED) -> str | None:
+    """Return why a backend cannot run a case, or must not, as its kernels did not pass the self-check; else None."""
     ops = KERNEL_OPS[case.op] + (BACKWARD_OPS[case.op] if case.training else ())
-    # After its scores, whole numbers may be left to another backend; see `backends.beside`.
+    # Another backend may run the integer ops that follow the scores.
     ops = tuple(op for op in ops if op not in backends.MAP_OPS) or ops
     for op in ops:
         reason = backends.reason_against(op, backend, case.device, getattr(torch, case.dtype))
+        reason = reason or failed.get((backend, op))
         if reason is not None:
             return reason
     return None

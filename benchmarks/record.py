@@ -19,7 +19,7 @@ from benchmarks.ceilings import Ceilings
 
 # What must be equal for one run to go on with the rows of another.
 SAME_MACHINE = ("commit", "gpu", "cpu", "threads", "torch", "triton")
-SAME_SETTINGS = ("device", "suite", "quick", "dtype", "backends", "budget", "verified", "tuned")
+SAME_SETTINGS = ("device", "suite", "quick", "dtype", "backends", "budget", "verdicts", "tuned")
 # They are compared with, and the case is whole without them.
 YARDSTICKS = ("compiled", "clone", "fused", "flex")
 LONGEST_TEXT = 1500  # of an error: Inductor's are pages
@@ -78,7 +78,7 @@ class Record:
         for part, names, mine in (("machine", SAME_MACHINE, self.machine), ("settings", SAME_SETTINGS, self.settings)):
             for name in names:
                 if before[part].get(name) != mine[name]:
-                    return f"its {name} is {before[part].get(name)}, and here it is {mine[name]}"
+                    return f"its {name}: {before[part].get(name)}, here: {mine[name]}"
         wanted = set(self.cases)
         self.rows = [row for row in before["rows"] if row["case"] in wanted]
         self.failures = [failure for failure in before.get("failures", []) if failure["case"] in wanted]

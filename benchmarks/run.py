@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Times the published chain, its compiled form and every backend side by side, in one run, on one set of inputs.
+"""Times the PyTorch baseline, its compiled form and every backend in turns, in one run, on one set of inputs.
 
-python benchmarks/run.py --quick                              the CPU, in under two minutes
-python benchmarks/run.py --device cuda --json                 everything on a GPU, recorded in benchmarks/results/
+python benchmarks/run.py --device cpu --quick                 the CPU, in under two minutes
+python benchmarks/run.py --json                               everything, recorded in benchmarks/results/
 python benchmarks/run.py --op unmerge --backend cpu,reference --markdown --plot speed.png
 python benchmarks/run.py --device cuda --minutes 8 --resume gpu.json      some minutes at a time, until it is complete
 
-What fails is recorded beside the rows, and the rest goes on; a case that never ends on a GPU ends the run, and
---resume leaves it to the last. Exits with 1 where anything failed; a run that --minutes has cut short, and in which
+Runs on the GPU if there is one. There the self-check runs first if it is due, and kernels that did not pass it are
+named and not timed. A failure is recorded with the rows, and the other cases still run. A case that hangs on a GPU ends
+the run, and --resume runs it last. Exits with 1 where anything failed; a run that --minutes has cut short, and in which
 nothing failed, exits with 0, and its file says that it is not complete.
 """
 
@@ -67,13 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no case is left; drop --quick or --op, or try another device")
     # Triton's interpreter is for correctness: on a CPU it runs only if it is named.
     chosen = names or [b for b in backends.BACKENDS if not (device == "cpu" and b == "triton")]
+    verdicts = machine.verdicts(device)
+    failed = machine.failures(verdicts)
+    for (backend, _), reason in failed.items():
+        print(f"not timed: {backend}: {reason}")
     for name in names:
-        reasons = {_reason_against(case, name) for case in cases}
+        reasons = {_reason_against(case, name, failed) for case in cases}
         if None not in reasons:
             parser.error(f"--backend {name}: {reasons.pop()}")
 
     budget = QUICK if options.quick else FULL_GPU if device == "cuda" else FULL
-    settings = micro.Settings(budget, chosen, options.quick)
+    settings = micro.Settings(budget, chosen, options.quick, failed)
     description = machine.describe()
     print(f"{description['gpu'] if device == 'cuda' else description['cpu']}, {description['threads']} threads, "
           f"torch {description['torch']}, commit {(description['commit'] or 'unknown')[:9]}"
@@ -85,8 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     recorded = {
         "device": device, "suite": suite, "quick": options.quick, "dtype": options.dtype, "backends": chosen,
         "budget": budget._asdict(),
-        # Both are written after the commit, and change who serves a call or how.
-        "verified": backends.VERIFIED if backends.AUTO in chosen else None,
+        # Neither is part of the commit, and both decide which kernel runs, and how.
+        "verdicts": {name: {op: found.verdict for op, found in of.items()} for name, of in verdicts.items()},
         "tuned": machine.tuned_digest() if device == "cuda" else None,
         "memory": footprint.GPU_MEMORY if device == "cuda" else footprint.CPU_MEMORY,
         "resident_memory": resident.MEMORY,
@@ -132,7 +137,7 @@ def _resume(parser: argparse.ArgumentParser, record: Record, path: Path) -> None
     except (ValueError, KeyError) as error:
         parser.error(f"--resume {path}: {error}")
     if reason:
-        print(f"{path} is not gone on with: {reason}")
+        print(f"{path} is not resumed: {reason}")
     else:
         done = sum(map(record.is_done, record.cases))
         print(f"{path} has {done} of {len(record.cases)} cases")
@@ -220,9 +225,9 @@ def _cases(options: argparse.Namespace, device: str, ops: list[str]) -> list[Cas
     return cases
 
 
-def _reason_against(case: Case | ModelCase, backend: str) -> str | None:
+def _reason_against(case: Case | ModelCase, backend: str, failed: providers.Failed) -> str | None:
     module = providers if isinstance(case, Case) else model_suite
-    return module.reason_against(case, backend)
+    return module.reason_against(case, backend, failed)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -48,7 +48,6 @@ def test_a_wheel_built_in_isolation_works_elsewhere(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("tokred_kernels/_native") for name in names)
-    assert "tokred_kernels/backends/verified.json" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
     elsewhere = tmp_path / "elsewhere"
     installed = pip("install", "--no-deps", "--target", str(elsewhere), str(wheel))

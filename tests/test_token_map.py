@@ -312,3 +312,33 @@ def test_only_tensors_must_be_int32():
 
     leaf = Proxy()
     assert tk.TokenMap(leaf, 3, leaf, leaf, leaf).dest is leaf
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_views_made_during_graph_capture_are_not_kept(compiling, monkeypatch):
+    # Without a GPU: a CPU map that says it is on one, while its stream is captured.
+    monkeypatch.setattr("tokred_kernels.token_map.invert", reference_invert)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    token_map = random_map(2, 9, 4)
+    captured = token_map.views()
+    assert (token_map.members is captured[0]) == compiling
+    capturing = False
+    kept = token_map.views()
+    assert token_map.members is kept[0] and torch.equal(kept[0], captured[0])
+    assert (kept[0] is captured[0]) == compiling
+
+
+@pytest.mark.gpu
+def test_views_made_during_graph_capture_are_right_afterwards():
+    token_map = random_map(2, 9, 4, device="cuda")
+    expected = reference_invert(token_map.dest, 4)
+    graph = torch.cuda.CUDAGraph()
+    with tk.use_backend("reference"), torch.cuda.graph(graph):
+        captured = token_map.views()
+    for got, want in zip(token_map.views(), expected, strict=True):
+        assert torch.equal(got, want)
+    graph.replay()
+    assert all(torch.equal(got, want) for got, want in zip(captured, expected, strict=True))

@@ -148,13 +148,20 @@ class TokenMap:
         return self.views()[2]
 
     def views(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`members`, `begin` and `count`, made from `dest` if no kernel has written them yet."""
-        if self._members is None or self._begin is None or self._count is None:
-            dest = self.dest if self.packed is None else self.dest.view(1, -1)
-            with _outside_inference_mode():
-                members, begin, count = invert(dest, self.num_out)
-            self._members, self._begin, self._count = members, begin.view(self.out_shape), count.view(self.out_shape)
-        return self._members, self._begin, self._count
+        """Return `members`, `begin` and `count`, computed from `dest` if no kernel has written them yet.
+
+        The map keeps them, except during the capture of a CUDA graph: tensors allocated then lie in the graph's memory
+        pool. Only a replay fills them, and the graph reuses their memory.
+        """
+        if self._members is not None and self._begin is not None and self._count is not None:
+            return self._members, self._begin, self._count
+        dest = self.dest if self.packed is None else self.dest.view(1, -1)
+        with _outside_inference_mode():
+            members, begin, count = invert(dest, self.num_out)
+        views = members, begin.view(self.out_shape), count.view(self.out_shape)
+        if not _is_captured(dest):
+            self._members, self._begin, self._count = views
+        return views
 
     def as_rows(self) -> TokenMap:
         """A packed map as a rectangular one, of a single image that has all the rows: how kernels see it."""
@@ -254,6 +261,11 @@ def _outside_inference_mode() -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Return whether work on the tensor goes into a CUDA graph. A compiler has no stream to ask about."""
+    return tensor.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _lengths(packing: Packing | None) -> tuple[int, ...] | None:

@@ -196,13 +196,16 @@ def test_sorted_sums_compile_into_one_graph(reduce, as_on_gpu, fresh_dynamo):
         assert torch.equal(compiled, eager)
 
 
-def test_gradients_of_sorted_sums_come_in_batches(as_on_gpu):
+def test_sorted_sums_take_batches_of_gradients_and_vmap(as_on_gpu):
     x, token_map = tokens(2, 9, 3), random_map(2, 9, 4, dropped=0.2)
     for y in (tk.merge(x, token_map), tk.unmerge(x[:, :4], token_map)):
         directions = torch.randn(3, *y.shape)
         (batched,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
         for got, direction in zip(batched, directions, strict=True):
             torch.testing.assert_close(got, *torch.autograd.grad(y, x, direction, retain_graph=True))
+    batches = torch.randn(3, 2, 9, 3)
+    found = torch.func.vmap(lambda x: tk.merge(x, token_map))(batches)
+    torch.testing.assert_close(found, torch.stack([tk.merge(x, token_map) for x in batches]))
 
 
 def test_an_exported_graph_keeps_float32_products(monkeypatch):

@@ -146,7 +146,7 @@ def checked(case, run, inputs):
 def test_wrong_results_are_found(op):
     case = tiny(op)
     inputs, other = draw(case, 0), draw(case, 1)
-    right, wrong = ours(case, "reference"), lambda _: right(other)
+    right, wrong = ours(case), lambda _: right(other)
     checked(case, right, inputs)
     if op == "random_bipartite_match":
         wrong = lambda _: tk.random_bipartite_match(inputs.metric.flip(1), case.r)  # noqa: E731
@@ -172,7 +172,7 @@ def test_a_match_of_another_number_is_found():
 
 def test_similarities_that_are_off_are_found():
     case = tiny("importance_match")
-    right = ours(case, "reference")
+    right = ours(case)
 
     def off(inputs):
         token_map, similarity = right(inputs)
@@ -196,7 +196,7 @@ def test_destinations_off_the_corners_are_found():
 @pytest.mark.parametrize("op", ["window_match", "bipartite_match"])
 def test_two_views_that_differ_are_found(op):
     case = tiny(op)
-    right = ours(case, "reference")
+    right = ours(case)
 
     def twisted(inputs):
         made = right(inputs)
@@ -208,7 +208,7 @@ def test_two_views_that_differ_are_found(op):
 
 def test_slots_out_of_range_are_found():
     case = tiny("bipartite_match")
-    right = ours(case, "reference")
+    right = ours(case)
 
     def past(inputs):
         made = right(inputs)
@@ -223,7 +223,7 @@ def test_the_drawn_number_merges():
         case = tiny(op)
         inputs = draw(case, 3)
         gone = windows(case).size() - 1 if op == "window_match" else 1
-        assert ours(case, "reference")(inputs).num_out == case.shape[1] - case.r * gone
+        assert ours(case)(inputs).num_out == case.shape[1] - case.r * gone
 
 
 def test_nan_is_not_agreement():

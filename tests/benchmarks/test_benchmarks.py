@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tokred_kernels as tk
-from benchmarks import cases, footprint, providers, resident, run, table, timing, traffic
+from benchmarks import cases, footprint, machine, providers, resident, run, table, timing, traffic
 from benchmarks.cases import CASES, Case, Target
 from benchmarks.inputs import draw
 from benchmarks.model_cases import MODEL_CASES
@@ -128,7 +129,7 @@ def test_least_bytes_by_hand():
 @pytest.mark.parametrize("op", [op for op in KERNEL_OPS if op.endswith("_match")])
 def test_slots_are_those_of_the_maps(op):
     case = Case(op, "x", (2, 17 - (op == "grid_bipartite_match"), 3), 2, "cpu", metric_dim=7)
-    output = providers.ours(case, "reference")(draw(case, 0))
+    output = providers.ours(case)(draw(case, 0))
     assert (output[0] if op == "importance_match" else output).num_out == traffic.slots(case)
 
 
@@ -250,6 +251,45 @@ def test_runs_as_a_file_from_anywhere(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--op", "nothing"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "'nothing'" in done.stderr
+
+
+# The self-check
+
+
+def verdict(name, reason=None):
+    return SimpleNamespace(verdict=name, reason=reason, times_us={})
+
+
+def test_kernels_that_did_not_pass_are_named_and_not_timed(only_tiny, monkeypatch, tmp_path, capsys):
+    found = {
+        "cpu": {"unmerge": verdict("wrong", "off by 3"), "merge": verdict("unsupported", "no kernel")},
+        "reference": {"unmerge": verdict("passed")},
+    }
+    monkeypatch.setattr(machine, "verdicts", lambda device: found)
+    path = tmp_path / "run.json"
+    arguments = ["--device", "cpu", "--quick", "--op", "unmerge"]
+    assert run.main([*arguments, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert [row["provider"] for row in result["rows"]] == ["published", "clone", "reference"]
+    assert result["settings"]["verdicts"] == {
+        "cpu": {"unmerge": "wrong", "merge": "unsupported"},
+        "reference": {"unmerge": "passed"},
+    }
+    reason = "unmerge did not pass the self-check: wrong, off by 3"
+    assert [line for line in capsys.readouterr().out.splitlines() if "not timed" in line] == [
+        f"not timed: cpu: {reason}"
+    ]
+    with pytest.raises(SystemExit):
+        run.main([*arguments, "--backend", "cpu"])
+    assert f"--backend cpu: {reason}" in capsys.readouterr().err
+
+
+def test_the_self_check_runs_for_gpus_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine.selfcheck, "verdicts", lambda device: asked.append(device) or {"cuda": {}})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert machine.verdicts("cpu") == {} and asked == []
+    assert machine.verdicts("cuda") == {"cuda": {}} and asked == [torch.device("cuda", 1)]
 
 
 # The README's table

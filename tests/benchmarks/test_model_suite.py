@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,23 +76,22 @@ def test_a_model_that_the_patch_changes_has_no_time(measured, monkeypatch, capsy
     assert (failure["provider"], failure["error"]) == ("cpu", "Disagreement")
 
 
-def test_rows_of_before_a_verification_are_not_kept(measured, monkeypatch, tmp_path, capsys):
+def test_rows_measured_under_other_verdicts_are_not_kept(measured, monkeypatch, tmp_path, capsys):
     measured("auto")
-    resume = [
-        "--device",
-        "cpu",
-        "--suite",
-        "model",
-        "--quick",
-        "--backend",
-        "auto",
-        "--resume",
-        str(tmp_path / "run.json"),
-    ]
+    resume = ["--device", "cpu", "--suite", "model", "--quick", "--backend", "auto"]
+    resume += ["--resume", str(tmp_path / "run.json")]
     monkeypatch.setattr(model_suite, "measure", lambda *_: ([], {}))
     assert run.main(resume) == 0 and "has 1 of 1 cases" in capsys.readouterr().out
-    monkeypatch.setattr(run.backends, "VERIFIED", {"cuda": ["merge"]})
-    assert run.main(resume) == 0 and "is not gone on with: its verified is" in capsys.readouterr().out
+    wrong = {"triton": {"merge": SimpleNamespace(verdict="wrong", reason="off by 3")}}
+    monkeypatch.setattr(run.machine, "verdicts", lambda device: wrong)
+    assert run.main(resume) == 0 and "is not resumed: its verdicts:" in capsys.readouterr().out
+
+
+def test_a_kernel_that_did_not_pass_the_self_check_runs_no_model():
+    assert model_suite.reason_against(CASE, "cpu") is None
+    for op in ("merge", "token_attention"):
+        assert model_suite.reason_against(CASE, "cpu", {("cpu", op): "wrong"}) == "wrong"
+        assert model_suite.reason_against(CASE, "auto", {("cpu", op): "wrong"}) is None
 
 
 def test_auto_is_for_models(capsys):

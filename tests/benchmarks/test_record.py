@@ -56,7 +56,7 @@ def failing(monkeypatch, names, error):
 
 
 def test_a_wrong_result_has_no_time(only_tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run.providers, "ours", lambda case, backend: lambda i: tk.unmerge(i.y, i.token_map) + 1)
+    monkeypatch.setattr(run.providers, "ours", lambda case: lambda i: tk.unmerge(i.y, i.token_map) + 1)
     path = tmp_path / "run.json"
     code, result = ran(path, "--quick", "--json", str(path))
     assert code == 1 and not result["settings"]["complete"]
