@@ -56,19 +56,24 @@ class Level(NamedTuple):
         """Return the token counts of this level."""
         return tuple(interpreted) if self.interpreted else (*sizes, *(deep if self.deep else ()))
 
+    def compiled(self) -> Level:
+        """Return the level of compiled kernels: the interpreter, too, runs kernels of integers fast."""
+        return self._replace(interpreted=False)
+
     def mix(self, **axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         """Combine values of all axes: the product of the first two axes, with the values of the others in turn.
 
-        `deep` takes the product of the first three, the interpreter all values of the first axis only.
+        `deep` takes the product of the first three, the interpreter each value of the first axis twice.
         """
         values = list(axes.values())
         whole = 1 if self.interpreted else 3 if self.deep else 2
-        for i, chosen in enumerate(itertools.product(*values[:whole])):
+        rounds = 2 if self.interpreted else 1
+        found = []
+        for i, chosen in enumerate(list(itertools.product(*values[:whole])) * rounds):
             # The shift after each round keeps axes of equal length from staying in step.
-            yield (
-                *chosen,
-                *(axis[(i + (a + 1) * (i // len(axis))) % len(axis)] for a, axis in enumerate(values[whole:])),
-            )
+            turns = enumerate(values[whole:], 1)
+            found.append((*chosen, *(axis[(i + turn * (i // len(axis))) % len(axis)] for turn, axis in turns)))
+        yield from dict.fromkeys(found)
 
 
 class Draw:
