@@ -89,7 +89,7 @@ def raised(tensor):
 
 
 def swapped(tensor):
-    """Two neighbours swapped: tokens of the last image, or entries of what has one dimension."""
+    """Two neighbours swapped: tokens of the last image, or entries of a tensor with one dimension."""
     rows = tensor if tensor.dim() == 1 else tensor[-1]
     if len(rows) < 2:
         return None
@@ -184,13 +184,13 @@ def test_infinities_and_nan_are_compared_exactly():
 def test_torchs_attention_is_one_more_way_to_compute_a_case():
     found = 0
     for case in selfcheck.cases("token_attention", interpreted=True):
-        *_, policy, starts, _, _, importance = case.arguments
-        if policy is not None or starts is not None or importance:
+        *_, policy, starts, _, _, wanted = case.arguments
+        if policy is not None or starts is not None or wanted:
             with pytest.raises(ValueError, match="sdpa_call: torch's attention takes a bias only"):
                 selfcheck.sdpa_call(case.arguments)
         elif "NaN" not in case.name:
-            _, row_max, row_sum, worth = selfcheck.reference_call("token_attention", case.arguments)
-            assert case.check((*selfcheck.sdpa_call(case.arguments), row_max, row_sum, worth)) is None
+            _, row_max, row_sum, importance = selfcheck.reference_call("token_attention", case.arguments)
+            assert case.check((*selfcheck.sdpa_call(case.arguments), row_max, row_sum, importance)) is None
             found += 1
     assert found >= 2
 

@@ -144,7 +144,7 @@ def cases(op: str, level: Level) -> Iterator[Case]:
         compressed=(5, 1, 25, 70, 1000),
         layout=tuple(HEAD_LAYOUTS),
         channels=CHANNELS,
-        heads=(3, 1),
+        heads=(3, 1, 2),
     )
     for number, dtype, compressed, layout, channels, heads in mixed:
         rows = min(compressed, number, 100 if number > 1000 else number)

@@ -131,8 +131,12 @@ def _check_random_scores(metric: Tensor, outputs: tuple[Tensor, ...]) -> str | N
     score, partner, rank = outputs
     cosines = _random_cosines(metric)
     best = cosines.amax(-1)
-    if partner.shape != best.shape or not ((partner >= 0) & (partner < cosines.shape[2])).all():
-        return f"partner: expected {tuple(best.shape)} numbers of destinations"
+    if (
+        partner.shape != best.shape
+        or partner.dtype != torch.int32
+        or not ((partner >= 0) & (partner < cosines.shape[2])).all()
+    ):
+        return f"partner: expected the number of a destination for each of {tuple(best.shape)} sources, int32"
     taken = cosines.gather(2, partner.long()[..., None])[..., 0]
     return (
         mismatch(score, Output("score", best, torch.float32, COSINE_BAND))
@@ -152,10 +156,10 @@ def cases(op: str, level: Level) -> Iterator[Case]:
         kind=PARTITIONS,
         share=SHARES,
         layout=tuple(HEAD_LAYOUTS),
-        heads=(0, 3, 1),
         channels=CHANNELS,
+        heads=(0, 3, 1),
     )
-    for number, dtype, kind, share, layout, heads, channels in mixed:
+    for number, dtype, kind, share, layout, channels, heads in mixed:
         images = 2 if number < 1000 else 1
         name = name_of(dtype, f"N={number} C={channels} H={heads} {layout}, {kind}, {share:.0%} join")
         draw = Draw(op, name)
