@@ -223,11 +223,12 @@ def _calls(op: str, level: Level) -> Iterator[tuple[str, Draw, Call]]:
         heads=(3, 1, 2),
     )
     for number, dtype, mode, channels, layout, heads in mixed:
-        images = 2 if number < 500 else 1
-        shape = f"N={number} H={1 if number > 1000 else heads} C={channels} {layout}"
+        large = number > (100 if level.interpreted else 1000)
+        images, heads = (1, 1) if large else (2, heads)  # noqa: PLW2901
+        shape = f"N={number} H={heads} C={channels} {layout}"
         name = name_of(dtype, shape, "bias" * mode[0], "policy" * mode[1], mode[2])
         draw = Draw(op, name)
-        yield name, draw, _call(draw, (images, number), 1 if number > 1000 else heads, channels, dtype, layout, mode)
+        yield name, draw, _call(draw, (images, number), heads, channels, dtype, layout, mode)
     for dtype, mode, channels in zip(DTYPES, (MODES[0], MODES[2], MODES[6]), (64, 33, 72), strict=True):
         name = name_of(dtype, f"packed C={channels}", "bias" * mode[0], "policy" * mode[1], mode[2])
         draw = Draw(op, name)

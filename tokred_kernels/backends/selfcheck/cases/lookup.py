@@ -147,8 +147,9 @@ def cases(op: str, level: Level) -> Iterator[Case]:
         heads=(3, 1, 2),
     )
     for number, dtype, compressed, layout, channels, heads in mixed:
-        rows = min(compressed, number, 100 if number > 1000 else number)
-        images = 2 if number < 500 else 1
+        large = number > (100 if level.interpreted else 1000)
+        rows = min(compressed, number, 100 if large else number)
+        images, heads = (1, 1) if large else (2, heads)  # noqa: PLW2901
         name = name_of(dtype, f"N={number} M={rows} ({compressed}) H={heads} C={channels} {layout}")
         draw = Draw(op, name)
         call = _call(draw, (images, heads, rows, number, channels), dtype, layout)
