@@ -46,7 +46,7 @@ from tokred_kernels.backends.selfcheck.cases.inputs import (
 from tokred_kernels.backends.torch_attention import torchs_attention
 from tokred_kernels.packing import Packing
 
-# Whether there are a bias and a policy, and the importance.
+# A bias or not, a policy or not, and the importance.
 MODES = (
     (True, False, ""),
     (False, False, "class"),
@@ -123,10 +123,10 @@ def _forward(call: Call) -> list[Output]:
     for image, _ in Call._make(doubled(call)).images():
         roundings = max(roundings, weight_roundings(image.q, image.k, call.scale))
         weights, (highest, _, total) = image.weights(), image.rows()
-        worth = importance_of(weights, call.importance) if call.importance else weights[:, 0, 0]
+        importance = importance_of(weights, call.importance) if call.importance else weights[:, 0, 0]
         results = [weights @ image.v, factor(weights, dtype) @ image.v.abs(), highest, total]
-        parts.append([*map(heads_last, results), worth])
-    out, magnitude, highest, total, worth = (_join(part, call) for part in zip(*parts, strict=True))
+        parts.append([*map(heads_last, results), importance])
+    out, magnitude, highest, total, importance = (_join(part, call) for part in zip(*parts, strict=True))
     # A score of size s is off by s roundings, and its weight by as large a part.
     error = roundings * SINGLE
     if call.policy is None:  # only both together are specified: weights are exp(score - row_max) / row_sum
@@ -134,10 +134,8 @@ def _forward(call: Call) -> list[Output]:
     else:  # eps is relative to the highest score
         rows = [Output("row_max", highest, torch.float32, error)]
         rows.append(Output("row_sum", total, torch.float32, error * total + 1e-38))
-    if call.importance:
-        rows.append(closely("importance", worth, worth, roundings, torch.float32))
-    else:
-        rows.append(absent("importance"))
+    given = closely("importance", importance, importance, roundings, torch.float32)
+    rows.append(given if call.importance else absent("importance"))
     return [closely("out", out, magnitude, roundings, dtype, dtype), *rows]
 
 
@@ -154,17 +152,17 @@ def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
     dtype, arguments = arguments[0].dtype, doubled(arguments)
     call, wants = _call_of(arguments), arguments[-2:]
     found, roundings = [], 0.0
-    for image, (grad_out, grad_worth) in call.images(*arguments[:2]):
+    for image, (grad_out, grad_importance) in call.images(*arguments[:2]):
         grad_out = heads_last(grad_out)  # noqa: PLW2901
         roundings = max(roundings, weight_roundings(image.q, image.k, call.scale))
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in image[:5]]
         weights = Call._make((*leaves, *image[5:])).weights()
         results, grads = [weights @ leaves[2]], [grad_out]
-        if grad_worth is not None:
+        if grad_importance is not None:
             results.append(importance_of(weights, call.importance))
-            grads.append(grad_worth)
+            grads.append(grad_importance)
         exact = torch.autograd.grad(results, [t for t in leaves if t is not None], grads)
-        sizes = _magnitudes(image, weights.detach(), grad_out, grad_worth, dtype)
+        sizes = _magnitudes(image, weights.detach(), grad_out, grad_importance, dtype)
         found.append([heads_last(t) if t.dim() == 4 else t for t in (*exact, *sizes)])
     joined = [_join(part, call) for part in zip(*found, strict=True)]
     names = ["grad_q", "grad_k", "grad_v"]
@@ -178,14 +176,14 @@ def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
 
 
 def _magnitudes(
-    call: Call, weights: Tensor, grad_out: Tensor, grad_worth: Tensor | None, dtype: torch.dtype
+    call: Call, weights: Tensor, grad_out: Tensor, grad_importance: Tensor | None, dtype: torch.dtype
 ) -> list[Tensor]:
     """The sums of the absolute terms of the gradients of q, k, v, bias and policy."""
     _, e, total = call.rows()
     reached = grad_out.abs() @ call.v.abs().transpose(-2, -1)
-    if grad_worth is not None:
+    if grad_importance is not None:
         heads, number = weights.shape[1:3]
-        share = grad_worth.abs()[:, None, None, :] / (heads * (number if call.importance == "mean" else 1))
+        share = grad_importance.abs()[:, None, None, :] / (heads * (number if call.importance == "mean" else 1))
         reached[:, :, {"class": slice(1), "mean": slice(None), "last": slice(-1, None)}[call.importance]] += share
     unseen = (reached + (weights * reached).sum(-1, keepdim=True)) * e / total[..., None]
     moved = unseen * call.seen()
@@ -222,14 +220,15 @@ def _calls(op: str, level: Level) -> Iterator[tuple[str, Draw, Call]]:
         mode=MODES,
         channels=CHANNELS,
         layout=tuple(HEAD_LAYOUTS),
-        heads=(3, 1),
+        heads=(3, 1, 2),
     )
     for number, dtype, mode, channels, layout, heads in mixed:
-        images = 2 if number < 500 else 1
-        shape = f"N={number} H={1 if number > 1000 else heads} C={channels} {layout}"
+        large = number > (100 if level.interpreted else 1000)
+        images, heads = (1, 1) if large else (2, heads)  # noqa: PLW2901
+        shape = f"N={number} H={heads} C={channels} {layout}"
         name = name_of(dtype, shape, "bias" * mode[0], "policy" * mode[1], mode[2])
         draw = Draw(op, name)
-        yield name, draw, _call(draw, (images, number), 1 if number > 1000 else heads, channels, dtype, layout, mode)
+        yield name, draw, _call(draw, (images, number), heads, channels, dtype, layout, mode)
     for dtype, mode, channels in zip(DTYPES, (MODES[0], MODES[2], MODES[6]), (64, 33, 72), strict=True):
         name = name_of(dtype, f"packed C={channels}", "bias" * mode[0], "policy" * mode[1], mode[2])
         draw = Draw(op, name)
@@ -265,9 +264,9 @@ def _backward_cases(level: Level) -> Iterator[Case]:
     for i, (name, draw, call) in enumerate(_calls("backward", level)):
         out, row_max, row_sum, _ = _forward_call(call)
         grad_out = HEAD_LAYOUTS["contiguous" if i % 2 else "sliced"](draw.normal(*out.shape).to(out.dtype))
-        grad_worth = draw.normal(*out.shape[:-2]) if call.importance and i % 5 != 4 else None
+        grad_importance = draw.normal(*out.shape[:-2]) if call.importance and i % 5 != 4 else None
         wants = call.bias is not None and i % 3 != 2, call.policy is not None and i % 4 != 3
-        arguments = (grad_out, grad_worth, *call[:6], out, row_max, row_sum, *call[6:], *wants)
+        arguments = (grad_out, grad_importance, *call[:6], out, row_max, row_sum, *call[6:], *wants)
         yield Case(name, arguments, expect(functools.partial(_gradients, arguments)))
 
 
@@ -283,18 +282,18 @@ def _call_of(arguments: tuple[Any, ...]) -> Call:
 
 def _reference(call: Call) -> tuple[Tensor, Tensor]:
     """The reference's output as it lies in memory, and the importance."""
-    out, worth = token_attention(
+    out, importance = token_attention(
         call.q, call.k, call.v, call.bias, call.policy, call.packing(), call.scale, call.importance
     )
-    return out if call.starts is not None else heads_last(out), worth
+    return out if call.starts is not None else heads_last(out), importance
 
 
 def _forward_call(call: Call) -> tuple[Tensor, ...]:
     """The reference's output, the row statistics that a kernel's backward needs, and the importance."""
-    out, worth = _reference(call)
+    out, importance = _reference(call)
     rows = [[heads_last(part) for part in image.rows()[::2]] for image, _ in call.images()]
     row_max, row_sum = (_join(part, call).contiguous() for part in zip(*rows, strict=True))
-    return out.contiguous(), row_max, row_sum, worth
+    return out.contiguous(), row_max, row_sum, importance
 
 
 def reference_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:

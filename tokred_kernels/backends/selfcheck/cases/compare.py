@@ -74,7 +74,7 @@ def weight_roundings(q: Tensor, k: Tensor, scale: float) -> float:
 
 
 def factor(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raise weights to the smallest normal number of `dtype`: the rounding of subnormal ones is no relative error."""
+    """Raise weights to the smallest normal number of `dtype`, whose rounding error those below it share."""
     return weights.clamp(min=torch.finfo(dtype).smallest_normal)
 
 

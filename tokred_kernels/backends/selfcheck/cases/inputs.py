@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,19 +57,30 @@ class Level(NamedTuple):
         """Return the token counts of this level."""
         return tuple(interpreted) if self.interpreted else (*sizes, *(deep if self.deep else ()))
 
-    def mix(self, **axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-        """Combine values of all axes: the product of the first two axes, with the values of the others in turn.
+    def compiled(self) -> Level:
+        """Return the level of compiled kernels: the interpreter, too, runs kernels of integers fast."""
+        return self._replace(interpreted=False)
 
-        `deep` takes the product of the first three, the interpreter all values of the first axis only.
+    def mix(self, **axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+        """Combine values of all axes: the product of the first two, with values of the others that cover most pairs.
+
+        `deep` takes the product of the first three axes, the interpreter each value of the first axis twice.
         """
         values = list(axes.values())
-        whole = 1 if self.interpreted else 3 if self.deep else 2
-        for i, chosen in enumerate(itertools.product(*values[:whole])):
-            # The shift after each round keeps axes of equal length from staying in step.
-            yield (
-                *chosen,
-                *(axis[(i + (a + 1) * (i // len(axis))) % len(axis)] for a, axis in enumerate(values[whole:])),
-            )
+        whole, rounds = (1, 2) if self.interpreted else (3 if self.deep else 2, 1)
+        generator = random.Random(0)
+        found: dict[tuple[Any, ...], None] = {}
+        seen: set[Any] = set()
+
+        def unseen(row: tuple[Any, ...]) -> set[Any]:
+            return set(itertools.combinations(enumerate(row), 2)) - seen
+
+        for chosen in list(itertools.product(*values[:whole])) * rounds:
+            rows = [(*chosen, *(generator.choice(axis) for axis in values[whole:])) for _ in range(30)]
+            best = max(rows, key=lambda row: len(unseen(row)))
+            seen |= unseen(best)
+            found[best] = None
+        yield from found
 
 
 class Draw:

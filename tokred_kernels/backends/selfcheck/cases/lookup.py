@@ -144,14 +144,15 @@ def cases(op: str, level: Level) -> Iterator[Case]:
         compressed=(5, 1, 25, 70, 1000),
         layout=tuple(HEAD_LAYOUTS),
         channels=CHANNELS,
-        heads=(3, 1),
+        heads=(3, 1, 2),
     )
     for number, dtype, compressed, layout, channels, heads in mixed:
-        compressed = min(compressed, number, 100 if number > 1000 else number)  # noqa: PLW2901
-        images = 2 if number < 500 else 1
-        name = name_of(dtype, f"N={number} M={compressed} H={heads} C={channels} {layout}")
+        large = number > (100 if level.interpreted else 1000)
+        rows = min(compressed, number, 100 if large else number)
+        images, heads = (1, 1) if large else (2, heads)  # noqa: PLW2901
+        name = name_of(dtype, f"N={number} M={rows} ({compressed}) H={heads} C={channels} {layout}")
         draw = Draw(op, name)
-        call = _call(draw, (images, heads, compressed, number, channels), dtype, layout)
+        call = _call(draw, (images, heads, rows, number, channels), dtype, layout)
         arguments = _arguments(op, draw, call, *lookup_gather(*call[:3], call.scale))
         yield Case(name, arguments, expect(functools.partial(_EXPECTED[op], arguments)))
     if not op.endswith("backward"):

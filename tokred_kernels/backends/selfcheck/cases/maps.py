@@ -50,7 +50,7 @@ def _sizes(level: Level) -> tuple[int, ...]:
 
 
 def _similar_count_cases(op: str, level: Level) -> Iterator[Case]:
-    mixed = level.mix(
+    mixed = level.compiled().mix(
         number=_sizes(level),
         mode=("threshold", "deviation", "tie", "equal", "mean"),
         own=(False, True),
@@ -76,36 +76,35 @@ def _similar_count_cases(op: str, level: Level) -> Iterator[Case]:
 
 
 def _keep_topk_cases(op: str, level: Level) -> Iterator[Case]:
-    mixed = level.mix(
+    mixed = level.compiled().mix(
         number=_sizes(level), share=(0.5, 1.0, 0.0, 0.02), layout=tuple(LAYOUTS), fuse=(False, True), first=(1, 0, 5)
     )
     for number, share, layout, fuse, first in mixed:
         first = min(first, number)  # noqa: PLW2901
         k = int((number - first) * share)
-        fuse = fuse and first + k < number  # noqa: PLW2901
-        name = name_of(f"N={number} k={k} prefix={first} {layout}", "fused" * fuse)
+        name = name_of(f"N={number} k={k} ({share:.0%}) prefix={first} {layout}", "fused" * fuse)
         draw = Draw(op, name)
         score = draw.integers(0, number // 3 + 2, 2, number) * (draw.integers(0, 2, 2, number) * 2.0 - 1)  # -0.0, too
         if number >= 17:
             score[:, draw.orders(1, number)[0, :4]] = torch.tensor([torch.nan, torch.nan, -torch.inf, torch.inf])
-        yield _case(op, name, LAYOUTS[layout](score), k, first, fuse)
+        yield _case(op, name, LAYOUTS[layout](score), k, first, fuse and first + k < number)
 
 
 def _invert_cases(op: str, level: Level) -> Iterator[Case]:
-    for number, kind, share, images in level.mix(
+    for number, kind, share, images in level.compiled().mix(
         number=_sizes(level), kind=MAPS, share=(0.5, 1.0, 1.3, 0.0), images=(2, 1, 3)
     ):
         slots = int(number * share)
-        name = f"N={number} B={images} {slots} slots, {kind}"
+        name = f"N={number} B={images} {slots} slots ({share:.0%}), {kind}"
         yield _case(op, name, LAYOUTS["offset"](Draw(op, name).dest(images, number, slots, kind)), slots)
 
 
 def _compose_cases(op: str, level: Level) -> Iterator[Case]:
-    for number, kind, then, share, images in level.mix(
+    for number, kind, then, share, images in level.compiled().mix(
         number=_sizes(level), kind=MAPS, then=MAPS, share=(0.5, 1.0, 0.0), images=(2, 1, 3)
     ):
         middle = int(number * share)
-        name = f"N={number} B={images} {middle} slots, {kind} then {then}"
+        name = f"N={number} B={images} {middle} slots ({share:.0%}), {kind} then {then}"
         draw = Draw(op, name)
         first = draw.dest(images, number, middle, kind)
         yield _case(op, name, LAYOUTS["offset"](first), draw.dest(images, middle, max(1, middle // 2), then))
@@ -123,7 +122,9 @@ def _ranked(partition: Partition, images: int, draw: Draw) -> tuple[Tensor, Tens
 
 
 def _match_map_cases(op: str, level: Level) -> Iterator[Case]:
-    for number, kind, share, images in level.mix(number=_sizes(level), kind=PARTITIONS, share=SHARES, images=(2, 1, 3)):
+    for number, kind, share, images in level.compiled().mix(
+        number=_sizes(level), kind=PARTITIONS, share=SHARES, images=(2, 1, 3)
+    ):
         name = f"N={number} B={images} {kind}, {share:.0%} join"
         draw = Draw(op, name)
         partition = partition_of(kind, number, share, images, draw)

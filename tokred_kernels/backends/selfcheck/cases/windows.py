@@ -54,7 +54,7 @@ def _text(windows: Windows) -> str:
 
 def _gap(scores: Tensor) -> float:
     """A threshold far from all finite scores, near their median."""
-    found = scores[scores > -torch.inf].unique()
+    found = scores[scores > -torch.inf].round(decimals=6).unique()
     if found.numel() < 2:
         return 0.5
     # The gap next to the median that is widest.
@@ -99,7 +99,7 @@ def _similarity_cases(level: Level) -> Iterator[Case]:
 
 
 def _map_cases(level: Level) -> Iterator[Case]:
-    mixed = level.mix(windows=_windows(level), share=(0.5, 0.0, 1.0), packed=(False, True), images=(2, 3, 1))
+    mixed = level.compiled().mix(windows=_windows(level), share=(0.5, 0.0, 1.0), packed=(False, True), images=(2, 3, 1))
     for windows, share, packed, images in mixed:
         name = name_of(_text(windows), f"B={images} {share:.0%}", "packed" if packed else "")
         draw = Draw("window_map", name)
