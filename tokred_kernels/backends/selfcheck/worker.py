@@ -114,7 +114,7 @@ def failure(error: Exception) -> Verdict:
 
 def _call(backend: str, op: str) -> Call:
     if backend == "torch":
-        return sdpa_call
+        return lambda arguments: sdpa_call(op, arguments)
     if backend == "reference":
         return lambda arguments: reference_call(op, arguments)
     function = implementation(backend, op)

@@ -310,12 +310,16 @@ def reference_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return (*(g if call.starts is not None else heads_last(g) for g in grads[:3]), *grads[3:])
 
 
-def sdpa_call(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The output of torch's own attention, heads last; for a call with at most a bias."""
-    call = Call(*arguments)
+def sdpa_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The output of torch's own attention, or the gradients of q, k and v; for a call with at most a bias."""
+    call = Call(*arguments) if op == "token_attention" else _call_of(arguments)
     if call.policy is not None or call.starts is not None or call.importance:
         raise ValueError("sdpa_call: torch's attention takes a bias only, got a policy, packed images or an importance")
-    return (heads_last(torchs_attention(call.q, call.k, call.v, call.bias, scale=call.scale)),)
+    if op == "token_attention":
+        return (heads_last(torchs_attention(call.q, call.k, call.v, call.bias, scale=call.scale)),)
+    leaves = [t.detach().requires_grad_() for t in call[:3]]
+    out = torchs_attention(*leaves, call.bias, scale=call.scale)
+    return tuple(map(heads_last, torch.autograd.grad(out, leaves, arguments[0].transpose(1, 2))))
 
 
 def timing_cases(op: str) -> Iterator[TimingCase]:
