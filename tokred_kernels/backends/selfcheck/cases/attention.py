@@ -317,9 +317,9 @@ def sdpa_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         raise ValueError("sdpa_call: torch's attention takes a bias only, got a policy, packed images or an importance")
     if op == "token_attention":
         return (heads_last(torchs_attention(call.q, call.k, call.v, call.bias, scale=call.scale)),)
-    leaves = [t.detach().requires_grad_() for t in call[:3]]
-    out = torchs_attention(*leaves, call.bias, scale=call.scale)
-    return tuple(map(heads_last, torch.autograd.grad(out, leaves, arguments[0].transpose(1, 2))))
+    q, k, v = (t.detach().requires_grad_() for t in call[:3])
+    out = torchs_attention(q, k, v, call.bias, scale=call.scale)
+    return tuple(map(heads_last, torch.autograd.grad(out, (q, k, v), arguments[0].transpose(1, 2))))
 
 
 def timing_cases(op: str) -> Iterator[TimingCase]:
