@@ -231,6 +231,25 @@ def test_the_highest_score_is_moved_where_eps_counts(device):
         torch.testing.assert_close(one.double().cpu(), other, rtol=1e-4, atol=1e-5)
 
 
+def test_sizes_stay_float32_with_bfloat16_vectors(device):
+    # bfloat16 has steps of 1/32 here: the logarithms of 577 and 578 would round apart by 3 %.
+    q, k, v = (torch.randn(1, 2, 40, 32).to(device, torch.bfloat16) for _ in range(3))
+    v[..., 0::2, :], v[..., 1::2, :] = 1.0, -1.0
+    size = torch.full((1, 40), 577.0, device=device)
+    size[:, 1::2] = 578.0
+    grads = torch.ones(1, 2, 40, 32), torch.randn(1, 40)
+    got = run("triton", (q, k, v, size, None), "mean", grads=grads)
+    cut = size.log().bfloat16().double().exp()
+    exact, rounded = (
+        run("reference", double((q, k, v, sizes, None)), "mean", grads=double(grads)) for sizes in (size, cut)
+    )
+    names = ("output", "importance", "q", "k", "v", "size")
+    for name, one, right, wrong in zip(names, got, exact, rounded, strict=True):
+        off, by_rounding = ((t.detach().cpu().double() - right.detach()).abs().max() for t in (one, wrong))
+        if name in ("output", "importance", "v"):
+            assert off < by_rounding / 3, f"{name} is off by {off:.3g}, a rounded size by {by_rounding:.3g}"
+
+
 def test_keys_of_no_weight_come_first(device):
     # A score of -infinity, which a size of 0 gives where nobody looks at it, in whole blocks before all others.
     q, k, v, _, _ = leaves((2, 150), 1, 8, torch.float32, device, sized=False, chosen=False)

@@ -217,7 +217,7 @@ def row_softmax(row_max, row_sum, i, count, heads):
 
 @triton.jit
 def first_highest(scores, best, j, highest, highest_key):
-    """The first key of highest score: of the keys j, whose highest is `best`, and of those before, whose is `highest`."""
+    """The first key of highest score: among keys j with the highest score `best`, and earlier ones with `highest`."""
     best_key = tl.min(tl.where(scores == best[:, None], j[None, :], 0x7FFFFFFF), 1)
     return tl.where(best > highest, best_key, highest_key)
 
