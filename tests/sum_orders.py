@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Another order of summation for Triton's interpreter.
 
-The interpreter adds products in the order of numpy's BLAS, which is often the same in all kernels. A GPU has an order
-of its own, and two kernels that multiply the same vectors may differ.
+The interpreter adds products in the order of numpy's BLAS, which is often the same in all kernels. A GPU uses another
+order, which may differ between two kernels that multiply the same vectors.
 """
 
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the gradients of token attention need of each row of weights, before any of them is known."""
+"""The terms of each row of weights that the gradients of token attention start from."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def rows_kernel(
     S_i = sum_j e_ij m_ij, Z_i = S_i + eps, and G_i the mean of g_ij over j:
         D_i - G_i = (sum_j e_ij m_ij g_ij - S_i G_i) / Z_i,
         sum_j ds_ij = eps (D_i - G_i) / Z_i, which the highest score's gradient is reduced by.
-    D_i - G_i may be far smaller than D_i and G_i, so it is not computed as their difference.
+    D_i and G_i are not subtracted, because D_i - G_i may be far smaller than both.
     """
     image, head, block, first, count = rows_place(starts, heads, tokens, blocks, PACKED)
     if PACKED and block * BLOCK_QUERIES >= count:

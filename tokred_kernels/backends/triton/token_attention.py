@@ -194,7 +194,7 @@ def importance_kernel(
     starts,  # (B + 1), if PACKED
     row_max,  # (rows, H)
     row_sum,  # (rows, H)
-    top,  # (rows, H), if POLICY: its score made anew need not be the highest to the last digit
+    top,  # (rows, H), the first key of highest score, if POLICY: its exponential is 1, however its score rounds here
     worth,  # out: (rows)
     q_stride_b,
     q_stride_h,

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The gradients of token attention in Triton: rows, then a block of keys past all queries, then the other way."""
+"""The gradients of token attention in Triton: terms of rows, then the gradient of queries, then of keys and values.
+
+Each kernel computes the scores again, possibly with another order of summation. A weight so has a relative error of a
+score's rounding, about |score| * 2^-24, as in FlashAttention. Without a policy no weight exceeds 1, and no gradient is
+larger than its terms. With a policy, gradients are divided by a sum that may be as small as eps. There, the highest
+score's exponential is 1 by definition, and D_i and Z_i come from one kernel; see `rows_kernel`.
+"""
 
 from __future__ import annotations
 
@@ -201,7 +207,7 @@ def keys_kernel(
         if POLICY:
             is_top = load_padded(top + row, i, count, stride_row, -1, PACKED)[None, :] == j[:, None]
             inverse = load_padded(inverse_sum + row, i, count, stride_row, 1.0, PACKED)
-            # 1 by definition; its score here need not be the row's highest to the last digit.
+            # 1 by definition, however the score rounds in this kernel.
             weights = tl.where(is_top, 1.0, weights) * inverse[None, :]
         grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(values, grads)
