@@ -33,7 +33,7 @@ TIMEOUT = 1800  # seconds for a target, on a machine that has other work
 # Tensors that a kernel may be given None for.
 ABSENT = (
     *("sources", "destinations", "cu_seqlens", "inverse", "weight", "weight_sum", "grad_weight_sum", "x", "y"),
-    *("bias", "policy", "starts", "grad_worth", "top", "shift", "grad_bias", "grad_policy"),
+    *("bias", "policy", "starts", "grad_worth", "top", "shift", "inverse_sum", "grad_bias", "grad_policy"),
     *("out", "grad_lse", "offset", "grad_v", "to_lse", "more_parts", "row_parts", "more_out", "row_out"),
 )
 HALVES = (torch.float16, torch.bfloat16)
@@ -289,13 +289,14 @@ def _attention_arguments(vectors, bias, policy, packed, importance):
     if bias:
         types |= dict.fromkeys(("bias", "grad_bias"), "*fp32")
     if policy:
-        types |= dict.fromkeys(("policy", "shift", "grad_policy"), "*fp32") | {"top": "*i32"}
+        types |= dict.fromkeys(("policy", "shift", "inverse_sum", "grad_policy"), "*fp32") | {"top": "*i32"}
     if packed:
         types |= {"starts": "*i32"}
     if importance:
         types |= {"grad_worth": "*fp32"}
     constants = {"BIAS": bias, "POLICY": policy, "PACKED": packed, "IMPORTANCE": importance}
-    return types, constants | {"NEED_BIAS": bias, "NEED_POLICY": policy, "WHOLE": not policy and not packed}
+    constants |= {"NEED_BIAS": bias, "NEED_POLICY": policy, "TOP": policy and bool(importance)}
+    return types, constants | {"WHOLE": not policy and not packed}
 
 
 def _tiles(kernel, by_width, channels, types, constants, aligned):

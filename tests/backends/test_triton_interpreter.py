@@ -25,19 +25,23 @@ FILES = (
     "test_triton_token_attention.py",
     "test_triton_window_similarity.py",
 )
+# Files that sum floating-point numbers: they also run with another order of summation.
+SUMMING = [name for name in FILES if name != "test_triton_keep_topk.py"]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(backends.triton_interprets(), reason="the tests of this process are interpreted already")
-@pytest.mark.parametrize("file", FILES)
-def test_in_the_interpreter(file):
+@pytest.mark.parametrize(
+    "file, shuffled", [*((name, "") for name in FILES), *((name, "1") for name in SUMMING)], ids=str
+)
+def test_in_the_interpreter(file, shuffled):
     folder = Path(__file__).parent
     root = folder.parents[1]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", folder / file],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        env={**os.environ, "TRITON_INTERPRET": "1", "TOKRED_SHUFFLE_SUMS": shuffled, "PYTHONPATH": path},
         cwd=root,
         capture_output=True,
         text=True,

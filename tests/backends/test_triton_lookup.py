@@ -116,7 +116,8 @@ def test_a_split_far_above_all_others(small_splits, device):
     for token in (0, 100, 159):
         call.k[..., 0] = 0.0
         call.k[0, 0, token, 0] = 40.0
-        check(call)
+        # A score is off by at most 8 roundings, one a channel, and a weight by the same factor of its exponential.
+        check(call, rounding=8 / 2 * torch.finfo(torch.float32).eps * dense(call)[1].abs().max())
 
 
 def test_scores_so_low_that_keys_beyond_the_last_would_count(device):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the gradients of token attention need of each row of weights, before any of them is known."""
+"""The terms of each row of weights that the gradients of token attention start from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from tokred_kernels.backends.triton.attention_tiles import (
     EPS,
     LOG2_E,
     counts_query,
+    finite_level,
+    first_highest,
     head_start,
     key_terms,
     load_rows,
@@ -34,13 +36,14 @@ def rows_kernel(
     policy,  # (rows), if POLICY
     starts,  # (B + 1), if PACKED
     grad_worth,  # (rows), if IMPORTANCE
-    row_max,  # (rows, H)
+    row_max,  # (rows, H), unless POLICY; row_sum and out likewise
     row_sum,  # (rows, H)
     out,  # (rows, H, d)
-    delta,  # out: (B, H, padded), or, if PACKED, (rows, H), sum_j a_ij g_ij
-    level,  # out: as delta, what makes weights of scores in base 2, but for the sum if POLICY
-    top,  # out: (rows, H), the first key of highest score, if POLICY
-    shift,  # out: (rows, H), the gradient of that score as what all others are taken from, if POLICY
+    delta,  # out: (B, H, padded), or, if PACKED, (rows, H): sum_j a_ij g_ij
+    level,  # out: as delta: the highest score if POLICY, else the logarithm of the sum of exponentials; in base 2
+    top,  # out: as delta: the first key of highest score, if POLICY
+    shift,  # out: as delta: what the gradient of that key's score is reduced by, if POLICY
+    inverse_sum,  # out: as delta: 1 / Z_i, if POLICY
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -69,9 +72,14 @@ def rows_kernel(
 ):
     """A program has BLOCK_QUERIES queries of one head; csrc/cpu/token_attention_backward.cpp has the equations.
 
-    What the output gives of sum_j a_ij g_ij is the product of the output and its gradient. Only what the importance
-    gives, and a policy, take a walk past the keys. With D_i that sum, and G_i the mean of g_ij over j, the highest
-    score gets - sum_j ds_ij = - eps (D_i - G_i) / Z_i: what is left of a difference that cancels but for eps.
+    Without a policy, D_i = sum_j a_ij g_ij is the product of the output and its gradient, plus the share of the
+    importance, which needs a pass over the keys.
+
+    With a policy, one pass over the keys computes the highest score, Z_i and D_i from the same scores. With
+    S_i = sum_j e_ij m_ij, Z_i = S_i + eps, and G_i the mean of g_ij over j:
+        D_i - G_i = (sum_j e_ij m_ij g_ij - S_i G_i) / Z_i,
+        sum_j ds_ij = eps (D_i - G_i) / Z_i, which the highest score's gradient is reduced by.
+    D_i and G_i are not subtracted, because D_i - G_i may be far smaller than both.
     """
     image, head, block, first, count = rows_place(starts, heads, tokens, blocks, PACKED)
     if PACKED and block * BLOCK_QUERIES >= count:
@@ -81,57 +89,71 @@ def rows_kernel(
     v = head_start(v, image, head, v_stride_b, v_stride_h, v_stride_n, first, PACKED)
     grad_out = head_start(grad_out, image, head, g_stride_b, g_stride_h, g_stride_n, first, PACKED)
     at = first * heads + head
+    start, stride = rows_apart(image, head, first, heads, padded, PACKED)
     i = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
-    outs = load_vectors(out + at * CHANNELS, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS).to(tl.float32)
-    total = tl.sum(grads * outs, 1)
-    own_level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
+    written = count if PACKED else padded
+    grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
+    if IMPORTANCE != "":
+        share = tl.where(counts_query(i, count, IMPORTANCE), weight_share(heads, count, IMPORTANCE), 0.0)
 
-    if POLICY or IMPORTANCE != "":
-        limit = count
-        if IMPORTANCE == "class" and not POLICY:
-            limit = tl.where(block == 0, count, 0)
-        if IMPORTANCE == "last" and not POLICY:
-            limit = tl.where((block + 1) * BLOCK_QUERIES >= count, count, 0)
+    if POLICY:
         queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
         highest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
-        highest_key = tl.zeros((BLOCK_QUERIES,), tl.int32)
-        worth = tl.zeros((BLOCK_QUERIES,), tl.float32)  # of the row's weights
-        worth_sum = tl.zeros((), tl.float32)
-        value_sum = tl.zeros((BLOCK_CHANNELS,), tl.float32)
-        for start in range(0, limit, BLOCK_KEYS):
-            j = start + tl.arange(0, BLOCK_KEYS)
+        highest_key = tl.full((BLOCK_QUERIES,), -1, tl.int32)
+        kept_sum = tl.zeros((BLOCK_QUERIES,), tl.float32)
+        kept_grad_sum = tl.zeros((BLOCK_QUERIES,), tl.float32)
+        grad_sum = tl.zeros((BLOCK_QUERIES,), tl.float32)
+        for begin in range(0, count, BLOCK_KEYS):
+            j = begin + tl.arange(0, BLOCK_KEYS)
             keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
             dots = products(queries, keys)
             scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, j < count, BIAS)[None, :]
-            if POLICY:
-                best = tl.max(scores, 1)
-                best_key = tl.min(tl.where(scores == best[:, None], j[None, :], count), 1)
-                highest_key = tl.where(best > highest, best_key, highest_key)
-                highest = tl.maximum(best, highest)
-                values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
-                value_sum += tl.sum(values.to(tl.float32), 0)
+            best = tl.max(scores, 1)
+            highest_key = first_highest(scores, best, j, highest, highest_key)
+            higher = tl.maximum(highest, best)
+            own_level = finite_level(higher)
+            shrink = tl.exp2(highest - own_level)
+            highest = higher
+            kept = load_tokens(policy, first, j, count)
+            seen = tl.exp2(scores - own_level[:, None])
+            seen = tl.where(i[:, None] == j[None, :], seen, seen * kept[None, :])
+            values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
+            reached = products(grads, values)
             if IMPORTANCE != "":
-                seen = tl.exp2(scores - own_level[:, None])
-                if POLICY:
-                    kept = load_tokens(policy, first, j, count)
-                    seen = tl.where(i[:, None] == j[None, :], seen, seen * kept[None, :])
-                    seen += EPS / count.to(tl.float32)
-                grad = load_tokens(grad_worth, first, j, count)
-                worth += tl.sum(seen * grad[None, :], 1)
-                worth_sum += tl.sum(grad, 0)
-        mean = tl.zeros((BLOCK_QUERIES,), tl.float32)
+                reached += share[:, None] * load_tokens(grad_worth, first, j, count)[None, :]
+            kept_sum = kept_sum * shrink + tl.sum(seen, 1)
+            kept_grad_sum = kept_grad_sum * shrink + tl.sum(seen * reached, 1)
+            grad_sum += tl.sum(reached, 1)
+        mean = grad_sum / count.to(tl.float32)
+        inverse = 1.0 / (kept_sum + EPS)
+        difference = (kept_grad_sum - kept_sum * mean) * inverse
+        # Rows of the padding, which other kernels read without a mask, must add nothing.
+        present = i < count
+        own_level = tl.where(present, finite_level(highest), float("inf"))
+        total = tl.where(present, mean + difference, 0.0)
+        store_rows(top + start, tl.where(present, highest_key, -1), i, written, stride)
+        store_rows(shift + start, tl.where(present, EPS * difference * inverse, 0.0), i, written, stride)
+        store_rows(inverse_sum + start, tl.where(present, inverse, 1.0), i, written, stride)
+    else:
+        outs = load_vectors(out + at * CHANNELS, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
+        total = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+        own_level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
         if IMPORTANCE != "":
-            share = tl.where(counts_query(i, count, IMPORTANCE), weight_share(heads, count, IMPORTANCE), 0.0)
+            limit = count
+            if IMPORTANCE == "class":
+                limit = tl.where(block == 0, count, 0)
+            if IMPORTANCE == "last":
+                limit = tl.where((block + 1) * BLOCK_QUERIES >= count, count, 0)
+            queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
+            worth = tl.zeros((BLOCK_QUERIES,), tl.float32)  # of the row's weights
+            for begin in range(0, limit, BLOCK_KEYS):
+                j = begin + tl.arange(0, BLOCK_KEYS)
+                keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
+                dots = products(queries, keys)
+                scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, j < count, BIAS)[None, :]
+                seen = tl.exp2(scores - own_level[:, None])
+                worth += tl.sum(seen * load_tokens(grad_worth, first, j, count)[None, :], 1)
             total += worth * inverse * share
-            mean += worth_sum * share
-        if POLICY:
-            mean = (mean + tl.sum(grads * value_sum[None, :], 1)) / count.to(tl.float32)
-            store_rows(top + at, highest_key, i, count, heads)
-            store_rows(shift + at, (total - mean) * inverse * EPS, i, count, heads)
-    start, stride = rows_apart(image, head, first, heads, padded, PACKED)
-    if not POLICY:  # with one, the sum may be so small that it has more digits than the two together would
         own_level += tl.log2(load_rows(row_sum + at, i, count, heads, 1.0))
-    written = count if PACKED else padded
     store_rows(level + start, own_level, i, written, stride)
     store_rows(delta + start, total, i, written, stride)

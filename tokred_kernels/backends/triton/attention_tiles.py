@@ -216,6 +216,19 @@ def row_softmax(row_max, row_sum, i, count, heads):
 
 
 @triton.jit
+def first_highest(scores, best, j, highest, highest_key):
+    """The first key of highest score: among keys j with the highest score `best`, and earlier ones with `highest`."""
+    best_key = tl.min(tl.where(scores == best[:, None], j[None, :], 0x7FFFFFFF), 1)
+    return tl.where(best > highest, best_key, highest_key)
+
+
+@triton.jit
+def finite_level(highest):
+    """What to subtract from the scores of rows: the highest one, or 0 if no key has a score yet."""
+    return tl.where(highest == float("-inf"), 0.0, highest)
+
+
+@triton.jit
 def counts_query(i, count, IMPORTANCE: tl.constexpr):
     """Whether the weights of queries i count for the importance."""
     if IMPORTANCE == "class":

@@ -65,10 +65,9 @@ _ATTENTION_16 = {
     **_blocks((64,), 128, 64, 8, 3),
     **_blocks((128,), 128, 64, 8, 2),
 }
-_POLICY_16 = _blocks((16, 32, 64, 128), 64, 64, 4, 2)
 _QUERIES_32 = {**_ATTENTION_32, **_blocks((128,), 16, 16, 8, 1)}
 _QUERIES_16 = {**_blocks((16, 32), 64, 64, 4, 2), **_blocks((64, 128), 64, 32, 4, 2)}
-_QUERIES_POLICY_16 = _blocks((16, 32, 64, 128), 64, 32, 4, 2)
+_POLICY_16 = _blocks((16, 32, 64, 128), 64, 32, 4, 2)
 _KEYS_32 = {**_blocks((16, 32, 64), 16, 64, 8, 1), **_blocks((128,), 16, 16, 8, 1)}
 _KEYS_16 = {**_blocks((16, 32, 64), 32, 64, 4, 2), **_blocks((128,), 32, 64, 8, 1)}
 _KEYS_POLICY_16 = {**_blocks((16, 32, 64), 32, 64, 4, 1), **_blocks((128,), 32, 32, 4, 1)}
@@ -85,10 +84,10 @@ _LOOKUP_KEYS_16 = {**_LOOKUP_16, **_blocks((128,), 32, 32, 4, 2)}
 _PORTABLE: tuple[tuple[tuple[str, ...], ByWidth, ByWidth], ...] = (
     (("attention",), _ATTENTION_32, _ATTENTION_16),
     (("attention+policy",), _ATTENTION_32, _POLICY_16),
-    (("importance", "importance+policy"), _ATTENTION_32, _QUERIES_POLICY_16),
-    (("importance_mean", "importance_mean+policy"), _ATTENTION_32, _QUERIES_POLICY_16),
+    (("importance", "importance+policy"), _ATTENTION_32, _POLICY_16),
+    (("importance_mean", "importance_mean+policy"), _ATTENTION_32, _POLICY_16),
     (("rows", "queries"), _QUERIES_32, _QUERIES_16),
-    (("rows+policy", "queries+policy"), _QUERIES_32, _QUERIES_POLICY_16),
+    (("rows+policy", "queries+policy"), _QUERIES_32, _POLICY_16),
     (("keys",), _KEYS_32, _KEYS_16),
     (("keys+policy",), _KEYS_32, _KEYS_POLICY_16),
     (("gather", "gather+few", "scatter", "scatter+few"), _LOOKUP_32, _LOOKUP_16),

@@ -128,9 +128,9 @@ def merge_backward_kernel(
             tl.store(at, value, mask=is_row[:, None] & is_channel[None, :])
         if NEED_WEIGHT:
             away = tl.load(x + row[:, None] * x_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            if MEAN:  # subtracted first: of the two products, little may be left
+                away -= tl.load(y + in_slots, mask=mask, other=0.0).to(tl.float32)
             dots += tl.sum(away * g, 1)
-            if MEAN:
-                dots -= tl.sum(tl.load(y + in_slots, mask=mask, other=0.0).to(tl.float32) * g, 1)
     if NEED_WEIGHT:
         if MEAN:
             dots = tl.div_rn(dots, total)

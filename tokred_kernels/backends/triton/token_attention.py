@@ -16,6 +16,8 @@ from tokred_kernels.backends.triton.attention_tiles import (
     LN_2,
     LOG2_E,
     check_width,
+    finite_level,
+    first_highest,
     head_start,
     head_strides,
     is_whole,
@@ -63,6 +65,9 @@ def token_attention(
     out = q.new_empty(layout)
     row_max, row_sum = (q.new_empty(layout[:-1], dtype=torch.float32) for _ in range(2))
     worth = q.new_empty(layout[:-2] if importance else (0,), dtype=torch.float32)
+    top = None
+    if importance and policy is not None:
+        top = row_max.new_empty(row_max.shape, dtype=torch.int32)
     modes = {"BIAS": bias is not None, "POLICY": policy is not None, "PACKED": starts is not None}
     of = (channels, q.dtype, policy is not None, architecture_of(q))
     with on_device(q):
@@ -70,10 +75,11 @@ def token_attention(
         grid, blocks = shares(images, heads, tokens, config.block_queries)
         if grid[0]:
             attention_kernel[grid](
-                *(q, k, v, bias, policy, starts, out, row_max, row_sum),
+                *(q, k, v, bias, policy, starts, out, row_max, row_sum, top),
                 *(number for t in (q, k, v) for number in head_strides(t, starts)),
                 *(heads, tokens, blocks, scale),
                 **modes,
+                TOP=top is not None,
                 WHOLE=is_whole(config, tokens, policy, starts),
                 **launch_options(config, channels),
             )
@@ -81,7 +87,7 @@ def token_attention(
         grid, blocks = shares(images, 1, tokens, config.block_keys)
         if importance and grid[0]:
             importance_kernel[grid](
-                *(q, k, bias, policy, starts, row_max, row_sum, worth),
+                *(q, k, bias, policy, starts, row_max, row_sum, top, worth),
                 *(number for t in (q, k) for number in head_strides(t, starts)),
                 *(heads, tokens, blocks, scale),
                 **modes,
@@ -102,6 +108,7 @@ def attention_kernel(
     out,  # out: (rows, H, d)
     row_max,  # out: (rows, H), the highest score
     row_sum,  # out: (rows, H), what weights are divided by
+    top,  # out: (rows, H), the first key of highest score, if TOP
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -118,6 +125,7 @@ def attention_kernel(
     BIAS: tl.constexpr,
     POLICY: tl.constexpr,
     PACKED: tl.constexpr,
+    TOP: tl.constexpr,
     WHOLE: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -139,6 +147,7 @@ def attention_kernel(
     factor = _HALF_RANGE if POLICY and v.dtype.element_ty == tl.float16 else 1.0
 
     highest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
+    highest_key = tl.full((BLOCK_QUERIES,), -1, tl.int32)
     total = tl.zeros((BLOCK_QUERIES,), tl.float32)
     mixed = tl.zeros((BLOCK_QUERIES, BLOCK_CHANNELS), tl.float32)
     value_sum = tl.zeros((BLOCK_CHANNELS,), tl.float32)
@@ -147,9 +156,11 @@ def attention_kernel(
         keys = load_block(k, begin, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS, WHOLE)
         dots = products(queries, keys)
         scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, present, BIAS, WHOLE)[None, :]
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        # Where no key has a score yet, there is nothing to subtract from.
-        level = tl.where(higher == float("-inf"), 0.0, higher)
+        best = tl.max(scores, 1)
+        if TOP:
+            highest_key = first_highest(scores, best, j, highest, highest_key)
+        higher = tl.maximum(highest, best)
+        level = finite_level(higher)
         shrink = tl.exp2(highest - level)
         highest = higher
         seen = tl.exp2(scores - level[:, None])
@@ -170,6 +181,8 @@ def attention_kernel(
     store_vectors(out + at * CHANNELS, mixed, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
     store_rows(row_max + at, highest * LN_2, i, count, heads)
     store_rows(row_sum + at, total / factor, i, count, heads)
+    if TOP:
+        store_rows(top + at, highest_key, i, count, heads)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "blocks"])
@@ -181,6 +194,7 @@ def importance_kernel(
     starts,  # (B + 1), if PACKED
     row_max,  # (rows, H)
     row_sum,  # (rows, H)
+    top,  # (rows, H), the first key of highest score, if POLICY: its exponential is 1, however its score rounds here
     worth,  # out: (rows)
     q_stride_b,
     q_stride_h,
@@ -229,6 +243,8 @@ def importance_kernel(
                 level, inverse = row_softmax(row_max + at, row_sum + at, i, count, heads)
                 seen = tl.exp2(dots * (scale * LOG2_E) + terms[:, None] - level[None, :])
                 if POLICY:
+                    is_top = load_rows(top + at, i, count, heads, -1)[None, :] == j[:, None]
+                    seen = tl.where(is_top, 1.0, seen)
                     seen = tl.where(i[None, :] == j[:, None], seen, seen * kept[:, None]) + least
                 sums += tl.sum(seen * tl.where(i < count, inverse, 0.0)[None, :], 1)
         else:
@@ -239,6 +255,7 @@ def importance_kernel(
             level = load_rows(row_max + at, i, count, heads, 0.0) * LOG2_E
             seen = tl.exp2(dots * (scale * LOG2_E) + terms - level)
             if POLICY:
+                seen = tl.where(j == load_rows(top + at, i, count, heads, -1), 1.0, seen)
                 seen = tl.where(j == i, seen, seen * kept) + least
             sums += seen / load_rows(row_sum + at, i, count, heads, 1.0)
     tl.store(worth + first + j, sums * weight_share(heads, count, IMPORTANCE), mask=j < count)

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The gradients of token attention in Triton: rows, then a block of keys past all queries, then the other way."""
+"""The gradients of token attention in Triton: terms of rows, then the gradient of queries, then of keys and values.
+
+Each kernel computes the scores again, possibly with another order of summation. A weight so has a relative error of a
+score's rounding, about |score| * 2^-24, as in FlashAttention. Without a policy no weight exceeds 1, and no gradient is
+larger than its terms. With a policy, gradients are divided by a sum that may be as small as eps. There, the highest
+score's exponential is 1 by definition, and D_i and Z_i come from one kernel; see `rows_kernel`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +29,6 @@ from tokred_kernels.backends.triton.attention_tiles import (
     key_terms,
     launch_options,
     load_padded,
-    load_rows,
     load_tokens,
     load_vectors,
     multiply,
@@ -72,9 +77,6 @@ def token_attention_backward(
     if grad_importance is not None:
         grad_importance = grad_importance.contiguous()
     grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
-    shift = top = None
-    if policy is not None:
-        shift, top = torch.empty_like(row_max), row_max.new_empty(row_max.shape, dtype=torch.int32)
     of_heads = [torch.empty_like(row_max) if need else None for need in (need_bias, need_policy)]
     images, heads, tokens, channels = sizes(q, starts, longest)
     of = (channels, q.dtype, policy is not None, architecture_of(q))
@@ -84,7 +86,12 @@ def token_attention_backward(
     padded = triton.cdiv(tokens, block) * block
     shape = row_max.shape if starts is not None else (images, heads, padded)
     delta, level = (row_max.new_empty(shape) for _ in range(2))
-    inputs = (q, k, v, grad_out, bias, policy, starts, grad_importance, row_max, row_sum)
+    top = shift = inverse_sum = None
+    if policy is not None:
+        shift, inverse_sum = (row_max.new_empty(shape) for _ in range(2))
+        top = row_max.new_empty(shape, dtype=torch.int32)
+    row_terms = (delta, level, top, shift, inverse_sum)
+    inputs = (q, k, v, grad_out, bias, policy, starts, grad_importance)
     strides = [number for t in (q, k, v) for number in head_strides(t, starts)]
     strides += head_strides(grad_out if starts is not None else grad_out.transpose(1, 2), starts)
     modes = {
@@ -107,11 +114,11 @@ def token_attention_backward(
 
     with on_device(q):
         of_rows = tokens if starts is not None else padded
-        launch(rows_kernel, rows, (of_rows, rows.block_queries), out, delta, level, top, shift)
-        launch(queries_kernel, by_query, (tokens, by_query.block_queries), delta, level, top, shift, grad_q)
+        launch(rows_kernel, rows, (of_rows, rows.block_queries), row_max, row_sum, out, *row_terms)
+        launch(queries_kernel, by_query, (tokens, by_query.block_queries), *row_terms, grad_q)
         outputs = (grad_k, grad_v, *of_heads)
         needs = {"NEED_BIAS": need_bias, "NEED_POLICY": need_policy}
-        launch(keys_kernel, by_key, (tokens, by_key.block_keys), delta, level, top, shift, *outputs, **needs)
+        launch(keys_kernel, by_key, (tokens, by_key.block_keys), *row_terms, *outputs, **needs)
     # Heads are summed in one order, so the result does not depend on timing.
     sums = [row_max.new_empty(0) if t is None else t.sum(-1) for t in of_heads]
     return grad_q, grad_k, grad_v, sums[0], sums[1]
@@ -127,12 +134,11 @@ def keys_kernel(
     policy,  # (rows), if POLICY
     starts,  # (B + 1), if PACKED
     grad_worth,  # (rows), if IMPORTANCE
-    row_max,  # (rows, H)
-    row_sum,  # (rows, H)
-    delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next three are from `rows_kernel`
+    delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next four are from `rows_kernel`
     level,  # as delta
-    top,  # (rows, H), if POLICY
-    shift,  # (rows, H), if POLICY
+    top,  # as delta, if POLICY
+    shift,  # as delta, if POLICY
+    inverse_sum,  # as delta, if POLICY
     grad_k,  # out: (rows, H, d)
     grad_v,  # out: (rows, H, d)
     grad_bias,  # out: (rows, H), if NEED_BIAS
@@ -199,8 +205,10 @@ def keys_kernel(
         dots = products(keys, queries)
         weights = tl.exp2(dots * (scale * LOG2_E) + terms[:, None] - levels[None, :])
         if POLICY:
-            inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
-            weights *= inverse[None, :]
+            is_top = load_padded(top + row, i, count, stride_row, -1, PACKED)[None, :] == j[:, None]
+            inverse = load_padded(inverse_sum + row, i, count, stride_row, 1.0, PACKED)
+            # 1 by definition, however the score rounds in this kernel.
+            weights = tl.where(is_top, 1.0, weights) * inverse[None, :]
         grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(values, grads)
         if IMPORTANCE != "":
@@ -210,9 +218,8 @@ def keys_kernel(
             own = i[None, :] == j[:, None]
             to_policy += tl.sum(tl.where(own, 0.0, moved), 1)
             moved = tl.where(own, moved, moved * kept[:, None])
-            highest = load_rows(top + at, i, count, heads, -1)
-            shifts = load_rows(shift + at, i, count, heads, 0.0)
-            moved -= tl.where(highest[None, :] == j[:, None], shifts[None, :], 0.0)
+            shifts = load_padded(shift + row, i, count, stride_row, 0.0, PACKED)
+            moved -= tl.where(is_top, shifts[None, :], 0.0)
             weights = tl.where(own, weights, weights * kept[:, None])
             weights += (EPS / count.to(tl.float32)) * inverse[None, :]
         to_bias += tl.sum(moved, 1)
@@ -238,12 +245,11 @@ def queries_kernel(
     policy,  # (rows), if POLICY
     starts,  # (B + 1), if PACKED
     grad_worth,  # (rows), if IMPORTANCE
-    row_max,  # (rows, H)
-    row_sum,  # (rows, H)
-    delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next three are from `rows_kernel`
+    delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next four are from `rows_kernel`
     level,  # as delta
-    top,  # (rows, H), if POLICY
-    shift,  # (rows, H), if POLICY
+    top,  # as delta, if POLICY
+    shift,  # as delta, if POLICY
+    inverse_sum,  # as delta, if POLICY
     grad_q,  # out: (rows, H, d)
     q_stride_b,
     q_stride_h,
@@ -287,9 +293,9 @@ def queries_kernel(
     levels = load_padded(level + row, i, count, stride_row, float("inf"), PACKED)
     mean = load_padded(delta + row, i, count, stride_row, 0.0, PACKED)
     if POLICY:
-        inverse = 1.0 / load_rows(row_sum + at, i, count, heads, 1.0)
-        highest = load_rows(top + at, i, count, heads, -1)
-        shifts = load_rows(shift + at, i, count, heads, 0.0)
+        inverse = load_padded(inverse_sum + row, i, count, stride_row, 1.0, PACKED)
+        highest_key = load_padded(top + row, i, count, stride_row, -1, PACKED)
+        shifts = load_padded(shift + row, i, count, stride_row, 0.0, PACKED)
     if IMPORTANCE != "":
         share = tl.where(counts_query(i, count, IMPORTANCE), weight_share(heads, count, IMPORTANCE), 0.0)
 
@@ -301,7 +307,8 @@ def queries_kernel(
         dots = products(queries, keys)
         weights = tl.exp2(dots * (scale * LOG2_E) + terms[None, :] - levels[:, None])
         if POLICY:
-            weights *= inverse[:, None]
+            is_top = highest_key[:, None] == j[None, :]
+            weights = tl.where(is_top, 1.0, weights) * inverse[:, None]
         values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(grads, values)
         if IMPORTANCE != "":
@@ -311,6 +318,6 @@ def queries_kernel(
         if POLICY:
             kept = load_tokens(policy, first, j, count)
             moved = tl.where(i[:, None] == j[None, :], moved, moved * kept[None, :])
-            moved -= tl.where(highest[:, None] == j[None, :], shifts[:, None], 0.0)
+            moved -= tl.where(is_top, shifts[:, None], 0.0)
         to_queries = multiply(narrow(moved, keys.dtype), keys, to_queries)
     store_vectors(grad_q + at * CHANNELS, to_queries * scale, i, count, heads * CHANNELS, CHANNELS, BLOCK_CHANNELS)
