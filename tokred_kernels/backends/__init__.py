@@ -47,7 +47,10 @@ COMPOUNDS = {"bipartite_merge": ("bipartite_match", "merge")}
 TRITON_OPS = (
     "bipartite_match",
     "best_match",
+    "match_map",
     "window_similarity",
+    "window_map",
+    "similar_count",
     "merge",
     "merge_backward",
     "unmerge",
@@ -58,6 +61,8 @@ TRITON_OPS = (
     "lookup_gather_backward",
     "lookup_scatter",
     "lookup_scatter_backward",
+    "invert",
+    "compose",
 )
 
 # Native on the CPU alone: on a GPU they are tiles of matrix products, which are Triton's.
