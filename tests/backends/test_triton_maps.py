@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Triton kernels that make maps, against the reference and the C++ kernels; conftest.py says where they run."""
+"""Compare the Triton kernels that make maps with the reference and the C++ kernels; see conftest.py for the devices."""
 
 import math
 import re
@@ -20,7 +20,7 @@ def on_cpu(value):
 
 
 def assert_equals_others(op, *arguments):
-    """Return the results of the Triton kernels, which must equal those of the reference and of C++ in every element."""
+    """Return the results of the Triton kernels; assert that the reference and the C++ kernels return the same."""
     got = backends.implementation("triton", op)(*arguments)
     results = got if isinstance(got, tuple) else (got,)
     arguments = [
@@ -42,7 +42,7 @@ def assert_equals_others(op, *arguments):
 
 @pytest.fixture
 def large_blocks(monkeypatch):
-    """Blocks that the interpreter, which is slow, goes through thousands of tokens with."""
+    """Large blocks, because the interpreter takes about as long for a large tile as for a small one."""
     from tokred_kernels.backends.triton import best_match, invert
     from tokred_kernels.backends.triton.configs import SelectConfig
 
@@ -74,7 +74,7 @@ def test_every_op_has_a_triton_kernel_of_its_own():
     assert set(backends.OPS) <= {path.stem for path in folder.glob("*.py")}
     for path in folder.glob("*.py"):
         imported = re.findall(r"from tokred_kernels.backends.reference\S* import (.*)", path.read_text())
-        assert ", ".join(imported).isupper() or not imported, f"{path} may take only constants from the reference"
+        assert ", ".join(imported).isupper() or not imported, f"{path} must import only constants from the reference"
 
 
 # Sizes around a block and a chunk; many tokens in few slots, empty slots, and more slots than tokens.
@@ -133,7 +133,7 @@ PARTITIONS = {
 
 
 def random_ranks(images, partition, device):
-    """Partners and ranks as `best_match` might give them; the last image's sources all like one destination."""
+    """Partners and ranks as `best_match` returns them; all sources of the last image have the same partner."""
     partner = torch.randint(partition.protected_dst, partition.num_dst, (images, partition.num_src))
     partner[-1] = partition.num_dst - 1
     lead = partition.protected_src
@@ -250,7 +250,7 @@ def test_similar_count_divides_by_a_float64(device):
     divisor, rounded = 0.1, torch.tensor(0.1).double()
     score = torch.randn(1, 1000)
     score[0, 0] = 0.0
-    for _ in range(50):  # a threshold near 0, where float32 is fine enough for a score between it and a rounded one
+    for _ in range(50):  # move the threshold to 0, where float32 has values between it and the rounded threshold
         score[:, 1:] -= score.double().mean() + score.double().std() / divisor
     for _ in range(50):
         mean, std = score.double().mean(), score.double().std()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Match in Triton: the best of each source, then the map of an image in one program.
 
-Above 1024 sources or destinations, ranks and the map are made by as many programs as it takes.
+Above 1024 sources or destinations, `best_match.ranks` and `match_map` do the second part, with many programs per image.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 """The second view of a map in Triton: a stable sort of each image's tokens by slot.
 
 Up to `COUNTED_PAIRS` the sort is by counting: the place of a token is the number of tokens that precede it, and a slot
-begins after the tokens of lower slots. That takes one launch and N (N + N') comparisons per image, spread over as many
-programs as it takes: a few microseconds on an H100 at ViT sizes, about 30 at the limit. Larger maps, such as one image
-of 12,000 tokens or 64 images of 1,500, take two launches: `torch.sort`, then a binary search for each slot.
+begins after the tokens of lower slots. That takes one launch and N (N + N') comparisons per image, in many programs: by
+estimate a few microseconds on an H100 at ViT sizes, and about 30 at the limit. Larger maps, such as one image of 12,000
+tokens or 64 images of 1,500, take two launches: `torch.sort`, then a binary search for each slot.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Keeping the highest scores in Triton.
 
-One launch, in which one program writes both views of an image's map. Above 1024 candidates, ranking them takes a launch
-of its own, by as many programs as it takes.
+One launch, in which one program writes both views of an image's map. Above 1024 candidates, a launch before it ranks
+them with many programs per image.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The map of a match in Triton.
 
-One launch writes `dest`, one program per image; `invert.collect_members` adds one or two. The first takes a few
-microseconds on an H100 up to some 4,000 sources, and about one more for each further 1,000.
+One launch writes `dest`, one program per image; `invert.collect_members` adds one or two. By estimate the first takes a
+few microseconds on an H100 up to 4,000 sources, and about one more for each further 1,000.
 """
 
 from __future__ import annotations
@@ -94,16 +94,16 @@ def dest_kernel(
         slot0 = tl.load(starts_out + image)
     dest += row
 
-    # Where none joins, every token keeps its place. Else only the first do, and the others have theirs below.
+    # If no source joins, all tokens that are kept stay in place. Otherwise only the first ones do.
     lanes = tl.arange(0, BLOCK)
     in_place = tl.where(r == 0, first + num_src + num_dst, first)
     for start in range(0, tokens, BLOCK):
         token = start + lanes
         tl.store(dest + token, tl.where(token < in_place, slot0 + token, -1), mask=token < tokens)
     if r > 0:
-        tl.debug_barrier()  # the -1s precede the slots
+        tl.debug_barrier()  # the slots overwrite the -1s
         num_unmerged = num_src - r
-        # A protected destination follows an unmerged source, as long as there is one.
+        # Protected destinations alternate with unmerged sources until one of the two runs out.
         interleaved = tl.minimum(protected_dst, num_unmerged)
         first_slot = slot0 + first
         for start in range(0, num_dst, BLOCK):
@@ -111,7 +111,7 @@ def dest_kernel(
             token = destination_token(destinations, j, j < num_dst, first, stride, LISTS)
             slot = tl.where(j < interleaved, 2 * j + 1, num_unmerged + j)
             tl.store(dest + token, first_slot + slot, mask=j < num_dst)
-        joined = 0  # sources of earlier blocks that join
+        joined = 0  # number of joining sources in earlier blocks
         for start in range(0, num_src, BLOCK):
             i = start + lanes
             is_src = i < num_src

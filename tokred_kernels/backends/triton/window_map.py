@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The map that merges the most similar windows, in Triton.
 
-Two launches: the rank of each window, by counting (see `best_match.ranks`), then one program per image. Once ranks are
-known, every place has a closed form except those of the tokens that do not merge, which a running sum gives. Both are
-bound by their latency at the sizes of a ViT.
+Two launches: `best_match.ranks` of the windows, then one program per image. Given the ranks, the places of tokens that
+merge have a closed form, and a running sum gives those of the others. Both launches are bound by latency at ViT sizes.
 """
 
 from __future__ import annotations
