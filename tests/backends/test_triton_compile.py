@@ -32,7 +32,8 @@ SPILL_ALLOWANCE = 16
 TIMEOUT = 1800  # seconds for a target, on a machine that has other work
 # Tensors that a kernel may be given None for.
 ABSENT = (
-    *("sources", "destinations", "cu_seqlens", "inverse", "weight", "weight_sum", "grad_weight_sum", "x", "y"),
+    *("sources", "destinations", "cu_seqlens", "starts_in", "starts_out", "counts", "moments", "rank", "inverse"),
+    *("weight", "weight_sum", "grad_weight_sum", "x", "y"),
     *("bias", "policy", "starts", "grad_worth", "top", "shift", "inverse_sum", "grad_bias", "grad_policy"),
     *("out", "grad_lse", "offset", "grad_v", "to_lse", "more_parts", "row_parts", "more_out", "row_out"),
 )
@@ -97,6 +98,7 @@ def _all_cases(target):
     return itertools.chain(
         _match_cases((*singles, *HALVES)),
         _cases((torch.bfloat16,) if target == "gfx942" else (torch.float32, torch.bfloat16)) if singles else (),
+        _map_cases() if singles else (),
         _attention_cases(target, (*singles, *HALVES)),
         _lookup_cases(target, (*singles, *HALVES)),
         _combine_cases(),
@@ -132,19 +134,13 @@ def _match_cases(dtypes):
 def _cases(dtypes):
     """Of what has no products: float16 is loaded and stored as bfloat16 is, and is not compiled."""
     from tokred_kernels.backends.triton import configs
-    from tokred_kernels.backends.triton.best_match import mean_kernel, rank_kernel
+    from tokred_kernels.backends.triton.best_match import mean_kernel
     from tokred_kernels.backends.triton.bipartite_match import select_kernel
     from tokred_kernels.backends.triton.keep_topk import topk_kernel
     from tokred_kernels.backends.triton.merge import merge_kernel
     from tokred_kernels.backends.triton.merge_backward import amax_backward_kernel, merge_backward_kernel
     from tokred_kernels.backends.triton.unmerge import unmerge_kernel
     from tokred_kernels.backends.triton.window_similarity import window_kernel
-
-    blocks = {"BLOCK": configs.RANK_CONFIG.block, "CHUNK": configs.RANK_CONFIG.chunk}
-    options = {"num_warps": configs.RANK_CONFIG.num_warps}
-    types = {"score": "*fp32", "rank": "*i32"}
-    yield rank_kernel, types, {"PACKED": False, **blocks}, options, True
-    yield rank_kernel, types | {"cu_seqlens": "*i32"}, {"PACKED": True, **blocks}, options, True
 
     longest = max(configs.WINDOW_CONFIGS)
     for config in configs.WINDOW_CONFIGS.values():
@@ -172,7 +168,7 @@ def _cases(dtypes):
             yield select_kernel, types, constants | blocks, options, True
         types = {"scores": "*fp32", **dict.fromkeys(("dest", "members", "begin", "count"), "*i32")}
         for fuse in (False, True):
-            yield topk_kernel, types, {"FUSE": fuse, **blocks}, options, True
+            yield topk_kernel, types, {"RANKED": False, "FUSE": fuse, **blocks}, options, True
 
     for (_, dtype), config in configs.ROWS_CONFIGS.items():
         if dtype not in dtypes:
@@ -208,11 +204,56 @@ def _cases(dtypes):
             yield merge_backward_kernel, kept, modes | blocks, options, True
 
 
+def _map_cases():
+    """Kernels that make maps: every mode, at its one config."""
+    from tokred_kernels.backends.triton.best_match import rank_kernel
+    from tokred_kernels.backends.triton.compose import compose_kernel
+    from tokred_kernels.backends.triton.configs import RANK_CONFIG, SCAN_CONFIG
+    from tokred_kernels.backends.triton.invert import members_kernel, sorted_members_kernel
+    from tokred_kernels.backends.triton.keep_topk import topk_kernel
+    from tokred_kernels.backends.triton.match_map import dest_kernel
+    from tokred_kernels.backends.triton.similar_count import moments_kernel, similar_kernel
+    from tokred_kernels.backends.triton.window_map import window_map_kernel
+
+    given = dict.fromkeys(("partner", "rank", "dest", "members", "begin", "count", "keys"), "*i32")
+    given |= {"score": "*fp32", "scores": "*fp32", "order": "*i64", "threshold": "fp32", "divisor": "i64"}
+    lists = dict.fromkeys(("sources", "destinations"), "*i32")
+    starts_in, starts_out = {"starts_in": "*i32"}, {"counts": "*i32", "starts_out": "*i32"}
+    counts, moments = {"counts": "*i32"}, {"moments": "*fp64"}
+    modes = (
+        (compose_kernel, dict.fromkeys(("first", "second"), "*i32"), {}),
+        (rank_kernel, {}, {"PACKED": False}),
+        (rank_kernel, {"cu_seqlens": "*i32"}, {"PACKED": True}),
+        (members_kernel, {}, {"PACKED_IN": False, "PACKED_OUT": False}),
+        (members_kernel, starts_in | starts_out, {"PACKED_IN": True, "PACKED_OUT": True}),
+        (sorted_members_kernel, {}, {}),
+        (topk_kernel, {}, {"RANKED": True, "FUSE": True}),
+        (dest_kernel, lists, {"LISTS": True, "BY_INDEX": False, "PACKED_IN": False, "PACKED_OUT": False}),
+        (
+            dest_kernel,
+            starts_in | starts_out,
+            {"LISTS": False, "BY_INDEX": True, "PACKED_IN": True, "PACKED_OUT": True},
+        ),
+        (window_map_kernel, {}, {"PACKED": False}),
+        (window_map_kernel, starts_out, {"PACKED": True}),
+        (moments_kernel, moments, {}),
+        (similar_kernel, counts, {"OWN": False, "AVERAGE": False}),
+        (similar_kernel, counts, {"OWN": True, "AVERAGE": False}),
+        (similar_kernel, counts | moments, {"OWN": False, "AVERAGE": True}),
+    )
+    for kernel, more, on in modes:
+        config = RANK_CONFIG if "blocks" in kernel.arg_names else SCAN_CONFIG
+        types = {name: of for name, of in (given | more).items() if name in kernel.arg_names}
+        constants = on | {"BLOCK": config.block} | ({"CHUNK": config.chunk} if "CHUNK" in kernel.arg_names else {})
+        yield kernel, types, constants, {"num_warps": config.num_warps}, True
+
+
 # What attention may be asked for: bias, policy, packed, the importance that is differentiated.
 PLAIN = (False, False, False, "")
 OF_CLASS = (True, False, False, "class")
 OTHERS = (
-    *("mean_kernel", "rank_kernel", "select_kernel", "window_kernel", "topk_kernel"),
+    *("mean_kernel", "rank_kernel", "select_kernel", "window_kernel", "topk_kernel", "compose_kernel", "dest_kernel"),
+    *("members_kernel", "sorted_members_kernel", "window_map_kernel", "moments_kernel", "similar_kernel"),
     *("merge_kernel", "merge_backward_kernel", "amax_backward_kernel", "unmerge_kernel"),
 )
 OF_TABLES = (

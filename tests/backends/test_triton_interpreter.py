@@ -22,6 +22,7 @@ FILES = (
     "test_triton_best_match.py",
     "test_triton_keep_topk.py",
     "test_triton_lookup.py",
+    "test_triton_maps.py",
     "test_triton_token_attention.py",
     "test_triton_window_similarity.py",
 )

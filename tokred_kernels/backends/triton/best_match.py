@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.reference.best_match import MIN_SQUARED_NORM, NO_RANK
-from tokred_kernels.backends.triton import multiply_add, narrow, on_device
+from tokred_kernels.backends.triton import is_nan, multiply_add, narrow, on_device
 from tokred_kernels.backends.triton.configs import MEAN_IN_MATCH_BLOCKS, RANK_CONFIG, match_config, rows_config
 from tokred_kernels.partition import Partition
 
@@ -22,17 +22,27 @@ def best_match(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None =
     """See `ops.best_match`."""
     with on_device(metric):
         score, partner = best_destination(metric, partition, cu_seqlens)
-        rank = partner.new_empty(partner.shape)
-        if score.numel():
-            blocks = triton.cdiv(partition.num_src, RANK_CONFIG.block)
-            rank_kernel[(score.shape[0] * blocks,)](
-                *(score, cu_seqlens, rank, partition.num_src, partition.protected_src, blocks),
+    return score, partner, ranks(score, partition.protected_src, cu_seqlens)
+
+
+def ranks(score: Tensor, protected: int = 0, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return the rank (B, n) int32 of each score by descending value, ties to the lower index and NaN as -infinity.
+
+    The `protected` first scores of each image have no rank, and with `cu_seqlens` neither have those past its sources.
+    """
+    images, number = score.shape
+    rank = score.new_empty((images, number), dtype=torch.int32)
+    blocks = triton.cdiv(number, RANK_CONFIG.block)
+    if rank.numel():
+        with on_device(score):
+            rank_kernel[(images * blocks,)](
+                *(score, cu_seqlens, rank, score.stride(0), number, protected, blocks),
                 PACKED=cu_seqlens is not None,
                 BLOCK=RANK_CONFIG.block,
                 CHUNK=RANK_CONFIG.chunk,
                 num_warps=RANK_CONFIG.num_warps,
             )
-    return score, partner, rank
+    return rank
 
 
 def best_destination(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,15 +119,23 @@ def packed_rows(cu_seqlens, image):
 
 
 @triton.jit
-def count_before(score, mine, i, first, last, CHUNK: tl.constexpr):
-    """How many of the sources from `first` to `last` go before source i of score `mine`: ties are by number."""
-    before = tl.zeros_like(i)
+def load_scores(scores, i, mask):
+    """Scores i of an image; -infinity for NaN and where `mask` is False."""
+    score = tl.load(scores + i, mask=mask, other=float("-inf"))
+    return tl.where(is_nan(score), float("-inf"), score)
+
+
+@triton.jit
+def count_before(scores, i, first, last, CHUNK: tl.constexpr):
+    """The number of scores in [first, last) that rank above score i < last: the higher ones, and equal earlier ones."""
+    mine = load_scores(scores, i, i < last)
+    # Each place of the tile counts for itself: a sum over lanes in every round would take most of the time.
+    before = tl.zeros((i.shape[0], CHUNK), tl.int32)
     for start in range(first, last, CHUNK):
         k = start + tl.arange(0, CHUNK)
-        other = tl.load(score + k, mask=k < last, other=0.0)
-        beats = (other[None, :] > mine[:, None]) | ((other[None, :] == mine[:, None]) & (k[None, :] < i[:, None]))
-        before += tl.sum((beats & (k < last)[None, :]).to(tl.int32), 1)
-    return before
+        other = load_scores(scores, k, k < last)[None, :]
+        before += ((other > mine[:, None]) | ((other == mine[:, None]) & (k[None, :] < i[:, None]))).to(tl.int32)
+    return tl.sum(before, 1)
 
 
 @triton.jit
@@ -244,30 +262,30 @@ def match_kernel(
     tl.store(partner + image * num_src + i, lowest, mask=i < num_src)
 
 
-@triton.jit(do_not_specialize=["num_src", "protected_src", "blocks"])
+@triton.jit(do_not_specialize=["stride", "number", "protected", "blocks"])
 def rank_kernel(
-    score,  # (B, num_src)
+    score,  # (B, n)
     cu_seqlens,  # (B + 1), if PACKED
-    rank,  # out: (B, num_src)
-    num_src,
-    protected_src,
+    rank,  # out: (B, n)
+    stride,
+    number,
+    protected,
     blocks,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """A program ranks BLOCK sources of one image by counting those before them: little work beside their match."""
+    """A program ranks BLOCK scores of one image by counting those before them: O(n^2), as the match, but cheaper."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    in_row = i < num_src
-    score += image * num_src
-    rank += image * num_src
+    in_row = i < number
+    score += image * stride
+    rank += image * number
     if PACKED:
         _, length = packed_rows(cu_seqlens, image)
-        num_src = (length + 1) // 2
-    mine = tl.load(score + i, mask=in_row, other=0.0)
-    place = count_before(score, mine, i, protected_src, num_src, CHUNK)
-    tl.store(rank + i, tl.where((i >= protected_src) & (i < num_src), place, _NO_RANK), mask=in_row)
+        number = (length + 1) // 2
+    place = count_before(score, i, protected, number, CHUNK)
+    tl.store(rank + i, tl.where((i >= protected) & (i < number), place, _NO_RANK), mask=in_row)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "heads"])

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Match in Triton: the best of each source, then the map of an image in one program."""
+"""Match in Triton: the best of each source, then the map of an image in one program.
+
+Above 1024 sources or destinations, `best_match.ranks` and `match_map` do the second part, with many programs per image.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.reference.invert import invert
-from tokred_kernels.backends.reference.match_map import dest_of_ranks
 from tokred_kernels.backends.triton import on_device
 from tokred_kernels.backends.triton.best_match import (
     best_destination,
@@ -19,6 +20,7 @@ from tokred_kernels.backends.triton.best_match import (
     source_token,
 )
 from tokred_kernels.backends.triton.configs import select_config
+from tokred_kernels.backends.triton.match_map import match_map
 from tokred_kernels.partition import Partition
 
 
@@ -29,8 +31,7 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
     config = select_config(num_src, num_dst)
     if config is None:
         _, partner, rank = best_match(metric, partition)
-        dest = dest_of_ranks(partner, rank, tokens, partition)
-        return dest, *invert(dest, num_out)
+        return match_map(partner, rank, partition, tokens)
     with on_device(metric):
         score, partner = best_destination(metric, partition)
         dest = metric.new_empty((images, tokens), dtype=torch.int32)
@@ -111,9 +112,8 @@ def select_kernel(
     # A source's rank is the number of candidates that beat it. Where all join, no rank is needed: 0 will do.
     i = lanes
     is_src = i < num_src
-    mine = tl.load(score + i, mask=is_src, other=0.0)
     last = tl.where(r < num_src - protected_src, num_src, 0)
-    rank = count_before(score, mine, i, protected_src, last, CHUNK)
+    rank = count_before(score, i, protected_src, last, CHUNK)
     joins = is_src & (i >= protected_src) & (rank < r)
     stays = is_src & (joins == 0)
     u = tl.cumsum(stays.to(tl.int32), 0) - 1 if BY_INDEX else rank - r
@@ -130,14 +130,15 @@ def select_kernel(
     j = lanes
     is_dst = j < num_dst
     dst_token = destination_token(destinations, j, is_dst, first, stride, LISTS)
-    joined = tl.zeros((BLOCK,), tl.int32)  # how many join destination j
-    joined_before = tl.zeros((BLOCK,), tl.int32)  # of them, those before its own token
+    joined_in = tl.zeros((BLOCK, CHUNK), tl.int32)  # sources that join destination j
+    before_in = tl.zeros((BLOCK, CHUNK), tl.int32)  # those of them before its own token
     for start in range(protected_src, num_src, CHUNK):
         k = start + tl.arange(0, CHUNK)
         same = tl.load(index + k, mask=k < num_src, other=-1)[None, :] == j[:, None]
         k_token = source_token(sources, k, k < num_src, first, stride, num_dst, LISTS)
-        joined += tl.sum(same.to(tl.int32), 1)
-        joined_before += tl.sum((same & (k_token[None, :] < dst_token[:, None])).to(tl.int32), 1)
+        joined_in += same.to(tl.int32)
+        before_in += (same & (k_token[None, :] < dst_token[:, None])).to(tl.int32)
+    joined, joined_before = tl.sum(joined_in, 1), tl.sum(before_in, 1)
 
     # Before destination j come the untouched tokens, all unmerged sources, and the destinations below it.
     size = tl.where(is_dst, 1 + joined, 0)
@@ -154,12 +155,14 @@ def select_kernel(
     tl.store(begin + slot, row + slot, mask=stays)
     tl.store(count + slot, 1, mask=stays)
     tl.debug_barrier()  # each thread sees where the destinations begin
-    before = tl.zeros((BLOCK,), tl.int32)  # how many of those that join i's destination come before i's token
+    before_in = tl.zeros((BLOCK, CHUNK), tl.int32)  # sources that join the destination of i, before its own token
     for start in range(protected_src, num_src, CHUNK):
         k = start + tl.arange(0, CHUNK)
         same = tl.load(index + k, mask=k < num_src, other=-1)[None, :] == partner[:, None]
         k_token = source_token(sources, k, k < num_src, first, stride, num_dst, LISTS)
-        before += tl.sum((same & (k_token[None, :] < token[:, None])).to(tl.int32), 1)
-    before += (destination_token(destinations, partner, joins, first, stride, LISTS) < token).to(tl.int32)
+        before_in += (same & (k_token[None, :] < token[:, None])).to(tl.int32)
+    before = tl.sum(before_in, 1) + (destination_token(destinations, partner, joins, first, stride, LISTS) < token).to(
+        tl.int32
+    )
     place = tl.where(joins, tl.load(begin + slot, mask=joins, other=0) - row + before, slot)
     tl.store(members + place, row + token, mask=is_src)

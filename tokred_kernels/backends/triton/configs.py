@@ -72,7 +72,8 @@ SELECT_CONFIGS = {
     512: SelectConfig(512, 8, 16),
     1024: SelectConfig(SELECT_LIMIT, 8, 16),
 }
-RANK_CONFIG = SelectConfig(128, 16, 4)  # for ranks alone: as many programs as it takes
+RANK_CONFIG = SelectConfig(128, 16, 4)  # ranks and members: many programs per image
+SCAN_CONFIG = SelectConfig(1024, 8, 8)  # scans over one image, and passes over single tokens; `chunk` is not used
 
 # A row that one warp holds is summed without a barrier, but 2048 channels would spill. Only longer rows are read twice.
 WINDOW_CONFIGS = {

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Keeping the highest scores in Triton: both views of an image's map in one program."""
+"""Keeping the highest scores in Triton.
+
+One launch, in which one program writes both views of an image's map. Above 1024 candidates, a launch before it ranks
+them with many programs per image.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.reference.invert import invert
-from tokred_kernels.backends.reference.keep_topk import keep_topk as reference_dest
-from tokred_kernels.backends.triton import is_nan, on_device
-from tokred_kernels.backends.triton.configs import select_config
+from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.best_match import count_before, ranks
+from tokred_kernels.backends.triton.configs import SCAN_CONFIG, select_config
 
 
 def keep_topk(scores: Tensor, k: int, first: int, fuse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -20,17 +23,17 @@ def keep_topk(scores: Tensor, k: int, first: int, fuse: bool) -> tuple[Tensor, T
     scores = inner_dense(scores)
     images, tokens = scores.shape
     num_out = first + k + int(fuse)
-    config = select_config(tokens - first, 0)
-    if config is None:
-        dest = reference_dest(scores, k, first, fuse)
-        return dest, *invert(dest, num_out)
     dest = scores.new_empty((images, tokens), dtype=torch.int32)
     members = dest.new_empty(images * tokens)
     begin, count = (dest.new_empty((images, num_out)) for _ in range(2))
     if dest.numel():
+        config = select_config(tokens - first, 0)
+        rank = ranks(scores[:, first:]) if config is None else None
+        config = config or SCAN_CONFIG
         with on_device(scores):
             topk_kernel[(images,)](
-                *(scores, dest, members, begin, count, scores.stride(0), tokens, first, k),
+                *(scores, rank, dest, members, begin, count, scores.stride(0), tokens, first, k),
+                RANKED=rank is not None,
                 FUSE=fuse,
                 BLOCK=config.block,
                 CHUNK=config.chunk,
@@ -42,6 +45,7 @@ def keep_topk(scores: Tensor, k: int, first: int, fuse: bool) -> tuple[Tensor, T
 @triton.jit(do_not_specialize=["tokens", "first", "k"])
 def topk_kernel(
     scores,  # (B, N)
+    rank,  # (B, N - first), if RANKED
     dest,  # out: (B, N)
     members,  # out: (B * N)
     begin,  # out: (B, N')
@@ -50,13 +54,14 @@ def topk_kernel(
     tokens,
     first,
     k,
+    RANKED: tl.constexpr,
     FUSE: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """A program writes both views of one image's map; see csrc/common/args.h for the slots.
 
-    A token's rank is the number of those that beat it, so nothing is sorted and no order depends on timing.
+    Unless RANKED, BLOCK holds all candidates, and the rank of one is the number of those that beat it.
     """
     image = tl.program_id(0).to(tl.int64)
     row = (image * tokens).to(tl.int32)
@@ -78,27 +83,20 @@ def topk_kernel(
         tl.store(members + token, row + token, mask=token < first)
 
     candidates = tokens - first
-    present = lanes < candidates
-    mine = load_scores(scores, lanes, present)
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, candidates, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        other = load_scores(scores, j, j < candidates)
-        beats = (other[None, :] > mine[:, None]) | ((other[None, :] == mine[:, None]) & (j[None, :] < lanes[:, None]))
-        rank += tl.sum((beats & (j < candidates)[None, :]).to(tl.int32), 1)
-    kept = present & (rank < k)
-    left = present & (rank >= k)
-    place = first + tl.where(kept, rank, k + tl.cumsum(left.to(tl.int32), 0) - 1)
-    token = first + lanes
-    tl.store(dest + token, tl.where(kept, first + rank, first + k if FUSE else -1), mask=present)
-    tl.store(members + place, tl.where(kept | FUSE, row + token, -1), mask=present)
+    if RANKED:
+        rank += image * candidates
+    others = 0  # candidates of earlier blocks that are not kept
+    for start in range(0, candidates, BLOCK):
+        i = start + lanes
+        present = i < candidates
+        own_rank = tl.load(rank + i, mask=present, other=0) if RANKED else count_before(scores, i, 0, candidates, CHUNK)
+        kept = present & (own_rank < k)
+        other = present & (own_rank >= k)
+        place = first + tl.where(kept, own_rank, k + others + tl.cumsum(other.to(tl.int32), 0) - 1)
+        others += tl.sum(other.to(tl.int32), 0)
+        token = first + i
+        tl.store(dest + token, tl.where(kept, first + own_rank, first + k if FUSE else -1), mask=present)
+        tl.store(members + place, tl.where(kept | FUSE, row + token, -1), mask=present)
     if FUSE:
         tl.store(begin + first + k, row + first + k)
         tl.store(count + first + k, candidates - k)
-
-
-@triton.jit
-def load_scores(scores, i, mask):
-    """Scores i of an image; NaN as the lowest there is."""
-    score = tl.load(scores + i, mask=mask, other=float("-inf"))
-    return tl.where(is_nan(score), float("-inf"), score)
