@@ -27,6 +27,7 @@ from benchmarks.cases import CASES
 from benchmarks.providers import BACKWARD_OPS, KERNEL_OPS
 from benchmarks.table import newest
 from tokred_kernels import backends
+from tokred_kernels.files import replace_text
 
 VERIFIED = Path(__file__).resolve().parents[1] / "tokred_kernels" / "backends" / "verified.json"
 OPS = {
@@ -170,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    options.output.write_text(json.dumps(found) + "\n")
+    replace_text(options.output, json.dumps(found) + "\n")
     print(f"written: {options.output}")
     return 0
 
