@@ -246,13 +246,13 @@ CONTENTS = {
 }
 contents = pytest.mark.parametrize(("load", "save"), CONTENTS.values(), ids=CONTENTS)
 NEVER = (10**400, -(10**400), math.inf, -math.inf, math.nan, True, "text", {}, [[]], [None], {"a": 1})
-# What a wrong value elsewhere is right for: a field, and the values.
+# Values that are wrong in other fields but right in these.
 LEGAL = {"window": (None,), "mean": (-1,), "configs": ([],)}
 OPTIONAL = ("gflops", "target_gflops")
 
 
 def places(content, way=()):
-    """The way to each value inside, the value itself included."""
+    """Yield the keys that lead to each value in `content`, first those to `content` itself."""
     yield way
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
@@ -274,7 +274,7 @@ def put(content, way, value):
 
 
 def mutations(content):
-    """(the field or fields, of which a message must name one; the content that is wrong there)."""
+    """Yield pairs: the fields, one of which the message must name, and a content that is wrong there."""
     for way in places(content):
         fields = [key for key in way if isinstance(key, str)][-1:]
         for value in (*NEVER, None, -1, []):

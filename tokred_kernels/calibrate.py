@@ -59,7 +59,7 @@ class Thresholds:
 
     Raises:
         TypeError: `layers` is not a dict of Similarity.
-        ValueError: there is no layer, a number is NaN or out of range, or the layers do not ascend.
+        ValueError: `layers` is empty or does not ascend, or a number is NaN or out of range.
     """
 
     layers: dict[int, Similarity]

@@ -15,6 +15,7 @@ from tokred_kernels import flops
 from tokred_kernels.diffrate_search import diffrate_search
 from tokred_kernels.nn.diffrate import compression_flops, kept_counts
 from tokred_kernels.patch import patch, unpatch
+from tokred_kernels.patch.state import Step
 from tokred_kernels.patch.timm_import import import_timm
 
 VisionTransformer = import_timm().models.vision_transformer.VisionTransformer
@@ -41,7 +42,7 @@ def learned(frozen=(0, -1)):
 
 
 def published_state(frozen):
-    """A state dict with the names and shapes of the published code, for which blocks its two lists of blocks say."""
+    """Return a state dict with the published names and shapes, with a single candidate in the blocks `frozen`."""
     state = make().state_dict()
     for block, name in itertools.product(range(TINY["depth"]), ("prune_ddp", "merge_ddp")):
         candidates = torch.arange(PATCHES, 0, -(PATCHES + 1 if block in frozen else 1)).float()
@@ -56,17 +57,14 @@ def published_state(frozen):
 def test_published_state_dicts_load(published, frozen):
     model = patch(make(), "diffrate", frozen=frozen)
     state = published_state(published)
-    assert all(torch.equal(value, state[name]) for name, value in copy_of(model, state).state_dict().items())
+    model.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     for index, counts in enumerate(zip(*kept_counts(model), strict=True)):
         assert (counts == (37, 37)) == (index in published)
+        assert (type(model.blocks[index].tokred_step) is Step) == (index in published), "a frozen block needs no sort"
     if sorted(published) != [0]:
         with pytest.raises(RuntimeError, match=r"size mismatch for blocks\.\d\.prune_ddp"):
             patch(make(), "diffrate").load_state_dict(state)
-
-
-def copy_of(model, state):
-    model.load_state_dict(state, strict=True)
-    return model
 
 
 def test_training_equals_the_paper_written_out():
