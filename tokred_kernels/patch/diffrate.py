@@ -184,7 +184,7 @@ def apply(
         model: the ViT, with a class token.
         kept: how many tokens leave each stage: a JSON file, or a dict, with "prune_kept_num" and "merge_kept_num", one
             number for each block, prefix tokens included; what `diffrate_search` saves, or one entry of the published
-            compression_rate.json, such as `json.load(file)["ViT-S-DeiT"]["2.9"]`. A count of "None" in place of a list,
+            compression_rate.json, such as `json.load(file)["ViT-S-DeiT"]["2.9"]`. The text "None" instead of a list,
             as in that file, removes nothing in any block. A count above the number of tokens removes nothing either, so
             merge_kept_num can exceed prune_kept_num, as it does in some published entries. None (default): the counts
             are learned, see below.
@@ -292,11 +292,9 @@ def read_kept(kept: Any, depth: int, prefix: int) -> tuple[list[int], list[int]]
 
 
 def _counts(where: str, value: Any, depth: int, prefix: int) -> list[int]:
-    if value == "None":  # as published, for models without that stage
-        return [MOST] * depth
-    if isinstance(value, str):  # as published: a list in quotes
+    if isinstance(value, str):  # as published: a list in quotes, or "None" for a model without that stage
         try:
-            value = json.loads(value)
+            value = [MOST] * depth if value == "None" else json.loads(value)
         except (ValueError, RecursionError):
             raise ValueError(f"{where} must be a list, got the text {reprlib.repr(value)}") from None
     if not isinstance(value, (list, tuple)):
