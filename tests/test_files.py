@@ -274,7 +274,7 @@ def put(content, way, value):
 
 
 def mutations(content):
-    """Yield pairs: the fields, one of which the message must name, and a content that is wrong there."""
+    """Yield pairs of fields and a content that is wrong in one of them; the message must name one."""
     for way in places(content):
         fields = [key for key in way if isinstance(key, str)][-1:]
         for value in (*NEVER, None, -1, []):
