@@ -20,6 +20,7 @@ if not __package__:  # run as a file: the folder above holds this package, and c
 
 from benchmarks import footprint, lookup, machine
 from benchmarks.cases import CASES, Case
+from tokred_kernels.files import replace_text
 
 TOKENS = tuple(2**n for n in range(10, 17))  # 1,024 to 65,536
 BATCH = {"cpu": 1, "cuda": 16}
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine.describe(), "memory": memory_of(device), "rows": rows}
-    options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    replace_text(options.out.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     draw(rows, options.out)
 
 

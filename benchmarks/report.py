@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokred_kernels.files import replace_text
+
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
 Row = dict[str, Any]
@@ -18,11 +20,9 @@ def default_path(date: str, device: str, suite: str) -> Path:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a run whole: machine, settings, ceilings and rows. Whoever is killed in between leaves the file before."""
+    """Write a run in one step: machine, settings, ceilings and rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps({"schema": SCHEMA, **result}, indent=1) + "\n")
-    beside.replace(path)
+    replace_text(path, json.dumps({"schema": SCHEMA, **result}, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if not __package__:  # run as a file: the folder above holds this package, and c
 from benchmarks import report
 from benchmarks.cases import CASES, Case, Target
 from benchmarks.model_cases import MODEL_CASES, ModelCase
+from tokred_kernels.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -214,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         if text != wanted:
             print(f"{options.readme} is not what {options.results} says: run python benchmarks/table.py")
         return int(text != wanted)
-    options.readme.write_text(wanted)
+    replace_text(options.readme, wanted)
     return 0
 
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokred_kernels import flops
+from tokred_kernels.files import replace_text
 from tokred_kernels.patch import patch, unpatch
 from tokred_kernels.patch.timm_import import import_timm
 from tokred_kernels.token_map import TokenMap
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_plot(options.out / "speed.png", rows, title, METHODS[options.method].axis)
     report = {"model": options.model, "pretrained": pretrained, "method": options.method, "batch": batch}
     report |= {"device": describe(device), "torch": torch.__version__, "rows": rows}
-    (options.out / "figures.json").write_text(json.dumps(report, indent=1) + "\n")
+    replace_text(options.out / "figures.json", json.dumps(report, indent=1) + "\n")
     print(f"\nIn {options.out}/: tokens.png and one picture a photograph, speed.png, figures.json")
 
 

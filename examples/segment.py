@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from tokred_kernels import flops, viz
 from tokred_kernels.calibrate import Thresholds, calibrate_thresholds
+from tokred_kernels.files import replace_text
 from tokred_kernels.nn.segmenter import LinearSegmenter
 from tokred_kernels.patch import patch
 from tokred_kernels.patch.timm_import import import_timm
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     calibrated.save(options.out / "thresholds.json")
     report = {"device": describe(device), "torch": torch.__version__, "classes": data.classes, "test": data.names}
     report |= {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    (options.out / "segment.json").write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
+    replace_text(options.out / "segment.json", json.dumps({**report, "rows": rows}, indent=1) + "\n")
     print(f"\nIn {options.out}/: segment.png and one picture a test crop, segment.json, thresholds.json")
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokred_kernels as tk
+from tokred_kernels.files import replace_text
 from tokred_kernels.nn.lookupvit_positions import smooth_positions
 from tokred_kernels.patch.timm_import import import_timm
 
@@ -103,8 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     took = round(time.perf_counter() - start)
     machine = {"device": describe(device), "torch": torch.__version__, "took_seconds": took}
     report = {**settings, **machine, "rows": rows}
-    (options.out / f"{options.data}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / f"{options.data}.md").write_text(text + "\n")
+    replace_text(options.out / f"{options.data}.json", json.dumps(report, indent=1) + "\n")
+    replace_text(options.out / f"{options.data}.md", text + "\n")
     plot_accuracy(options.out / f"{options.data}.png", rows)
     print(f"\nIn {options.out}/ after {took} s: {options.data}.png, .md, .json")
 

@@ -215,29 +215,39 @@ def test_a_file_gives_the_same_numbers_back(thresholds, tmp_path):
     assert Thresholds.load(str(tmp_path / "thresholds.json")).threshold(1) == 0.1 + 0.2 + 1 / 3
 
 
+ENTRY = {"mean": 0.5, "std": 0.25, "pairs": 6}
+
+
 def edited(**changes):
-    content = {"version": 1, "window": None, "layers": {"1": {"mean": 0.5, "std": 0.25, "pairs": 6}}}
+    content = {"version": 1, "window": None, "layers": {"1": ENTRY}}
     return json.dumps({**content, **changes})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON file"),
-        ("[1]", 'has no "version"'),
-        (edited(version=2), "must be of version 1, got 2"),
-        (edited(layers={}), 'must have "layers"'),
-        (edited(layers=[1]), 'must have "layers"'),
-        (edited(window=[2]), '"window" must be two ints or null'),
-        (edited(window="2x2"), '"window" must be two ints or null'),
-        (edited(layers={"0": {}}), "a layer must be a number from 1 on, got '0'"),
-        (edited(layers={"one": {}}), "a layer must be a number from 1 on, got 'one'"),
-        (edited(layers={"1": {"mean": 0.5}}), "layer 1 must have the numbers mean, std and pairs"),
-        (edited(layers={"1": 0.88}), "layer 1 must have the numbers mean, std and pairs, got 0.88"),
-        (edited(layers={"1": {"mean": float("nan"), "std": 0.1, "pairs": 3}}), "layer 1 must have the numbers"),
-        (edited(layers={"1": {"mean": 0.5, "std": 0.1, "pairs": 3.5}}), "layer 1 must have the numbers"),
-        (edited(layers={"1": {"mean": True, "std": 0.1, "pairs": 3}}), "layer 1 must have the numbers"),
+        ("{", "must be JSON"),
+        ("[1]", "version must be 1, got None"),
+        (edited(version=2), "version must be 1, got 2"),
+        (edited(layers={}), "layers must have at least one layer, got none"),
+        (edited(layers=[1]), r"layers must be an object, got \[1\]"),
+        (edited(window=[2]), r"window must be two ints or null, got \(2,\)"),
+        (edited(window="2x2"), "window must be two ints or null, got '2x2'"),
+        (edited(window=[2, 0]), "window must be an int from 1 to .*, got 0"),
+        (edited(layers={"0": {}}), "layers must be named by numbers from 1, got '0'"),
+        (edited(layers={"one": {}}), "layers must be named by numbers from 1, got 'one'"),
+        (edited(layers={"01": {}}), "layers must be named by numbers from 1, got '01'"),
+        (edited(layers={"1" * 9999: {}}), "layers must be named by numbers from 1, got '111"),
+        (edited(layers={"12": ENTRY, "3": ENTRY}), "layers must ascend, got 3 after 12"),
+        (edited()[:-2] + ', "1": {}}}', "must be JSON .'1' is there twice"),
+        (edited(layers={"1": {"mean": 0.5}}), "layer 1 must have mean, std, pairs; missing: std, pairs"),
+        (edited(layers={"1": 0.88}), "layer 1 must be an object with mean, std, pairs, got 0.88"),
+        (edited(layers={"1": ENTRY | {"mean": float("nan")}}), "layer 1: mean must be a number from .*, got nan"),
+        (edited(layers={"1": ENTRY | {"std": -0.1}}), "layer 1: std must be a number from 0 to .*, got -0.1"),
+        (edited(layers={"1": ENTRY | {"pairs": 3.5}}), "layer 1: pairs must be an int from 1 to .*, got 3.5"),
+        (edited(layers={"1": ENTRY | {"mean": True}}), "layer 1: mean must be a number from .*, got True"),
     ],
+    ids=lambda text: text[:60],
 )
 def test_broken_files(text, message, tmp_path):
     path = tmp_path / "thresholds.json"
@@ -245,6 +255,39 @@ def test_broken_files(text, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         Thresholds.load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [float("nan"), float("inf"), 10**400, -2.0, "1", None], ids=lambda wrong: str(wrong)[:9]
+)
+def test_wrong_numbers_are_neither_constructed_nor_saved(wrong, tmp_path):
+    (tmp_path / "thresholds.json").write_text("old")
+    for name in Similarity._fields:
+        layers = {1: KNOWN.layers[1]._replace(**{name: wrong})}
+        with pytest.raises(ValueError, match=rf"tokred_kernels\.Thresholds: layer 1: {name} must be"):
+            Thresholds(layers)
+        thresholds = Thresholds({1: KNOWN.layers[1]})
+        thresholds.layers.update(layers)
+        with pytest.raises(ValueError, match=f"layer 1: {name} must be"):
+            thresholds.save(tmp_path / "thresholds.json")
+    assert (tmp_path / "thresholds.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("layers", "window", "error", "message"),
+    [
+        ([KNOWN.layers[1]], None, TypeError, "layers must be a dict of Similarity"),
+        ({1: (0.5, 0.25, 6)}, None, TypeError, "layers must be a dict of Similarity"),
+        ({}, None, ValueError, "layers must have at least one layer, got none"),
+        ({0: KNOWN.layers[1]}, None, ValueError, "a layer must be an int from 1 to .*, got 0"),
+        ({2: KNOWN.layers[1], 1: KNOWN.layers[1]}, None, ValueError, "layers must ascend, got 1 after 2"),
+        (KNOWN.layers, 2, ValueError, "window must be two ints or null, got 2"),
+        (KNOWN.layers, (2, -1), ValueError, "window must be an int from 1 to .*, got -1"),
+    ],
+)
+def test_wrong_layers_and_windows_are_refused(layers, window, error, message):
+    with pytest.raises(error, match=rf"tokred_kernels\.Thresholds: {message}"):
+        Thresholds(layers, window)
 
 
 def test_no_file(tmp_path):

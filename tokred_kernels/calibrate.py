@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
+import reprlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokred_kernels.checks import check_count, shape
+from tokred_kernels.files import check_fields, check_number, read_json, replace_json
 from tokred_kernels.ops.window_match import check_pair
 from tokred_kernels.patch import MARK, models
 from tokred_kernels.patch.patched import Mark
@@ -25,7 +27,9 @@ from tokred_kernels.token_map import TokenMap
 
 OP = "calibrate_thresholds"
 VERSION = 1  # of the JSON file
-FIELDS = ("mean", "std", "pairs")
+COUNT: tuple[type, float, float] = (int, 1, 2**63 - 1)
+COSINE = 1 + 1e-6  # the largest, with rounding
+RANGES = {"mean": (float, -COSINE, COSINE), "std": (float, 0, COSINE), "pairs": COUNT}
 BLOCK_ROWS = 512  # of a Gram matrix at once
 BLOCK_NUMBERS = 2**23  # float64 numbers at once: 64 MiB
 LINE_SECONDS = 5.0  # between two lines where there is no progress bar
@@ -47,15 +51,22 @@ class Similarity(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Thresholds:
-    """What `calibrate_thresholds` found: for each layer, counted from 1, how alike its tokens are.
+    """The result of `calibrate_thresholds`: how similar the tokens of each layer are; layers count from 1.
 
     Attributes:
-        layers: a Similarity for each layer.
-        window: within which windows pairs were formed, (height, width); None for all pairs of an image.
+        layers: a Similarity for each layer, in ascending order.
+        window: the windows in which pairs were formed, (height, width); None for all pairs of an image.
+
+    Raises:
+        TypeError: `layers` is not a dict of Similarity.
+        ValueError: `layers` is empty or does not ascend, or a number is NaN or out of range.
     """
 
     layers: dict[int, Similarity]
     window: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_values("tokred_kernels.Thresholds:", self.layers, self.window)
 
     def threshold(self, layer: int) -> float:
         """Mean + standard deviation of the layer's cosines; above 1, where nothing merges, if they spread that far.
@@ -69,38 +80,41 @@ class Thresholds:
         return self.layers[layer].mean + self.layers[layer].std
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON; `load` gives the same numbers back, to the bit."""
+        """Write the thresholds as JSON, in one step; `load` returns exactly the same numbers.
+
+        Raises:
+            OSError: the file cannot be written; an old one is unchanged.
+            ValueError: `layers` was changed to something that the class does not accept.
+        """
+        self.__post_init__()
         layers = {str(layer): similarity._asdict() for layer, similarity in self.layers.items()}
-        content = {"version": VERSION, "window": self.window, "layers": layers}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        replace_json(path, {"version": VERSION, "window": self.window, "layers": layers})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Thresholds:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is no JSON, of another version, or lacks something.
+            ValueError: it is not JSON, has another version, a missing or unknown field, or a wrong value.
         """
-        try:
-            content = json.loads(Path(path).read_text())
-        except ValueError as error:
-            raise ValueError(f"tokred_kernels.Thresholds.load: {path} is no JSON file ({error})") from None
-        if not isinstance(content, dict) or "version" not in content:
-            raise ValueError(f'tokred_kernels.Thresholds.load: {path} has no "version": it is no file of thresholds')
-        if content["version"] != VERSION:
-            raise ValueError(
-                f"tokred_kernels.Thresholds.load: {path} must be of version {VERSION}, got {content['version']!r}"
-            )
-        layers, window = content.get("layers"), content.get("window")
-        if not isinstance(layers, dict) or not layers:
-            raise ValueError(f'tokred_kernels.Thresholds.load: {path} must have "layers", got {layers!r}')
-        if window is not None and not (_numbers(window, int) and len(window) == 2):
-            raise ValueError(
-                f'tokred_kernels.Thresholds.load: {path}: "window" must be two ints or null, got {window!r}'
-            )
-        read = {_layer(path, name): _similarity(path, name, entry) for name, entry in layers.items()}
-        return cls(read, None if window is None else (window[0], window[1]))
+        where = f"tokred_kernels.Thresholds.load: {os.fspath(path)}:"
+        content = read_json(where, path)
+        version = content.get("version") if isinstance(content, dict) else None
+        if type(version) is not int or version != VERSION:
+            raise ValueError(f"{where} version must be {VERSION}, got {reprlib.repr(version)}")
+        check_fields(where, content, ("version", "window", "layers"))
+        layers, window = content["layers"], content["window"]
+        if not isinstance(layers, dict):
+            raise ValueError(f"{where} layers must be an object, got {reprlib.repr(layers)}")
+        for name, entry in layers.items():
+            if not re.fullmatch("[1-9][0-9]{0,17}", name):
+                raise ValueError(f"{where} layers must be named by numbers from 1, got {reprlib.repr(name)}")
+            check_fields(f"{where} layer {name}", entry, Similarity._fields)
+        read = {int(name): Similarity(**entry) for name, entry in layers.items()}
+        window = tuple(window) if isinstance(window, list) else window
+        _check_values(where, read, window)
+        return cls(read, window)
 
     def __repr__(self) -> str:
         lines = [
@@ -111,27 +125,24 @@ class Thresholds:
         return "\n".join([f"Thresholds(layer: mean + std of the cosines of {where}", *lines]) + ")"
 
 
-def _numbers(value: Any, kind: Any) -> bool:
-    """Whether `value` is a list of finite numbers of `kind`."""
-    return isinstance(value, list) and all(
-        isinstance(part, kind) and not isinstance(part, bool) and math.isfinite(part) for part in value
-    )
-
-
-def _layer(path: Any, name: str) -> int:
-    if not name.isdecimal() or int(name) == 0:
-        raise ValueError(f"tokred_kernels.Thresholds.load: {path}: a layer must be a number from 1 on, got {name!r}")
-    return int(name)
-
-
-def _similarity(path: Any, name: str, entry: Any) -> Similarity:
-    values: list[Any] = [entry.get(field) for field in FIELDS] if isinstance(entry, dict) else []
-    if not (values and _numbers(values, (int, float)) and isinstance(values[2], int)):
-        raise ValueError(
-            f"tokred_kernels.Thresholds.load: {path}: layer {name} must have the numbers mean, std and pairs, "
-            f"got {entry!r}"
-        )
-    return Similarity(float(values[0]), float(values[1]), values[2])
+def _check_values(where: str, layers: Any, window: Any) -> None:
+    """Raise TypeError or ValueError unless these can be the fields of a Thresholds."""
+    if not isinstance(layers, dict) or not all(isinstance(entry, Similarity) for entry in layers.values()):
+        raise TypeError(f"{where} layers must be a dict of Similarity, got {reprlib.repr(layers)}")
+    if not layers:
+        raise ValueError(f"{where} layers must have at least one layer, got none")
+    for layer, similarity in layers.items():
+        check_number(f"{where} a layer", layer, *COUNT)
+        for name, value in similarity._asdict().items():
+            check_number(f"{where} layer {layer}: {name}", value, *RANGES[name])
+    for before, after in pairwise(layers):
+        if after <= before:
+            raise ValueError(f"{where} layers must ascend, got {after} after {before}")
+    if window is not None:
+        if not isinstance(window, tuple) or len(window) != 2:
+            raise ValueError(f"{where} window must be two ints or null, got {reprlib.repr(window)}")
+        for length in window:
+            check_number(f"{where} window", length, *COUNT)
 
 
 def calibrate_thresholds(

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from tokred_kernels import flops
 from tokred_kernels.checks import check_count
+from tokred_kernels.files import replace_json
 from tokred_kernels.nn.diffrate import compression_flops, kept_counts
 from tokred_kernels.patch import MARK, patch, unpatch
 from tokred_kernels.patch.models import anatomy
@@ -46,8 +46,13 @@ class FoundRates(NamedTuple):
     target_gflops: float
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON, under the keys of the published compression_rate.json."""
-        Path(path).write_text(json.dumps(self._asdict(), indent=1) + "\n")
+        """Write the counts as JSON, in one step, under the keys of the published compression_rate.json.
+
+        Raises:
+            OSError: the file cannot be written; an old one is unchanged.
+            ValueError: a number is NaN or infinite.
+        """
+        replace_json(path, self._asdict())
 
 
 def diffrate_search(
@@ -83,7 +88,8 @@ def diffrate_search(
         steps: batches in all.
         lr: of the counts' logits, at the start.
         flops_weight: how much it counts to miss the target.
-        granularity: where the model is not patched, the gap between the counts that may be learned.
+        granularity: if the model is not patched, the step between the counts that can be learned. For a model of MAE,
+            whose last block is frozen too, call `patch(model, "diffrate", frozen=(0, -1))` first.
         criterion: the loss, of what the model returns (of transformers' outputs the logits) and the labels.
         group: the torch.distributed process group whose processes search together, each on batches of its own: their
             gradients are averaged, and all end with the same counts. Default: all processes, where torch.distributed
@@ -175,7 +181,7 @@ def _check_reach(model: Any, target: float) -> None:
             f"tokred_kernels.{OP}: counts are learned on all tokens, and the model's patch dropout leaves fewer; set "
             "model.patch_drop = torch.nn.Identity()"
         )
-    fewest = [min(block.prune_ddp.least, block.merge_ddp.least) for block in made.blocks]
+    fewest = list(accumulate((min(block.prune_ddp.least, block.merge_ddp.least) for block in made.blocks), min))
     everything = [made.patches + made.num_prefix] * len(fewest)
     low, high = (_gflops_without_choice(model, tokens) for tokens in (fewest, everything))
     if not low <= target <= high:
@@ -206,8 +212,8 @@ class _Searching:
 
     def __enter__(self) -> list[nn.Parameter]:
         self.model.requires_grad_(False).train()
-        # The first block has no choice.
-        rates = [rate for block in anatomy(self.model).blocks[1:] for rate in (block.prune_ddp, block.merge_ddp)]
+        # A frozen block has a single candidate, so the gradient of its logit is zero.
+        rates = [rate for block in anatomy(self.model).blocks for rate in (block.prune_ddp, block.merge_ddp)]
         return [rate.selected_probability.requires_grad_(True) for rate in rates]
 
     def __exit__(self, *_: object) -> None:

@@ -151,7 +151,8 @@ def test_tuned_configs_go_before_the_tables(tmp_path):
         ("{", "Expecting"),
         ("[]", "schema 1"),
         ({"schema": 2, "configs": []}, "schema 1"),
-        ({"schema": 1}, '"configs" must be a list'),
+        ({"schema": 1}, "it must have schema, configs; missing: configs"),
+        ({"schema": 1, "configs": {}}, '"configs" must be a list'),
         ({"schema": 1, "configs": [{"kernel": "keys"}]}, r"configs\[0\] must have architecture, block_keys"),
         ({"schema": 1, "configs": [ENTRY, ENTRY]}, r"configs\[1\] is for .*'keys\+policy'.* as one before it"),
         *(

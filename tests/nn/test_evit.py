@@ -151,6 +151,15 @@ def test_the_rate_at_warmup_middle_and_end():
     assert cosine_keep_rate(0, warmup=0, total=10, base=0.5, highest=0.8) == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_without_steps_to_fall_in_the_rate_is_the_base_after_the_warmup(warmup):
+    """The published fine-tuning has neither warm-up nor steps of falling."""
+    for step in (0, 1, 2, 3, 4, 1000):
+        expected = published_keep_rate(step, step, warmup, warmup, 1, 0.7, 1.0)
+        assert cosine_keep_rate(step, warmup=warmup, total=warmup, base=0.7) == expected
+    assert cosine_keep_rate(0, warmup=0, total=0, base=0.7) == 0.7
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -158,11 +167,14 @@ def test_the_rate_at_warmup_middle_and_end():
         ({"base": 0.9, "highest": 0.8}, "got 0.9 and 0.8"),
         ({"highest": 1.1}, "got 0.7 and 1.1"),
         ({"base": math.nan}, "got nan and 1.0"),
-        ({"warmup": 10}, "warmup must be from 0 to below total, got 10 and 10"),
+        ({"warmup": 11}, "warmup must be from 0 to total, got 11 and 10"),
         ({"warmup": -1}, "got -1 and 10"),
+        ({"total": math.nan}, "got 2 and nan"),
+        ({"step": -1}, "step must be at least 0, got -1"),
+        ({"step": math.nan}, "step must be at least 0, got nan"),
     ],
     ids=str,
 )
 def test_rates_that_are_refused(change, message):
     with pytest.raises(ValueError, match=f"tokred_kernels.nn.cosine_keep_rate: .*{message}"):
-        cosine_keep_rate(0, **{"warmup": 2, "total": 10, "base": 0.7, **change})
+        cosine_keep_rate(**{"step": 0, "warmup": 2, "total": 10, "base": 0.7, **change})

@@ -41,24 +41,26 @@ def cosine_keep_rate(step: int, *, warmup: int, total: int, base: float, highest
     Args:
         step: counted from 0, in any unit: iterations, or epochs.
         warmup: so many steps keep every token.
-        total: from this step on it is `base`.
+        total: from this step on it is `base`. With warmup = total = 0, as in the published fine-tuning, it always is.
         base: the rate to end with.
         highest: where the cosine starts.
 
     (EViT, section 4, "training strategy"; `adjust_keep_rate`.)
 
     Raises:
-        ValueError: rates that are not 0 < base <= highest <= 1, or a warmup that is not below `total`.
+        ValueError: rates that are not 0 < base <= highest <= 1, a negative `step`, or `warmup` above `total`.
     """
     if not 0 < base <= highest <= 1:
         raise ValueError(
             "tokred_kernels.nn.cosine_keep_rate: base and highest must be 0 < base <= highest <= 1, "
             f"got {base} and {highest}"
         )
-    if not 0 <= warmup < total:
+    if not 0 <= warmup <= total:
         raise ValueError(
-            f"tokred_kernels.nn.cosine_keep_rate: warmup must be from 0 to below total, got {warmup} and {total}"
+            f"tokred_kernels.nn.cosine_keep_rate: warmup must be from 0 to total, got {warmup} and {total}"
         )
+    if not step >= 0:
+        raise ValueError(f"tokred_kernels.nn.cosine_keep_rate: step must be at least 0, got {step}")
     if step < warmup:
         return 1.0
     if step >= total:

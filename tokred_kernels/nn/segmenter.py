@@ -52,7 +52,9 @@ class LinearSegmenter(nn.Module):
             of packed tokens, (T',). Else one from the grid (B, C, h, w) to (B, K, any height, any width).
         token_wise: whether the decoder looks at each token alone. False for convolutions.
 
-    State dicts of published Segmenters with the linear head load into `decoder` with their names and shapes.
+    State dicts of published Segmenters with the linear head load into `decoder` with their names and shapes. Published
+    encoders use an eps of 1e-5, nn.LayerNorm's default, in the norms of all blocks and in the final norm; timm's ViTs
+    use 1e-6. For the same outputs, make the encoder with `norm_layer=torch.nn.LayerNorm`.
 
     Raises:
         TypeError: a wrong type.

@@ -70,6 +70,7 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
                 kept: None, the counts of each block: a JSON file or a dict with "prune_kept_num" and "merge_kept_num";
                     None learns them (`diffrate_search`), by new modules of the model.
                 granularity: 1, the gap between the counts that may be learned.
+                frozen: (0,), the blocks that keep all tokens while counts are learned; (0, -1) for MAE as published.
                 prop_attn, trace: True, True, as for "tome".
             "tomesd", ToMe for diffusion (tokred_kernels.patch.tomesd): tokens merge before the chosen parts of each
                 transformer block, and come back after.

@@ -139,6 +139,9 @@ def apply(
         group: with count="batch", a torch.distributed process group whose processes all merge as many.
         trace: True (default) keeps the maps of the last forward, for `model.token_map`.
 
+    If a global layer merges no pair, the tokens keep their order. The published code reorders them even then, the
+    tokens with even index first, so that its next global layer compares other pairs than this one.
+
     Patch dropout has no grid, so a model that trains with it raises in its forward.
 
     Raises as `patch` says.

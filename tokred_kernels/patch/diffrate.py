@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokred_kernels.checks import check_count
+from tokred_kernels.files import check_fields, check_number, read_json
 from tokred_kernels.nn.diffrate import CompressionRate
 from tokred_kernels.ops.importance_match import importance_match
 from tokred_kernels.ops.keep_topk import keep_topk
@@ -29,6 +30,8 @@ from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 PRUNE, MERGE = "prune_kept_num", "merge_kept_num"  # the keys of the published compression_rate.json
+FIGURES = ("gflops", "target_gflops")  # further keys of a saved `FoundRates`
+MOST = 2**31 - 1  # the largest count
 MODULES = ("prune_ddp", "merge_ddp")  # the published names of what is learned
 # A token that joins one of opposite direction takes away from its size, and attention has no logarithm for 0 or less:
 # then the key all but vanishes.
@@ -161,7 +164,15 @@ def _scale(size: Tensor, similarity: Tensor, kept: int) -> Tensor:
     return torch.cat([size[:, :kept], size[:, kept:] * similarity.unsqueeze(-1).to(size.dtype)], 1)
 
 
-def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool = True, trace: bool = True) -> None:
+def apply(
+    model: Any,
+    *,
+    kept: Any = None,
+    granularity: int = 1,
+    frozen: Any = (0,),
+    prop_attn: bool = True,
+    trace: bool = True,
+) -> None:
     """Prune the least important tokens of each block, and merge some of the others into them: DiffRate (ICCV 2023).
 
     Between attention and MLP, by the attention that the class token pays: the tokens are sorted; only the first
@@ -173,32 +184,37 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
         model: the ViT, with a class token.
         kept: how many tokens leave each stage: a JSON file, or a dict, with "prune_kept_num" and "merge_kept_num", one
             number for each block, prefix tokens included; what `diffrate_search` saves, or one entry of the published
-            compression_rate.json, such as `json.load(file)["ViT-S-DeiT"]["2.9"]`. Numbers that the tokens at hand do
-            not reach remove nothing. None (default): the counts are learned, see below.
+            compression_rate.json, such as `json.load(file)["ViT-S-DeiT"]["2.9"]`. The text "None" instead of a list,
+            as in that file, removes nothing in any block. A count above the number of tokens removes nothing either, so
+            merge_kept_num can exceed prune_kept_num, as it does in some published entries. None (default): the counts
+            are learned, see below.
         granularity: with kept=None, the gap between the counts that may be learned.
+        frozen: with kept=None, the blocks that always keep all tokens; counted from 0, or, if negative, from the end.
+            (0,) (default) is the published setting for DeiT. State dicts published for MAE need (0, -1).
         prop_attn: True (default) lets keys count by their size.
         trace: True (default) keeps the maps of the last forward, for `model.token_map`.
 
     With kept=None each block gets two modules, `prune_ddp` and `merge_ddp` (`nn.CompressionRate`), whose parameters are
-    the model's from then on, and which `unpatch` takes out; the first block's are there for the state dict alone, and
-    remove nothing. All start in the middle: about half of the tokens stay. Evaluating uses the counts as they stand,
-    read from the device in every block: for speed, give the counts found to `kept`. When training, no token is removed:
-    attention passes over those that would be (`token_attention`'s policy), so that a loss reaches the counts;
-    `diffrate_search` is the loop for that, and `nn.compression_flops` the term that keeps them low.
+    the model's from then on, and which `unpatch` takes out. As published, frozen blocks have them too, with a single
+    candidate, so that state dicts load. All others start in the middle: about half of the tokens stay. Evaluation uses
+    the current counts, read from the device in every block; for speed, pass the counts found as `kept`. Training
+    removes no token. Instead, attention masks those that would be removed (`token_attention`'s policy), so that a loss
+    reaches the counts; `diffrate_search` is the loop for that, and `nn.compression_flops` the term that keeps them low.
 
     Raises as `patch` says, and OSError where the file cannot be read.
     """
     models.check_switches(prop_attn=prop_attn, trace=trace)
     anatomy = models.examine(model)
     check_count("patch", "granularity", granularity, least=1)
+    unlearned = _frozen(frozen, len(anatomy.blocks))
     if not anatomy.class_token:
         raise NotImplementedError(
             'tokred_kernels.patch: "diffrate" sorts tokens by the attention of the class token, and this model has '
             'none; "tome" and "algm" need none'
         )
-    settings = {"kept": kept, "granularity": granularity, "prop_attn": prop_attn, "trace": trace}
+    settings = {"kept": kept, "granularity": granularity, "frozen": frozen, "prop_attn": prop_attn, "trace": trace}
     if kept is None:
-        _install_learned(model, anatomy, granularity, prop_attn, settings)
+        _install_learned(model, anatomy, granularity, unlearned, prop_attn, settings)
         return
     prefix = anatomy.num_prefix
     prune, merged = read_kept(kept, len(anatomy.blocks), prefix)
@@ -209,7 +225,20 @@ def apply(model: Any, *, kept: Any = None, granularity: int = 1, prop_attn: bool
     )
 
 
-def _install_learned(model: Any, anatomy: Anatomy, granularity: int, prop_attn: bool, settings: dict[str, Any]) -> None:
+def _frozen(frozen: Any, depth: int) -> set[int]:
+    """Return the blocks in `frozen`, counted from 0."""
+    if not isinstance(frozen, (tuple, list)):
+        raise TypeError(f"tokred_kernels.patch: frozen must be a tuple of ints, got {frozen!r}")
+    for index in frozen:
+        check_count("patch", "frozen", index, least=-depth)
+        if index >= depth:
+            raise ValueError(f"tokred_kernels.patch: frozen must be at most {depth - 1}, the last block, got {index}")
+    return {index % depth for index in frozen}
+
+
+def _install_learned(
+    model: Any, anatomy: Anatomy, granularity: int, frozen: set[int], prop_attn: bool, settings: dict[str, Any]
+) -> None:
     if not anatomy.heeds_policy:
         raise NotImplementedError(
             "tokred_kernels.patch: counts are learned by masking tokens, which pooling by "
@@ -223,64 +252,61 @@ def _install_learned(model: Any, anatomy: Anatomy, granularity: int, prop_attn: 
         )
     for index, block in enumerate(anatomy.blocks):
         for name in MODULES:
-            # As published, the first block has a single candidate: all.
-            rate = CompressionRate(patches, granularity if index else patches + 1, num_prefix=prefix)
+            # As published, a frozen block has a single candidate: all tokens.
+            rate = CompressionRate(patches, patches + 1 if index in frozen else granularity, num_prefix=prefix)
             setattr(block, name, rate.to(next(block.parameters()).device).train(block.training))
     models.install(
         model,
         Mark("diffrate", settings, MODULES),
-        lambda index: CompressLearned(prop_attn, prefix) if index else Step(prop_attn),
+        lambda index: Step(prop_attn) if index in frozen else CompressLearned(prop_attn, prefix),
     )
 
 
 def read_kept(kept: Any, depth: int, prefix: int) -> tuple[list[int], list[int]]:
-    """The two lists of counts in `kept`, a path or a dict, for `depth` blocks of `prefix` prefix tokens.
+    """Return the two lists of counts in `kept`, a path or a dict, for `depth` blocks of `prefix` prefix tokens.
 
     Raises:
-        TypeError: neither of them, or a count that is no int.
-        ValueError: no JSON, a key or a count that is missing, or a count that leaves no patch.
+        TypeError: neither of them, or a count that is not an int.
+        ValueError: not JSON, a missing or unknown key, or a count that is missing or out of range.
         OSError: the file cannot be read.
     """
-    where = "kept"
+    where = "tokred_kernels.patch: kept"
     if isinstance(kept, (str, os.PathLike)):
-        where = f"kept, the file {os.fspath(kept)},"
-        try:
-            kept = json.loads(Path(kept).read_text())
-        except ValueError as error:
-            raise ValueError(f"tokred_kernels.patch: {where} must be JSON ({error})") from None
+        where = f"{where}, the file {os.fspath(kept)},"
+        kept = read_json(where, kept)
     if not isinstance(kept, Mapping):
         raise TypeError(
-            f'tokred_kernels.patch: {where} must be a path, a dict with "{PRUNE}" and "{MERGE}", or None, got '
-            f"{type(kept).__name__}"
+            f'{where} must be a path, a dict with "{PRUNE}" and "{MERGE}", or None, got {type(kept).__name__}'
         )
     if PRUNE not in kept or MERGE not in kept:
         raise ValueError(
-            f'tokred_kernels.patch: {where} must have "{PRUNE}" and "{MERGE}", got the keys '
+            f'{where} must have "{PRUNE}" and "{MERGE}", got the keys '
             f"{', '.join(map(repr, kept)) or 'of nothing'}; of the published compression_rate.json, give one entry: "
             'json.load(file)["ViT-S-DeiT"]["2.9"]'
         )
-    prune, merged = (_counts(name, kept[name], depth, prefix) for name in (PRUNE, MERGE))
+    check_fields(where, dict(kept), (PRUNE, MERGE), FIGURES)
+    for name in kept.keys() & FIGURES:
+        check_number(f"{where} {name}", kept[name], float, 0, 1e9)
+    prune, merged = (_counts(f"{where} {name}", kept[name], depth, prefix) for name in (PRUNE, MERGE))
     return prune, merged
 
 
-def _counts(name: str, value: Any, depth: int, prefix: int) -> list[int]:
-    if isinstance(value, str):  # as published: a list in quotes
+def _counts(where: str, value: Any, depth: int, prefix: int) -> list[int]:
+    if isinstance(value, str):  # as published: a list in quotes, or "None" for a model without that stage
         try:
-            value = json.loads(value)
-        except ValueError:
-            raise ValueError(f"tokred_kernels.patch: {name} must be a list, got the text {value!r}") from None
+            value = [MOST] * depth if value == "None" else json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{where} must be a list, got the text {reprlib.repr(value)}") from None
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"tokred_kernels.patch: {name} must be a list with one int a block, got {value!r}")
+        raise TypeError(f"{where} must be a list with one int a block, got {reprlib.repr(value)}")
     if len(value) != depth:
-        raise ValueError(
-            f"tokred_kernels.patch: {name} must have one number for each of {depth} blocks, got {len(value)}"
-        )
+        raise ValueError(f"{where} must have one number for each of {depth} blocks, got {len(value)}")
     for index, number in enumerate(value):
         if isinstance(number, bool) or not isinstance(number, Integral):
-            raise TypeError(f"tokred_kernels.patch: {name}[{index}] must be an int, got {number!r}")
-        if number <= prefix:
+            raise TypeError(f"{where}[{index}] must be an int, got {reprlib.repr(number)}")
+        if not prefix < int(number) <= MOST:
             raise ValueError(
-                f"tokred_kernels.patch: {name}[{index}] must be at least {prefix + 1}, the prefix and one patch, got "
-                f"{number}"
+                f"{where}[{index}] must be at least {prefix + 1}, the prefix and one patch, and at most {MOST}, got "
+                f"{reprlib.repr(number)}"
             )
     return [int(number) for number in value]

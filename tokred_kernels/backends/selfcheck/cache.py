@@ -22,6 +22,7 @@ import torch
 from tokred_kernels.backends import native
 from tokred_kernels.backends.selfcheck.verdict import UNKNOWN, Verdict, Verdicts
 from tokred_kernels.backends.support import triton_interprets
+from tokred_kernels.files import replace_text
 from tokred_kernels.version import __version__
 
 SCHEMA = 1
@@ -159,9 +160,7 @@ def write(of: dict[str, Any], verdicts: Verdicts) -> None:
         merged[backend] = merged.get(backend, {}) | known
     content = {"schema": SCHEMA, "facts": of, "verdicts": merged}
     try:
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(content, default=vars, indent=1))
-        os.replace(unfinished, path)
+        replace_text(path, json.dumps(content, default=vars, indent=1))
     except OSError as error:
         raise Unusable(f"{path} cannot be written ({error.strerror}); set TOKRED_CACHE_DIR") from error
 

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Blocks that were measured to be faster than the tables': tuned.json, read, written, and put over the tables."""
+"""Read and write tuned.json, the block sizes measured to be faster than those of the tables, and apply them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tokred_kernels.backends.triton.configs_tables import KERNELS, PORTABLE, AttentionConfig, Table
+from tokred_kernels.files import check_fields, read_json, replace_text
 
 SCHEMA = 1
 DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,16 +38,19 @@ class Place(NamedTuple):
 
 
 def read(path: Path) -> dict[Place, AttentionConfig]:
-    """What `write` wrote.
+    """Return the configs in a file that `write` wrote.
 
     Raises:
-        ValueError: the file is not JSON, is of another schema, or has what no kernel can be launched with.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, has another schema, a missing or unknown field, a value that no kernel can be
+            launched with, or two configs for one place.
     """
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        content = read_json("it", path)
+        if not isinstance(content, dict) or type(content.get("schema")) is not int or content["schema"] != SCHEMA:
             raise ValueError(f"it must be of schema {SCHEMA}")
-        if not isinstance(content.get("configs"), list):
+        check_fields("it", content, ("schema", "configs"))
+        if not isinstance(content["configs"], list):
             raise ValueError('"configs" must be a list')
         tuned: dict[Place, AttentionConfig] = {}
         for number, entry in enumerate(content["configs"]):
@@ -53,15 +58,19 @@ def read(path: Path) -> dict[Place, AttentionConfig]:
             if place in tuned:
                 raise ValueError(f"configs[{number}] is for {place}, as one before it is")
             tuned[place] = config
-    except ValueError as error:  # JSON's own errors are such too
+    except ValueError as error:
         raise ValueError(f"tokred_kernels: {path}: {error}; delete it, or write it anew") from error
     return tuned
 
 
 def write(path: Path, tuned: dict[Place, AttentionConfig]) -> None:
-    """Write configs, a line each, in one order."""
+    """Write the configs in sorted order, one a line, in one step.
+
+    Raises:
+        OSError: the file cannot be written; an old one is unchanged.
+    """
     lines = (json.dumps(place._asdict() | _numbers(config)) for place, config in sorted(tuned.items()))
-    path.write_text(f'{{"schema": {SCHEMA}, "configs": [\n' + ",\n".join(lines) + "\n]}\n")
+    replace_text(path, f'{{"schema": {SCHEMA}, "configs": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def apply(tuned: dict[Place, AttentionConfig], tables: dict[str, Table]) -> None:
@@ -73,9 +82,7 @@ def apply(tuned: dict[Place, AttentionConfig], tables: dict[str, Table]) -> None
 
 
 def _entry(number: int, entry: Any) -> tuple[Place, AttentionConfig]:
-    names = {*_PLACE, *ALLOWED}
-    if not isinstance(entry, dict) or entry.keys() != names:
-        raise ValueError(f"configs[{number}] must have {', '.join(sorted(names))}, got {entry!r}")
+    check_fields(f"configs[{number}]", entry, sorted((*_PLACE, *ALLOWED)))
     architectures = re.fullmatch(r"sm_\d+|gfx\w+", str(entry["architecture"]))
     known = {
         "architecture": (entry["architecture"],) if architectures else ("sm_90, or another's name",),
@@ -88,7 +95,7 @@ def _entry(number: int, entry: Any) -> tuple[Place, AttentionConfig]:
         value = entry[name]
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value not in allowed:
             accepted = f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else f"one of {allowed}"
-            raise ValueError(f"configs[{number}]: {name} must be {accepted}, got {value!r}")
+            raise ValueError(f"configs[{number}]: {name} must be {accepted}, got {reprlib.repr(value)}")
     place = Place(*(entry[name] for name in _PLACE))
     return place, AttentionConfig(block_channels=place.width, **{name: entry[name] for name in ALLOWED})
 
