@@ -389,3 +389,36 @@ def test_one_token_an_image_whatever_its_stride(backend, outer, stride):
     weight = torch.full((3, 1), 2.0, device=backend, requires_grad=True)
     tk.merge(x, token_map, reduce="sum", weight=weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(-1))
+
+
+@pytest.mark.parametrize("name", ["reference", "own"])
+@pytest.mark.parametrize("held", [1.0, torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("channels", [4, 0])
+def test_a_mean_without_weight_is_zero_and_so_are_its_gradients(backend, name, held, channels):
+    token_map = tk.TokenMap.from_dest(torch.tensor([[0, 0, 1, 1, -1, 2]], device=backend), 4)
+    x = torch.ones(1, 6, channels, device=backend)
+    x[0, [0, 4, 5]] = held  # in a slot without weight, of two members and of one, and in a token that is dropped
+    weight = torch.tensor([[0.0, 0.0, 1.0, 3.0, 2.0, 0.0]], device=backend)
+    if name == "reference":
+        tk.use_backend("reference")
+    for get in (lambda x, w: tk.merge(x, token_map, weight=w), lambda x, w: tk.merge_wavg(x, token_map, w)[0]):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = get(*leaves)
+        assert y.tolist() == [[[0.0] * channels, [1.0] * channels, [0.0] * channels, [0.0] * channels]]
+        y.sum().backward()
+        expected = torch.tensor([0.0, 0.0, 0.25, 0.75, 0.0, 0.0]).view(1, 6, 1).expand(1, 6, channels)
+        assert torch.equal(leaves[0].grad.cpu(), expected)
+        assert leaves[1].grad.tolist() == [[0.0] * 6]
+
+
+@pytest.mark.parametrize("name", ["reference", "own"])
+def test_sizes_of_zero_still_add_up(backend, name):
+    token_map = tk.TokenMap.from_dest(torch.tensor([[0, 0, 1]], device=backend), 2)
+    x = torch.ones(1, 3, 4, device=backend)
+    size = torch.zeros(1, 3, 1, device=backend, requires_grad=True)
+    if name == "reference":
+        tk.use_backend("reference")
+    y, total = tk.merge_wavg(x, token_map, size)
+    assert (y == 0).all() and (total == 0).all()
+    (total * torch.tensor([[[2.0], [5.0]]], device=backend)).sum().backward()
+    assert size.grad.flatten().tolist() == [2.0, 2.0, 5.0]

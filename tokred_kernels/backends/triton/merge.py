@@ -96,7 +96,10 @@ def merge_kernel(
     if not WEIGHTED:
         total = size.to(tl.float32)
     if REDUCE == "mean":
-        reduced = tl.div_rn(reduced, tl.broadcast_to(tl.where(size > 0, total, 1.0)[:, None], reduced.shape))
+        # The mean is 0 if the weights sum to 0, as in a slot without members.
+        is_zero = total == 0
+        reduced = tl.div_rn(reduced, tl.broadcast_to(tl.where(is_zero, 1.0, total)[:, None], reduced.shape))
+        reduced = tl.where(is_zero[:, None], 0.0, reduced)
     if REDUCE == "amax":
         reduced = tl.where((size > 0)[:, None], reduced, 0.0)
     at = y + row.to(tl.int64)[:, None] * channels + channel[None, :]

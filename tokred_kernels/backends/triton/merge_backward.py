@@ -101,6 +101,7 @@ def merge_backward_kernel(
     is_row = row < num_rows
     slot = tl.load(dest + row, mask=is_row, other=-1)
     kept = slot >= 0
+    counted = kept
     source = (row // tokens).to(tl.int64) * num_out + slot
     factor = tl.where(kept, 1.0, 0.0)
     if WEIGHTED:
@@ -110,6 +111,8 @@ def merge_backward_kernel(
             total = tl.load(weight_sum + source, mask=kept, other=1.0)
         else:
             total = tl.load(count + source, mask=kept, other=1).to(tl.float32)
+        counted = kept & (total != 0)  # else the mean is 0, whatever the slot's members hold
+        total = tl.where(counted, total, 1.0)
         factor = tl.div_rn(factor, total)
 
     dots = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -118,7 +121,7 @@ def merge_backward_kernel(
     for start in range(tl.program_id(1) * BLOCK_CHANNELS, channels, stride):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         is_channel = channel < channels
-        mask = kept[:, None] & is_channel[None, :]
+        mask = counted[:, None] & is_channel[None, :]
         in_slots = source[:, None] * channels + channel[None, :]
         g = tl.load(grad_y + in_slots, mask=mask, other=0.0).to(tl.float32)
         if NEED_X:

@@ -61,7 +61,9 @@ class _Setting:
         self.images = 2 if number < 1000 else 1
         self.dest = draw.dest(self.images, number, self.slots, kind)
         self.views = invert(self.dest, self.slots)
-        self.weight = draw.integers(1, 6, self.images, number).float() if self.weighted else None
+        self.weight = None
+        if self.weighted:  # none in slot 0 counts, so that its mean is 0
+            self.weight = torch.where(self.dest == 0, 0, draw.integers(1, 6, self.images, number)).float()
 
 
 def _mixed(op: str, level: Level) -> Iterator[tuple[str, Draw, torch.dtype, int, str, _Setting]]:
@@ -110,6 +112,8 @@ def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
     divisor = torch.ones_like(w)
     if reduce == "mean":
         divisor = (count.double() if total is None else total).gather(1, slot)
+    counted = kept & (divisor != 0)[..., None]
+    divisor = torch.where(divisor == 0, 1.0, divisor)
     outputs = [absent("grad_x")._replace(dtype=dtype), absent("grad_weight")]
     if need_x and reduce == "amax":
         own = y.gather(1, rows)
@@ -117,7 +121,7 @@ def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
         ties = torch.zeros_like(y).scatter_add(1, rows, having.double()).gather(1, rows)
         value = torch.where(having, g / ties, 0.0)
     else:
-        value = torch.where(kept, (w / divisor)[..., None] * g, 0.0)
+        value = torch.where(counted, (w / divisor)[..., None] * g, 0.0)
     if need_x:
         exact = reduce == "sum"
         outputs[0] = exactly("grad_x", value, dtype) if exact else closely("grad_x", value, value.abs(), 2, dtype)
@@ -126,9 +130,9 @@ def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
         if reduce == "mean":  # the y that is passed is rounded
             share = y.gather(1, rows) * g
             dots, magnitude = (dots - share.sum(-1)) / divisor, (magnitude + share.abs().sum(-1)) / divisor
+        dots, magnitude = (torch.where(counted[..., 0], part, 0.0) for part in (dots, magnitude))
         if grad_sum is not None:
-            dots = dots + grad_sum.gather(1, slot)
-        dots, magnitude = torch.where(kept[..., 0], dots, 0.0), torch.where(kept[..., 0], magnitude, 0.0)
+            dots = dots + torch.where(kept[..., 0], grad_sum.gather(1, slot), 0.0)
         terms, factors = (x.shape[2], dtype) if reduce == "mean" else (0, None)
         outputs[1] = closely("grad_weight", dots, magnitude + dots.abs(), terms, torch.float32, factors)
     return outputs
