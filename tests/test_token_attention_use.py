@@ -332,7 +332,9 @@ def test_a_backend_that_cannot_serve_raises():
     call = drawn((1, 2, 9, 4), torch.float32, ("policy",))
     with (
         tk.use_backend("cuda"),
-        pytest.raises(RuntimeError, match=r'token_attention: backend "cuda" was asked for .*no cuda kernel.*: .*cpu'),
+        pytest.raises(
+            RuntimeError, match=r'token_attention: the backend "cuda" was requested .*no cuda kernel.*: .*cpu'
+        ),
     ):
         call.run()
 

@@ -187,12 +187,22 @@ def test_torchs_attention_is_one_more_way_to_compute_a_case():
         *_, policy, starts, _, _, wanted = case.arguments
         if policy is not None or starts is not None or wanted:
             with pytest.raises(ValueError, match="sdpa_call: torch's attention takes a bias only"):
-                selfcheck.sdpa_call(case.arguments)
+                selfcheck.sdpa_call("token_attention", case.arguments)
         elif "NaN" not in case.name:
             _, row_max, row_sum, importance = selfcheck.reference_call("token_attention", case.arguments)
-            assert case.check((*selfcheck.sdpa_call(case.arguments), row_max, row_sum, importance)) is None
+            out = selfcheck.sdpa_call("token_attention", case.arguments)
+            assert case.check((*out, row_max, row_sum, importance)) is None
             found += 1
     assert found >= 2
+
+
+def test_torchs_attention_has_the_references_gradients():
+    case = selfcheck.timing_cases("token_attention_backward")[0]
+    small = tuple(t[:1] if isinstance(t, torch.Tensor) and t.dim() > 1 else t for t in case.arguments)
+    gradients = selfcheck.sdpa_call("token_attention_backward", small)
+    assert len(gradients) == 3
+    for got, want in zip(gradients, selfcheck.reference_call("token_attention_backward", small), strict=False):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

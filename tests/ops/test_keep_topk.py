@@ -169,7 +169,10 @@ def test_reproduces_the_published_evit(everywhere):
 
 
 def test_a_backend_that_cannot_serve_raises():
-    with tk.use_backend("cuda"), pytest.raises(RuntimeError, match=r'keep_topk: backend "cuda" was asked .*reference'):
+    with (
+        tk.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r'keep_topk: the backend "cuda" was requested .*reference'),
+    ):
         tk.keep_topk(torch.randn(1, 9), 5)
 
 

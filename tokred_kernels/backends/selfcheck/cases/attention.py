@@ -215,6 +215,7 @@ def _call(
 
 def _calls(op: str, level: Level) -> Iterator[tuple[str, Draw, Call]]:
     mixed = level.mix(
+        compiled=("mode", "channels", "layout"),
         number=level.sizes(1, 2, 17, 197, 577, 1089, interpreted=(1, 2, 9, 17, 40, 150), deep=(3, 64, 65)),
         dtype=DTYPES,
         mode=MODES,

@@ -20,6 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNELS = (8, 33, 64, 72)
 # Kinds of token maps; see `Draw.dest`.
 MAPS = ("spread", "few", "one", "dropped")
+# Combinations for which Triton compiles anew, for each dtype.
+MOST_COMPILED = 3
 TIMED_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -61,11 +63,16 @@ class Level(NamedTuple):
         """Return the level of compiled kernels: the interpreter, too, runs kernels of integers fast."""
         return self._replace(interpreted=False)
 
-    def mix(self, **axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    def mix(self, *, compiled: Sequence[str] = (), **axes: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
         """Combine values of all axes: the product of the first two, with values of the others that cover most pairs.
 
-        `deep` takes the product of the first three axes, the interpreter each value of the first axis twice.
+        `deep` takes the product of the first three axes, the interpreter each value of the first axis twice. Triton
+        compiles a kernel for each combination of the `compiled` axes, which takes most of the time of a check; so there
+        are at most MOST_COMPILED for each value of the second axis, unless `deep`.
         """
+        columns = [list(axes).index(name) for name in compiled]
+        most = math.inf if self.deep or self.interpreted or not columns else MOST_COMPILED
+        built: dict[Any, dict[tuple[Any, ...], None]] = {}
         values = list(axes.values())
         whole, rounds = (1, 2) if self.interpreted else (3 if self.deep else 2, 1)
         generator = random.Random(0)
@@ -77,10 +84,19 @@ class Level(NamedTuple):
 
         for chosen in list(itertools.product(*values[:whole])) * rounds:
             rows = [(*chosen, *(generator.choice(axis) for axis in values[whole:])) for _ in range(30)]
+            known = built.setdefault(chosen[1:2], {})
+            if len(known) >= most:
+                rows = [self._with(row, columns, generator.choice(list(known))) for row in rows]
             best = max(rows, key=lambda row: len(unseen(row)))
+            known[tuple(best[column] for column in columns)] = None
             seen |= unseen(best)
             found[best] = None
         yield from found
+
+    @staticmethod
+    def _with(row: tuple[Any, ...], columns: Sequence[int], values: Sequence[Any]) -> tuple[Any, ...]:
+        new = dict(zip(columns, values, strict=True))
+        return tuple(new.get(column, value) for column, value in enumerate(row))
 
 
 class Draw:

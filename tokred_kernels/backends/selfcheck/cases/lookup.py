@@ -139,6 +139,7 @@ _EXPECTED = {
 def cases(op: str, level: Level) -> Iterator[Case]:
     """The cases of `op`."""
     mixed = level.mix(
+        compiled=("compressed", "channels", "layout"),
         number=level.sizes(1, 2, 17, 197, 577, 1089, 4100, interpreted=(1, 2, 17, 33, 60, 100, 300), deep=(65, 20000)),
         dtype=DTYPES,
         compressed=(5, 1, 25, 70, 1000),

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Estimates, without a GPU, how long the self-check takes at the first use on one.
+
+python benchmarks/selfcheck_cost.py --json docs/selfcheck_cost.json
+
+Measured here: the start of a worker; building, running and judging the cases, with the C++ kernels; and compiling every
+Triton kernel that the cases need, for sm_90, by launching it on a driver that compiles and does not run. From these
+follows the time of the tasks, which are then scheduled on the workers as the supervisor does. What a GPU adds, some
+launches for each case, is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import machine
+from tokred_kernels.backends import support
+from tokred_kernels.backends.selfcheck import DTYPES, MOST_WORKERS, TRITON_FIRST, supervisor, worker
+from tokred_kernels.backends.selfcheck.cases import cases, timing_cases
+from tokred_kernels.backends.selfcheck.memory import Guarded
+from tokred_kernels.files import replace_json
+
+CPU = torch.device("cpu")
+ARCHITECTURE = 90
+# A GPU's runs of a case: as often as the C++ kernels', and once more in a CUDA graph.
+GPU_RUNS = (len(worker.POISONS) + 1) / len(worker.POISONS)
+
+
+def compiling_driver() -> Any:
+    """Return a driver for Triton that compiles for a GPU and launches nothing."""
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+
+    facts = {"max_shared_mem": 227 << 10, "multiprocessor_count": 132}
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 1, 32, 0, 1024),  # module, function, registers, spills, threads
+        get_device_properties=lambda device: facts,
+    )
+    return SimpleNamespace(
+        binary_ext="cubin",
+        utils=utils,
+        launcher_cls=lambda *_: lambda *_, **__: None,
+        get_current_target=lambda: GPUTarget("cuda", ARCHITECTURE, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: CPU,
+    )
+
+
+def start_seconds() -> float:
+    """Return the median time until a worker is ready."""
+    times = []
+    for _ in range(3):
+        process = supervisor._Worker(supervisor.Settings("cpu", 60, 1))
+        begin = time.monotonic()
+        process.make_ready()
+        times.append(time.monotonic() - begin)
+        process.close()
+    return statistics.median(times)
+
+
+def core_seconds() -> float:
+    """Return the time of a core that this process and its children have used: other work on the machine counts less."""
+    return sum(os.times()[:4])
+
+
+def check_seconds(op: str) -> float:
+    """Return the time that the cases of an op take with its C++ kernel."""
+    begin = core_seconds()
+    assert worker.check("cpu", op, CPU).is_passed
+    return core_seconds() - begin
+
+
+def compile_seconds() -> dict[str, dict[str, Any]]:
+    """Return, by op, how many kernels Triton compiles for its cases, and the time, by dtype; in a fresh cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--compile"]
+        environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+        return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def compile_all() -> dict[str, dict[str, Any]]:
+    from triton.runtime import driver, jit  # noqa: PLC0415
+
+    driver.set_active(compiling_driver())
+    spent: list[float] = []
+    compile_one = jit.JITFunction._do_compile
+
+    def timed(*arguments: Any, **settings: Any) -> Any:
+        begin = core_seconds()
+        result = compile_one(*arguments, **settings)
+        spent.append(core_seconds() - begin)
+        return result
+
+    jit.JITFunction._do_compile = timed
+    found: dict[str, dict[str, Any]] = {}
+    for op in support.OPS:
+        function, by_dtype = support.implementation("triton", op), {}
+        for dtype in DTYPES if op not in support.MAP_OPS else ("",):
+            spent.clear()
+            for case in (*cases(op), *timing_cases(op)):
+                if case.name.startswith(dtype):
+                    with Guarded(CPU, poison=0) as guarded:  # nothing runs: what is allocated must hold valid indices
+                        function(*guarded.place(case.arguments))
+            by_dtype[dtype] = {"kernels": len(spent), "seconds": round(sum(spent), 2)}
+        found[op] = by_dtype
+        print(f"{op}: {by_dtype}", file=sys.stderr, flush=True)
+    return found
+
+
+def makespan(tasks: list[float], workers: int) -> float:
+    """Return when the last of the workers is done, each taking the next task when it is free."""
+    free = [0.0] * workers
+    for seconds in tasks:
+        heapq.heappush(free, heapq.heappop(free) + seconds)
+    return max(free)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="record the parts and the estimates there")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.compile:
+        print(json.dumps(compile_all()))
+        return
+    torch.set_num_threads(1)
+    start = start_seconds()
+    checks = {op: check_seconds(op) * GPU_RUNS for op in support.OPS}
+    compiled = compile_seconds()
+    by_triton = {
+        op: [part["seconds"] + checks[op] / len(parts) for part in parts.values()] for op, parts in compiled.items()
+    }
+    by_cuda = [checks[op] for op in support.OPS if op not in support.NO_CUDA_OPS]
+    reference = list(checks.values())
+    alone = [seconds for parts in by_triton.values() for seconds in parts]
+    with_cuda = [seconds for op in support.OPS if op in TRITON_FIRST for seconds in by_triton[op]]
+    estimates = {
+        f"{workers} workers": {
+            "CUDA build": round(start + makespan([*by_cuda, *with_cuda, *reference], workers), 1),
+            "Triton alone": round(start + makespan([*alone, *reference], workers), 1),
+        }
+        for workers in (2, 4, MOST_WORKERS)
+    }
+    parts = {
+        "start": round(start, 2),
+        "checks": {op: round(s, 2) for op, s in checks.items()},
+        "compilations": compiled,
+    }
+    kernels = sum(part["kernels"] for by_dtype in compiled.values() for part in by_dtype.values())
+    print(f"{kernels} Triton kernels; seconds at the first use: {json.dumps(estimates, indent=1)}")
+    if options.json:
+        replace_json(options.json, {"machine": machine.describe(), "seconds": parts, "estimates": estimates})
+
+
+if __name__ == "__main__":
+    main()
