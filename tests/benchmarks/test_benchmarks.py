@@ -98,12 +98,6 @@ def test_a_target_over_the_reference_brings_it_in(tiny):
     assert [provider.name for provider in providers.providers(case, ["cpu"], False)][-2:] == ["reference", "cpu"]
 
 
-def test_scores_of_one_backend_may_leave_whole_numbers_to_another():
-    case = Case("window_merge", "tiny", (2, 17, 6), 2, "cuda")
-    against = {op: backends.reason_against(op, "triton", "cuda", torch.float32) for op in KERNEL_OPS[case.op]}
-    assert against["window_map"] and providers.reason_against(case, "triton") == against["window_similarity"]
-
-
 def test_quick_has_every_target():
     assert all(case.quick for case in CASES + MODEL_CASES if case.targets)
 
