@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import pool_sized
 from tokred_kernels.patch import MARK
-from tokred_kernels.patch.patched import RECORD, Patched, ReducingBlock, ReducingModel, count, weights
+from tokred_kernels.patch.patched import RECORD, Patched, ReducingBlock, ReducingModel, count, refuse_proxy, weights
 from tokred_kernels.patch.positions import of_all_tokens
-from tokred_kernels.patch.state import Record, State
+from tokred_kernels.patch.state import Record, State, whole
 from tokred_kernels.patch.transformers_families import Around, Family
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
@@ -234,7 +234,7 @@ class PatchedProbe(OfFamily):
         """(B, N', C) to (B, C), with scores plus a bias (B, 1, 1, N')."""
         if bias is None:
             return super().forward(hidden_state)  # type: ignore[misc]
-        probe = self.probe.repeat(len(hidden_state), 1, 1)
+        probe = self.probe.repeat(hidden_state.shape[0], 1, 1)  # len() would fix the batch in an exported program
         bias = bias.expand(-1, self.attention.num_heads, -1, -1).flatten(0, 1)
         x = self.attention(probe, hidden_state, hidden_state, attn_mask=bias, need_weights=False)[0]
         return (x + self.mlp(self.layernorm(x)))[:, 0]
@@ -263,6 +263,7 @@ def encoder_forward(original: type[nn.Module]) -> Any:
 
     @_by_name(original)
     def forward(self: Any, **kwargs: Any) -> Any:
+        refuse_proxy(*kwargs.values())
         attentions = kwargs.get("output_attentions")
         if getattr(self.config, "output_attentions", False) if attentions is None else attentions:
             raise NotImplementedError(
@@ -278,7 +279,7 @@ def encoder_forward(original: type[nn.Module]) -> Any:
         flow.model = self
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is not None:
-            flow.grid = grid_of(self.config, pixel_values.shape[-2:])
+            flow.grid = grid_of(self.config, [whole(side) for side in pixel_values.shape[-2:]])
         as_tuple = not _returns_dict(self, kwargs)
         outputs = original.forward(self, **kwargs, **{FLOW: flow}, return_dict=True)
         x = outputs.last_hidden_state
