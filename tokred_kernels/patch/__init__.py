@@ -113,11 +113,18 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
             f"tokred_kernels.patch: the model is already patched ({before}); "
             "call tokred_kernels.unpatch(model) first, then patch it anew"
         )
-    _, *known = inspect.signature(module.apply).parameters
+    _, *known = inspect.signature(module.apply).parameters.values()
+    names = [setting.name for setting in known]
     for name in settings:
-        if name not in known:
+        if name not in names:
             raise TypeError(
-                f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(known)}, got {name}'
+                f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(names)}, got {name}'
+            )
+    for setting in known:
+        if setting.default is setting.empty and setting.name not in settings:
+            raise TypeError(
+                f'tokred_kernels.patch: "{method}" needs the setting {setting.name}: '
+                f'patch(model, "{method}", {setting.name}=...)'
             )
     backends.prepare(target)
     built = module.apply(target, **settings)
