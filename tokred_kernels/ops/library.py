@@ -110,6 +110,20 @@ def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
 
 
+class Function(torch.autograd.Function):
+    """Base class of the ops' differentiable calls of kernels."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Raise NotImplementedError inside torch.func.grad and the like, else call torch's."""
+        if _transform_level is not None and _transform_level() is not None:
+            raise NotImplementedError(
+                "tokred_kernels: torch.func cannot differentiate the kernels; use "
+                'tokred_kernels.use_backend("reference") around the call, or torch.autograd.grad'
+            )
+        return super().apply(*args)
+
+
 class _Once(torch.autograd.Function):
     """The identity, whose derivative is an error: what a first derivative passes through on its way out."""
 

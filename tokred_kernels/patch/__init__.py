@@ -76,7 +76,8 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
                 ratio, stride, max_downsample: 0.5, (2, 2), 1: how many tokens merge, into those of which cells, and how
                     coarse a grid may be.
                 merge_attn, merge_crossattn, merge_mlp: True, False, False, the parts.
-                random, generator: True, None: whether the one of a cell is drawn, and by what.
+                random, generator: True, None: whether the destination of a cell is drawn, and from which generator.
+                    None: the timestep decides, so the seed of a pipeline decides its picture.
             "lookupvit", LookupViT (tokred_kernels.patch.lookupvit): changes no model, but builds a LookupViT of its
             weights where these correspond, for fine-tuning.
                 grid, grids: of compressed tokens; and those to draw from when training, None.
