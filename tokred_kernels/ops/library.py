@@ -90,6 +90,11 @@ def _no_vmap(name: str) -> Callable[..., Any]:
     return refuse
 
 
+def constant(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` without its gradient. torch.jit.trace compares graphs made with and without gradients."""
+    return tensor.detach() if tensor.requires_grad or torch.jit.is_tracing() else tensor
+
+
 def is_differentiated(*tensors: torch.Tensor | None) -> bool:
     """Whether an op must go by its autograd.Function: for its gradient, or to refuse forward-mode derivatives.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.checks import MAX_ROWS, check_count, check_tokens, has_too_many, shape
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
+from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.window_map import window_map
 from tokred_kernels.ops.window_similarity import window_similarity
 from tokred_kernels.token_map import TokenMap
@@ -67,8 +68,7 @@ def window_match(
     windows = _check(x, window, grid, num_prefix, uneven)
     check_threshold(OP, threshold)
     check_count_mode(OP, count, group)
-    if x.requires_grad:
-        x = x.detach()
+    x = constant(x)
     backend = backends.choose("window_similarity", x)
     score, counts = window_similarity(x, windows, float(threshold), backend)
     if not isinstance(count, str):

@@ -139,6 +139,11 @@ class ReducingModel(Patched):
         return self.tokred_patch.settings.get("prop_attn", True)
 
 
+def by_heads(x: Tensor, width: int) -> Tensor:
+    """x (..., H d) as (..., H, d), d being `width`. `unflatten` does the same, but fixes the batch of an ONNX file."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // width, width)
+
+
 def refuse_proxy(*inputs: Any) -> None:
     """Raise NotImplementedError if torch.fx traces the call."""
     if any(isinstance(value, Proxy) for value in inputs):

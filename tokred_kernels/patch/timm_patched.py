@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, pool_packed, pool_sized
 from tokred_kernels.packing import Packing
-from tokred_kernels.patch.patched import Patched, ReducingBlock, ReducingModel, count, refuse_proxy, weights
+from tokred_kernels.patch.patched import Patched, ReducingBlock, ReducingModel, by_heads, count, refuse_proxy, weights
 from tokred_kernels.patch.state import Record, State, whole
 from tokred_kernels.patch.timm_import import import_timm
 from tokred_kernels.records import changed
@@ -52,12 +52,12 @@ class PatchedSelfAttention(Patched):
         """Queries, keys and values of tokens (..., C), (..., H, d) each; of keys and values there may be fewer."""
         if self.qkv is None:
             layers = (getattr(self, f"{name}_proj") for name in "qkv")
-            return tuple(layer(x).unflatten(-1, (-1, head_width(self))) for layer in layers)
+            return tuple(by_heads(layer(x), head_width(self)) for layer in layers)
         return self.split(self.qkv(x))
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """(..., 3 H d), to three of (..., H, d)."""
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return by_heads(qkv, qkv.shape[-1] // (3 * self.num_heads)).chunk(3, -2)
 
     def forward(
         self,

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import pool_sized
 from tokred_kernels.patch import MARK
-from tokred_kernels.patch.patched import RECORD, Patched, ReducingBlock, ReducingModel, count, refuse_proxy, weights
+from tokred_kernels.patch.patched import (
+    RECORD,
+    Patched,
+    ReducingBlock,
+    ReducingModel,
+    by_heads,
+    count,
+    refuse_proxy,
+    weights,
+)
 from tokred_kernels.patch.positions import of_all_tokens
 from tokred_kernels.patch.state import Record, State, whole
 from tokred_kernels.patch.transformers_families import Around, Family
@@ -98,7 +107,7 @@ class PatchedAttention(OfFamily):
             it was asked for.
         """
         layout, layers = self.family.layout, (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
+        q, k, v = (by_heads(layer(x), self.head_dim).transpose(1, 2) for layer in layers)
         if state.rope is not None:
             q, k = (_turned(part, state.rope.unsqueeze(1)).type_as(v) for part in (q, k))
         y, worth = attend(
