@@ -86,8 +86,8 @@ class PatchedSelfAttention(Patched):
         if k.shape[heads] != self.num_heads:
             k, v = (part.repeat_interleave(self.num_heads // part.shape[heads], dim=heads) for part in (k, v))
         wanted: Any = {"size": size, "policy": policy, "packed": packing, "importance": importance}
-        wanted["dropout"] = self.attn_drop.p if self.training else 0.0
         fused = self.fused_attn and not _is_hooked(self.attn_drop)
+        wanted["dropout"] = self.attn_drop.p if fused and self.training else 0.0
         y, worth = attend(q, k, v, **wanted, fused=fused, drop=self.attn_drop)
         if packing is None:
             y = y.transpose(1, 2)

@@ -35,6 +35,18 @@ from tokred_kernels.token_map import TokenMap
 
 # The keyword by which a Flow reaches the layers.
 FLOW = "tokred_flow"
+# How the names of transformers' own attention functions begin. Kernels of its hub have "/" in their names.
+ATTENTIONS = ("eager", "sdpa", "flash_attention", "flex_attention", "paged|")
+
+
+def check_attention(config: Any) -> None:
+    """Raise NotImplementedError if the model runs an attention function that a patched model would not call."""
+    name = config._attn_implementation
+    if not (name is None or name.startswith(ATTENTIONS) or "/" in name):
+        raise NotImplementedError(
+            f"tokred_kernels: a patched model never calls the attention function {name!r}; call "
+            'model.set_attn_implementation("sdpa") or, if nothing else will do, tokred_kernels.unpatch(model)'
+        )
 
 
 class Flow:
@@ -103,8 +115,8 @@ class PatchedAttention(OfFamily):
         """Attend, x (B, N, C).
 
         Returns:
-            The same shape; the keys (B, H, N, d) as queries meet them: a view, or rotated; and their importance, where
-            it was asked for.
+            The same shape; None, where hooks on transformers' own attention find weights; the keys (B, H, N, d) as
+            queries meet them: a view, or rotated; and their importance, where it was asked for.
         """
         layout, layers = self.family.layout, (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (by_heads(layer(x), self.head_dim).transpose(1, 2) for layer in layers)
@@ -120,7 +132,7 @@ class PatchedAttention(OfFamily):
             dropout=getattr(self, layout.dropout) if self.training else 0.0,
             fused=self.config._attn_implementation != "eager",
         )
-        return getattr(self, layout.out)(y.transpose(1, 2).flatten(-2)), k, worth
+        return getattr(self, layout.out)(y.transpose(1, 2).flatten(-2)), None, k, worth
 
 
 def _turned(x: Tensor, rope: Tensor) -> Tensor:
@@ -173,7 +185,9 @@ class PatchedLayer(OfFamily, ReducingBlock):
         """See `ReducingBlock`."""
         layout = self.family.layout
         attention = getattr(self, layout.attention)
-        return attention(self._part(layout.norms[0], x), state, proportional=proportional, importance=importance)
+        x = self._part(layout.norms[0], x)
+        y, _, keys, worth = attention(x, state, proportional=proportional, importance=importance)
+        return y, keys, worth
 
     def feed(self, x: Tensor) -> Tensor:
         """See `ReducingBlock`."""
@@ -273,6 +287,7 @@ def encoder_forward(original: type[nn.Module]) -> Any:
     @_by_name(original)
     def forward(self: Any, **kwargs: Any) -> Any:
         refuse_proxy(*kwargs.values())
+        check_attention(self.config)
         attentions = kwargs.get("output_attentions")
         if getattr(self.config, "output_attentions", False) if attentions is None else attentions:
             raise NotImplementedError(
