@@ -71,11 +71,12 @@ def record_matches(monkeypatch):
     """A list that fills with the arguments and the map of each match."""
     seen = []
 
-    def record(metric, r, **kwargs):
-        token_map = plain(metric, r, **kwargs)
-        seen.append({"metric": metric.detach().clone(), "r": r, **kwargs, "dest": token_map.dest.clone()})
+    def record(metric, r, geometry, drawn):
+        token_map = plain(metric, r, geometry, drawn)
+        more = {"grid": geometry[:2], "drawn": drawn, "dest": token_map.dest.clone()}
+        seen.append({"metric": metric.detach().clone(), "r": r, **more})
         return token_map
 
-    plain = tomesd.grid_bipartite_match
-    monkeypatch.setattr(tomesd, "grid_bipartite_match", record)
+    plain = tomesd.match_cells
+    monkeypatch.setattr(tomesd, "match_cells", record)
     return seen

@@ -48,10 +48,20 @@ def check_metric(op: str, value: Any) -> None:
         )
     if value.dim() == 4 and value.shape[1] == 0:
         raise ValueError(f"tokred_kernels.{op}: metric must have at least one head, got shape {shape(value)}")
-    if value.shape[0] * value.shape[-2] > MAX_ROWS:
+    if has_too_many(value.shape[0] * value.shape[-2]):
         raise ValueError(
             f"tokred_kernels.{op}: metric may have at most {MAX_ROWS} tokens in all, got shape {shape(value)}"
         )
+
+
+def has_too_many(rows: int | torch.SymInt) -> bool:
+    """Return whether there are more than MAX_ROWS rows; False if torch.export or torch.compile leaves the number open.
+
+    A comparison would become a guard there, and limit the sizes that the exported program takes.
+    """
+    if torch.compiler.is_compiling():  # then the module is loaded; importing it takes half a second
+        return torch.fx.experimental.symbolic_shapes.statically_known_true(rows > MAX_ROWS)
+    return bool(rows > MAX_ROWS)
 
 
 def check_count(op: str, name: str, value: Any, least: int = 0) -> None:

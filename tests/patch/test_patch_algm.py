@@ -233,6 +233,20 @@ def test_the_grid_is_that_of_the_images(count):
     model(images(1, (16, 96)))
     window = model.token_map.dest[0, 1:].view(2, 12)
     assert all(window[:, 3 * i : 3 * i + 3].unique().numel() == 1 for i in range(4))
+
+
+@pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
+def test_an_image_smaller_than_one_window_passes_its_windows_unmerged(count):
+    model = make(dynamic_img_size=True)
+    settings = {"layers": (2, 4), "window": (2, 3), "count": count, "global_threshold": -1.0}
+    patch(model, "algm", threshold=-1.0, **settings)
+    for size in ((8, 48), (48, 16), (8, 8)):
+        assert model(images(2, size)).shape == (2, 5)
+        left = model.tokred_record.left
+        tokens = 1 + size[0] * size[1] // 64
+        assert left[1] == tokens
+        assert left[3] in (tokens, (tokens, tokens)) if tokens == 2 else left[3] != tokens
+    patch(unpatch(model), "algm", threshold=-1.0, **settings, uneven="refuse")
     with pytest.raises(ValueError, match=r"window must fit into the grid \(1, 6\), got \(2, 3\)"):
         model(images(1, (8, 48)))
 
@@ -305,7 +319,7 @@ def test_copies_and_pickles_are_patched_models_of_their_own():
     model, x = make(), images()
     expected = patch(model, "algm", **some(model, x), count="image")(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(RuntimeError, match="has run none yet"):
+        with pytest.raises(AttributeError, match="before its first forward"):
             _ = other.token_map
         assert torch.equal(other(x), expected)
         unpatch(other)
@@ -324,7 +338,7 @@ def test_hooks_see_the_state():
     assert [token_map is None for _, _, token_map in seen] == [True, False, True, False]
     assert seen[3][0].shape == (seen[3][2].num_out, 48)
     assert states[3].size.shape == (seen[3][2].num_out, 1)
-    with pytest.raises(RuntimeError, match="trace=True"):
+    with pytest.raises(AttributeError, match="trace=True"):
         _ = model.token_map
 
 

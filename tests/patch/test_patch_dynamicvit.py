@@ -231,7 +231,7 @@ def test_copies_and_pickles_are_patched_models_of_their_own(training):
     model.train(training)(x)  # which, training, leaves decisions with their graph
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.token_decisions == ()
-        with pytest.raises(RuntimeError, match="has run none yet"):
+        with pytest.raises(AttributeError, match="before its first forward"):
             _ = other.token_map
         assert torch.equal(other.eval()(x), expected)
         assert other.score_predictor[0] is not model.score_predictor[0]

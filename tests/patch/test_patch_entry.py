@@ -39,8 +39,30 @@ def test_wrong_methods_and_settings():
         patch(make(), "tome", r=1, prop_attn="no")
     with pytest.raises(TypeError, match="trace"):
         patch(make(), "tome", r=1, trace=None)
-    with pytest.raises(TypeError, match="'r'"):
-        patch(make(), "tome")
+    for method, setting in (("tome", "r"), ("lookupvit", "grid")):
+        with pytest.raises(
+            TypeError, match=rf'"{method}" needs the setting {setting}: patch.model, "{method}", {setting}='
+        ):
+            patch(make(), method)
+
+
+@pytest.mark.parametrize(
+    ("method", "defaults"), [("algm", r"\(1, 5\)"), ("evit", r"\(3, 6, 9\)"), ("dynamicvit", r"\(3, 6, 9\)")]
+)
+def test_errors_about_defaults_say_so(method, defaults):
+    model = make()
+    with pytest.raises(ValueError, match=rf"from the default layers={defaults}; give layers for this model"):
+        patch(model, method)
+    assert type(model) is import_timm().models.vision_transformer.VisionTransformer
+    with pytest.raises(ValueError, match=r"got 7$"):
+        patch(model, method, layers=(1, 7))
+
+
+def test_an_error_about_default_shares_says_so():
+    with pytest.raises(
+        ValueError, match=r"one number for each of 2 layers, got 3 from the default keep=\(0.7, 0.49, 0.343\)"
+    ):
+        patch(make(), "dynamicvit", layers=(1, 2))
 
 
 @pytest.fixture

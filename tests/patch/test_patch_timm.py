@@ -125,8 +125,7 @@ def test_pool_of_other_tokens_counts_them_once():
     ("r", "blocks", "expected"),
     [
         (8, 3, [8, 8, 8]),
-        ([4, 2], 4, [4, 2, 0, 0]),
-        ([], 2, [0, 0]),
+        ([4, 0, 2], 3, [4, 0, 2]),
         ((8, 0), 3, [8, 8, 8]),
         ((8, -1), 4, [16, 10, 5, 0]),  # 16, 10.67, 5.33, 0, each cut
         ((8, 1.0), 4, [0, 5, 10, 16]),
@@ -146,9 +145,11 @@ def test_schedule(r, blocks, expected):
         (2.0, TypeError, r"got r of type float \(2.0\)"),
         ("8", TypeError, "of type str"),
         (None, TypeError, "of type NoneType"),
-        ([1, -2], ValueError, r"r\[1\] = -2"),
-        ([1, 2.5], TypeError, r"r\[1\] of type float"),
-        ([1] * 5, ValueError, "5 entries and the model 4 blocks"),
+        ([1, -2, 0, 0], ValueError, r"r\[1\] = -2"),
+        ([1, 2.5, 0, 0], TypeError, r"r\[1\] of type float"),
+        ([1] * 5, ValueError, "one entry for each of the model's 4 blocks, got 5"),
+        ([1] * 3, ValueError, "one entry for each of the model's 4 blocks, got 3; give 0 for a block"),
+        ([], ValueError, "one entry for each of the model's 4 blocks, got 0"),
         ((8, -1.5), ValueError, "inflect must be from -1 to 1, got -1.5"),
         ((8, float("nan")), ValueError, "inflect must be from -1 to 1"),
         ((8, True), TypeError, "inflect True"),
@@ -218,9 +219,9 @@ def test_unsupported_models(model, error, message):
 
 def test_what_a_patched_model_refuses():
     model = patch(make(), "tome", r=4)
-    with pytest.raises(RuntimeError, match="has run none yet"):
+    with pytest.raises(AttributeError, match="before its first forward"):
         _ = model.token_map
-    with pytest.raises(RuntimeError, match="has run none yet"):
+    with pytest.raises(AttributeError, match="before its first forward"):
         _ = model.token_sizes
     with pytest.raises(NotImplementedError, match="takes no attn_mask"):
         model(images(), attn_mask=torch.zeros(37, 37))
@@ -232,7 +233,7 @@ def test_what_a_patched_model_refuses():
     untraced = patch(make(), "tome", r=4, trace=False)
     untraced(images())
     assert untraced.token_sizes.shape == (2, 21, 1)
-    with pytest.raises(RuntimeError, match="trace=True"):
+    with pytest.raises(AttributeError, match="trace=True"):
         _ = untraced.token_map
 
 
@@ -333,7 +334,7 @@ def test_copies_and_pickles_are_patched_models_of_their_own():
     model, x = patch(make(), "tome", r=4), images()
     expected = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(RuntimeError, match="has run none yet"):
+        with pytest.raises(AttributeError, match="before its first forward"):
             _ = other.token_map
         assert torch.equal(other(x), expected)
         unpatch(other)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
 """ToMe in diffusers' models: the numbers against dense matrices, one match per block, and where draws come from."""
 
+import copy
+
 import denoisers
 import pytest
 import torch
-from denoisers import ALL, MODELS, PARTS, inputs, make, patched, run
+from denoisers import ALL, MODELS, PARTS, diffusers, inputs, make, patched, run
 from torch import nn
 from written_out import load_dense
 
 from tokred_kernels import TokenMap, use_backend
 from tokred_kernels.patch import tomesd, unpatch
-from tokred_kernels.patch.tomesd import RUN, BasicTransformerBlock, Draws, MergingBlock, Run, Settings
+from tokred_kernels.patch.tomesd import RUN, BasicTransformerBlock, MergingBlock, Run, Settings
 
 dense_tomesd = load_dense("tomesd")
 
@@ -101,7 +103,7 @@ BLOCKS = {
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_all_but_the_merging_is_diffusers_own(kind, monkeypatch):
     """Where no token moves, blocks of every kind compute what they did, to the bit, through all three parts."""
-    monkeypatch.setattr(tomesd, "grid_bipartite_match", lambda x, r, **_: TokenMap.identity(*x.shape[:2]))
+    monkeypatch.setattr(tomesd, "match_cells", lambda x, *_: TokenMap.identity(*x.shape[:2]))
     block = BasicTransformerBlock(**{**SMALL, **BLOCKS[kind]}).eval()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -116,7 +118,7 @@ def test_all_but_the_merging_is_diffusers_own(kind, monkeypatch):
     }
     expected = block(**arguments, cross_attention_kwargs=own)
     block.__class__ = MergingBlock
-    going = Run((5, 6), Settings(0.5, (2, 2), False, tuple(PARTS.values())), Draws(None))
+    going = Run((5, 6), Settings(0.5, (2, 2), False, tuple(PARTS.values())))
     actual = block(**arguments, cross_attention_kwargs={**own, RUN: going})
     assert going.maps[block] is not None
     assert torch.equal(actual, expected)
@@ -178,20 +180,70 @@ def test_a_model_without_fine_blocks_says_what_it_needs():
 # --- the draws
 
 
-def test_each_block_and_call_draws_anew_and_torch_does_not_notice(matches):
-    model, state = patched(make("dit")), torch.get_rng_state()
-    outputs = [run(model, inputs("dit")) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(*outputs)
-    assert len({tuple(match["dest"].flatten().tolist()) for match in matches}) == 4
-    assert all(match["random"] for match in matches)
+def test_blocks_and_timesteps_have_draws_of_their_own_and_torch_does_not_notice(matches):
+    model, arguments = patched(make(), max_downsample=2), inputs()
+    torch_state = torch.get_rng_state()
+    for timestep in (torch.tensor([7, 14]), torch.tensor([7.5, 14.0]), 8, None):
+        if timestep is not None:
+            arguments["timestep"] = timestep
+        run(model, arguments)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    draws = [tuple(match["drawn"].tolist()) for match in matches]
+    assert len(draws) == 4 * 7
+    assert len(set(draws[:21])) == 21
+    assert draws[14:21] == draws[21:]  # the same timestep, twice
+
+
+def test_every_place_of_a_cell_is_drawn_about_as_often():
+    counts, key = torch.zeros(6), tomesd.key_of(torch.tensor([981]), torch.device("cpu"))
+    cells = 64 * 64 // 6
+    for block in range(16):
+        drawn = tomesd.places(key, block, (128, 32, 2, 3, 0))
+        counts += drawn.bincount(minlength=6)
+        pairs = drawn[1:] * 6 + drawn[:-1]
+        assert pairs.bincount(minlength=36).min() > 0
+        assert len(set(drawn.tolist())) == 6
+        cells = drawn.numel()
+    # Six standard deviations of a fair die.
+    expected = 16 * cells / 6
+    assert (counts - expected).abs().max() < 6 * (expected * 5 / 6) ** 0.5
 
 
 @pytest.mark.parametrize(("batch", "random"), [(1, True), (3, True), (2, False)])
 def test_no_draws_for_odd_batches_or_when_not_asked(batch, random, matches):
-    model = patched(make("dit"), random=random)
-    assert torch.equal(*[run(model, inputs("dit", batch)) for _ in range(2)])
-    assert not any(match["random"] for match in matches)
+    run(patched(make("dit"), random=random), inputs("dit", batch))
+    assert [match["drawn"] for match in matches] == [None, None]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_input_decides_the_output_whatever_ran_before(name):
+    model, x = patched(make(name), max_downsample=2, **ALL), inputs(name)
+    first = run(model, x)
+    run(model, inputs(name, size=(8, 8)))
+    torch.manual_seed(5)
+    assert torch.equal(run(model, x), first)
+    assert torch.equal(run(copy.deepcopy(model), x), first)
+    assert not torch.equal(run(patched(unpatch(model), max_downsample=2, random=False, **ALL), x), first)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_timesteps_may_be_numbers_or_tensors_of_any_dtype(as_tensor, matches):
+    model, arguments = patched(make()), inputs()
+    for dtype in (torch.int64, torch.int32, torch.float32, torch.float64):
+        timestep = torch.tensor(7, dtype=dtype) if as_tensor else 7.0 if dtype.is_floating_point else 7
+        model(arguments["sample"], timestep, arguments["encoder_hidden_states"])
+    draws = {tuple(match["drawn"].tolist()) for match in matches}
+    assert len(draws) == len(matches) // 4
+
+
+def test_transformers_that_are_not_patched_see_nothing_of_ours(caplog):
+    """A key that reached them would reach their attention, which warns of arguments that it does not know."""
+    diffusers.utils.logging.enable_propagation()
+    try:
+        run(patched(make()), inputs())
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert not caplog.records
 
 
 def test_a_generator_makes_draws_again():
@@ -200,21 +252,25 @@ def test_a_generator_makes_draws_again():
     first, second, third = (run(model, (generator.manual_seed(seed), inputs("dit"))[1]) for seed in (3, 4, 3))
     assert torch.equal(first, third)
     assert not torch.equal(first, second)
+    assert not torch.equal(first, run(model, inputs("dit")))
 
 
-def test_the_patch_draws_by_torchs_seed():
-    model, outputs = make("dit"), []
-    for seed in (3, 4, 3):
-        torch.manual_seed(seed)
-        outputs.append(run(patched(model), inputs("dit")))
-        unpatch(model)
-    assert torch.equal(outputs[0], outputs[2])
-    assert not torch.equal(outputs[0], outputs[1])
+def pictures(pipe, **settings):
+    """What the pipeline gives for a generator's seed and for torch's, each after something else has drawn."""
+    by_generator = {"generator": torch.Generator().manual_seed(0)}
+    for given in (by_generator, {}):
+        torch.manual_seed(0)
+        yield pipe([3, 4], num_inference_steps=3, output_type="np", **given, **settings).images
 
 
-def test_torchs_own_generator_where_a_cuda_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert Draws(None).generator(torch.device("cuda", 0)) is None
-    given = torch.Generator()
-    assert Draws(given).generator(torch.device("cuda", 0)) is given
-    assert Draws(None).generator(torch.device("cpu")) is not None
+def test_a_seed_decides_the_picture_of_a_pipeline():
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    model, scheduler = make("dit", sample_size=8, out_channels=8), diffusers.DDIMScheduler()
+    pipe = patched(diffusers.DiTPipeline(transformer=model, vae=vae, scheduler=scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    first = list(pictures(pipe))
+    torch.rand(7)
+    pipe([5], num_inference_steps=2, output_type="np")
+    assert all((one == other).all() for one, other in zip(first, pictures(pipe), strict=True))
+    plain = list(pictures(unpatch(pipe)))
+    assert all((one != other).any() for one, other in zip(first, plain, strict=True))

@@ -64,7 +64,7 @@ def test_tokens_go_and_their_map_stays(name):
 
 @pytest.mark.parametrize("name", MEANS)
 def test_classifiers_of_means_count_tokens_by_what_they_stand_for(name):
-    model, x = patch(make(name), "tome", r=[30, 6]), images()
+    model, x = patch(make(name), "tome", r=[30, 6, 0, 0]), images()
     logits = model(x).logits
     tokens = unmerge(encoder_of(model)(x).last_hidden_state, model.token_map)
     mean = tokens[:, PREFIX.get(name, 1) :].mean(1)
@@ -219,7 +219,7 @@ def test_a_head_that_leaves_tokens_as_they_are():
 
 @pytest.mark.parametrize("name", ["dinov2", "siglip"])
 def test_an_encoder_may_be_compiled_after(name):
-    model, x = patch(make(name), "tome", r=[30, 6]), images()
+    model, x = patch(make(name), "tome", r=[30, 6, 0, 0]), images()
     expected, own = model(x).logits, "dinov2" if name == "dinov2" else "vision_model"
     setattr(model, own, torch.compile(getattr(model, own), backend="eager"))
     torch.testing.assert_close(model(x).logits, expected)
@@ -465,7 +465,7 @@ def test_more_that_is_refused(monkeypatch):
         model.vit(x, None, None, None, None)
     with pytest.raises(RuntimeError, match="runs within its model alone"):
         model.vit.layers[0](torch.randn(2, 37, 48))
-    with pytest.raises(RuntimeError, match="has run none yet"):
+    with pytest.raises(AttributeError, match="before its first forward"):
         patch(make("vit"), "tome", r=2).token_map  # noqa: B018
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.9.1")
     with pytest.raises(ImportError, match=r"needs transformers 5.18 or later, got 5.9.1"):

@@ -115,7 +115,7 @@ def prepare(module: torch.nn.Module) -> None:
 
 def best(op: str, tensor: Tensor) -> str:
     """Return the backend that runs `op`, an op on integers: the one requested if it can, else the best."""
-    if tensor.is_cpu and _wanted in (AUTO, "cpu") and native.MODULE is not None:
+    if tensor.is_cpu and _wanted in (AUTO, "cpu") and native.MODULE is not None and not torch.jit.is_tracing():
         return "cpu"  # as `_choose` finds too, but this runs between two layers of a model, and is short
     if _wanted != AUTO and reason_against(op, _wanted, tensor.device, tensor.dtype) is None:
         return _wanted
@@ -168,6 +168,8 @@ def _choose(
     training: bool = False,
     with_torch: bool = False,
 ) -> str:
+    if wanted == AUTO and torch.jit.is_tracing():  # a traced graph, and ONNX, must run without this package
+        return "torch" if with_torch else "reference"
     key = op, wanted, tensor.device, tensor.dtype, unfit, training, with_torch
     if torch.compiler.is_compiling():  # the cache would become a guard of the graph, and its growth a recompilation
         return _decide(*key)

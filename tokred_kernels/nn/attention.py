@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def attend(
     packed: Packing | None = None,
     dropout: float = 0.0,
     fused: bool = True,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_attention`, with what timm's attention has besides.
 
@@ -39,6 +41,8 @@ def attend(
         q, k, v, size, policy, importance, packed: of `token_attention`.
         dropout: the probability with which attention weights are dropped; 0 when evaluating.
         fused: False writes the weights out, (B, H, N, N), step by step as timm does where its fused attention is off.
+        drop: the module that drops weights with probability `dropout`. It is called on all weights that are written
+            out, so that its hooks see them. Default `torch.nn.functional.dropout`.
 
     Returns:
         (B, H, N, d), or (T, H, d) if packed, and the importance (B, N), or (T,), or None. Weights count before they are
@@ -48,7 +52,9 @@ def attend(
         out = token_attention(q, k, v, size=size, policy=policy, importance=importance, packed=packed)
         return out if isinstance(out, tuple) else (out, None)
     if packed is not None:
-        return _each_image(q, k, v, size, policy, packed, importance=importance, dropout=dropout, fused=fused)
+        return _each_image(
+            q, k, v, size, policy, packed, importance=importance, dropout=dropout, fused=fused, drop=drop
+        )
     size, policy = (None if t is None else t.reshape(q.shape[0], q.shape[2]) for t in (size, policy))
     if fused and policy is None and importance is None:
         q, k, v = autocasted(q, k, v)
@@ -56,7 +62,8 @@ def attend(
     bias = None if size is None else size.to(torch.promote_types(q.dtype, size.dtype)).log()
     weights = attention_weights(q, k, bias, policy, q.shape[-1] ** -0.5, torch.matmul)
     worth = None if importance is None else importance_of(weights, importance)
-    return F.dropout(weights.to(v.dtype), dropout) @ v, worth
+    weights = weights.to(v.dtype)
+    return (F.dropout(weights, dropout) if drop is None else drop(weights)) @ v, worth
 
 
 def _each_image(
@@ -70,6 +77,7 @@ def _each_image(
     importance: str | None,
     dropout: float,
     fused: bool,
+    drop: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` for packed tokens (T, H, d), image by image."""
     lengths = [length for length in packed.lengths if length]  # images without tokens have no weights to write out
@@ -82,7 +90,7 @@ def _each_image(
         heads_first = (part.transpose(0, 1)[None] for part in (query, key, value))
         own_size, own_policy = (None if t is None else t[None] for t in terms)
         wanted: Any = {"size": own_size, "policy": own_policy, "importance": importance}
-        y, worth = attend(*heads_first, **wanted, dropout=dropout, fused=fused)
+        y, worth = attend(*heads_first, **wanted, dropout=dropout, fused=fused, drop=drop)
         outputs.append(y[0].transpose(0, 1))
         worths.append(worth)
     return torch.cat(outputs), None if importance is None else torch.cat([own[0] for own in worths if own is not None])

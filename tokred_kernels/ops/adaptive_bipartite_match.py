@@ -14,6 +14,7 @@ from tokred_kernels.checks import check_floating, check_metric, check_same_devic
 from tokred_kernels.ops.best_match import best_match
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
+from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.match_map import match_map
 from tokred_kernels.ops.similar_count import similar_count
 from tokred_kernels.packing import Packing, check_packing
@@ -89,8 +90,7 @@ def adaptive_bipartite_match(
     partition = every_other(longest, longest, prefix, class_token, distill_token)
     if partition is None:
         return _identity(metric, packed, count)
-    if metric.requires_grad:
-        metric = metric.detach()
+    metric = constant(metric)
     backend = backends.choose("best_match", metric)
     score, partner, rank = best_match(metric, partition, backend, None if packed is None else packed.cu_seqlens)
     given = 0.0 if threshold is None else float(threshold)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import bipartite_match as reference
 from tokred_kernels.checks import check_count, check_metric, prefix_length
-from tokred_kernels.ops.library import register
+from tokred_kernels.ops.library import constant, register
 from tokred_kernels.partition import SCHEMA, Partition, every_other
 from tokred_kernels.token_map import TokenMap
 
@@ -58,8 +58,7 @@ def match(metric: Tensor, partition: Partition | None) -> TokenMap:
     """The map that `partition` gives on `metric`; None is the identity."""
     if partition is None:
         return TokenMap.identity(metric.shape[0], metric.shape[-2], metric.device)
-    if metric.requires_grad:
-        metric = metric.detach()
+    metric = constant(metric)
     backend = backends.choose("bipartite_match", metric)
     if backend == "reference":
         return TokenMap(reference.bipartite_match(metric, partition), partition.num_out())

@@ -59,7 +59,7 @@ def grid_bipartite_match(
     check_count(OP, "num_prefix", num_prefix)
     height, width = check_pair(OP, "grid", grid)
     down, across = check_pair(OP, "stride", stride)
-    batch, tokens = metric.shape[0], metric.shape[-2]
+    tokens = metric.shape[-2]
     if height * width != tokens - num_prefix:
         raise ValueError(
             f"tokred_kernels.{OP}: grid must hold N - num_prefix = {tokens} - {num_prefix} tokens, got "
@@ -67,19 +67,38 @@ def grid_bipartite_match(
         )
     if down > height or across > width:
         raise ValueError(f"tokred_kernels.{OP}: stride must fit into the grid {(height, width)}, got {(down, across)}")
+    geometry = (height, width, down, across, num_prefix)
+    drawn = draw_places(geometry, metric.device, generator) if random and r else None
+    return match_cells(metric, r, geometry, drawn)
+
+
+def draw_places(
+    geometry: tuple[int, int, int, int, int], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Draw the place of each cell's destination in the cell, (cells,) int64 on `device`."""
+    height, width, down, across, _ = geometry
     cells = (height // down) * (width // across)
+    source = device if generator is None else generator.device
+    return torch.randint(down * across, (cells,), device=source, generator=generator).to(device)
+
+
+def match_cells(
+    metric: Tensor, r: int, geometry: tuple[int, int, int, int, int], drawn: Tensor | None = None
+) -> TokenMap:
+    """Match without checks.
+
+    Args:
+        metric, r: of `grid_bipartite_match`.
+        geometry: height and width of the grid and of a cell, and the number of prefix tokens.
+        drawn: (cells,), the place of each cell's destination in the cell, by rows. Default its top left token.
+    """
+    height, width, down, across, first = geometry
+    batch, cells = metric.shape[0], (height // down) * (width // across)
     r = min(r, height * width - cells)
     if r == 0:
         return match(metric, None)
-    geometry = (height, width, down, across, num_prefix)
-    if random:
-        drawn = torch.randint(
-            down * across,
-            (cells,),
-            device=metric.device if generator is None else generator.device,
-            generator=generator,
-        )
-        sources, destinations = split(*geometry, drawn.to(metric.device))
+    if drawn is not None:
+        sources, destinations = split(*geometry, drawn)
     else:
         # Only plain tensors are kept: the stand-ins of a compiler or a mode must not outlive it, and those of a CUDA
         # graph hold nothing before its first replay.
@@ -87,7 +106,7 @@ def grid_bipartite_match(
         kept = nobody_listens(metric) and not captured
         sources, destinations = (_kept_split if kept else _fixed_split)(*geometry, metric.device)
     lists = sources.expand(batch, -1).contiguous(), destinations.expand(batch, -1).contiguous()
-    return match(metric, Partition(num_prefix, 1, sources.numel(), cells, 0, 0, False, r, *lists))
+    return match(metric, Partition(first, 1, sources.numel(), cells, 0, 0, False, r, *lists))
 
 
 def split(height: int, width: int, down: int, across: int, first: int, drawn: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.checks import check_count, check_metric, prefix_length
 from tokred_kernels.ops.best_match import best_match
+from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.match_map import match_map
 from tokred_kernels.partition import prefix_and_rest
 from tokred_kernels.token_map import TokenMap
@@ -50,8 +51,7 @@ def importance_match(
             f"tokred_kernels.{OP}: num_kept must be at least {first + 1}, for {tokens - num_kept} of {tokens} tokens "
             f"must join one that is not protected, got {num_kept}"
         )
-    if metric.requires_grad:
-        metric = metric.detach()
+    metric = constant(metric)
     partition = prefix_and_rest(tokens, num_kept, first)
     backend = backends.choose("best_match", metric)
     score, partner, rank = best_match(metric, partition, backend)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import keep_topk as reference
-from tokred_kernels.checks import MAX_ROWS, check_count, check_floating, shape
+from tokred_kernels.checks import MAX_ROWS, check_count, check_floating, has_too_many, shape
 from tokred_kernels.ops.library import register
 from tokred_kernels.token_map import TokenMap
 
@@ -59,7 +59,7 @@ def _check(scores: Any, k: Any, num_prefix: Any, fuse: Any) -> None:
     check_floating(OP, "scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"tokred_kernels.{OP}: scores must be (B, N), got shape {shape(scores)}")
-    if scores.numel() > MAX_ROWS:
+    if has_too_many(scores.numel()):
         raise ValueError(f"tokred_kernels.{OP}: scores may have at most {MAX_ROWS} entries, got shape {shape(scores)}")
     check_count(OP, "k", k)
     check_count(OP, "num_prefix", num_prefix)

@@ -90,6 +90,11 @@ def _no_vmap(name: str) -> Callable[..., Any]:
     return refuse
 
 
+def constant(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` without its gradient. torch.jit.trace compares graphs made with and without gradients."""
+    return tensor.detach() if tensor.requires_grad or torch.jit.is_tracing() else tensor
+
+
 def is_differentiated(*tensors: torch.Tensor | None) -> bool:
     """Whether an op must go by its autograd.Function: for its gradient, or to refuse forward-mode derivatives.
 
@@ -108,6 +113,20 @@ def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tensor.view_as(tensor) if any(tensor is before for before in tensors[:place]) else tensor
         for place, tensor in enumerate(tensors)
     )
+
+
+class Function(torch.autograd.Function):
+    """Base class of the ops' differentiable calls of kernels."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Raise NotImplementedError inside torch.func.grad and the like, else call torch's."""
+        if _transform_level is not None and _transform_level() is not None:
+            raise NotImplementedError(
+                "tokred_kernels: torch.func cannot differentiate the kernels; use "
+                'tokred_kernels.use_backend("reference") around the call, or torch.autograd.grad'
+            )
+        return super().apply(*args)
 
 
 class _Once(torch.autograd.Function):

@@ -14,7 +14,7 @@ from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
-from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register
+from tokred_kernels.ops.library import Function, anchor_of, distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
@@ -112,7 +112,7 @@ def heads_first(gradient: Tensor) -> Tensor:
     return gradient.transpose(1, 2).detach()
 
 
-class _LookupGather(torch.autograd.Function):
+class _LookupGather(Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, carries: bool

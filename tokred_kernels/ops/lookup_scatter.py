@@ -13,7 +13,7 @@ from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import distinct, is_differentiated, once, register
+from tokred_kernels.ops.library import Function, distinct, is_differentiated, once, register
 from tokred_kernels.ops.lookup_gather import TAKES_OVER, carried, default_scale, heads_first, lookup_inputs
 from tokred_kernels.ops.token_attention import too_wide
 
@@ -70,7 +70,7 @@ def _check_lse(q: Tensor, lse: Any) -> None:
     check_same_device(OP, "lse", lse, "q", q)
 
 
-class _LookupScatter(torch.autograd.Function):
+class _LookupScatter(Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str, by_gather: bool

@@ -12,7 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
 from tokred_kernels.checks import check_floating, check_same_device, check_tokens, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import is_differentiated, once, register
+from tokred_kernels.ops.library import Function, is_differentiated, once, register
 from tokred_kernels.token_map import TokenMap
 
 REDUCES = ("mean", "sum", "amax")
@@ -109,7 +109,7 @@ def segment_reduce(
     return y, total if weight_sum else None
 
 
-class _Merge(torch.autograd.Function):
+class _Merge(Function):
     @staticmethod
     def forward(
         ctx: Any,

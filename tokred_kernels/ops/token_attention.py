@@ -15,7 +15,7 @@ from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.backends.torch_attention import torchs_attention
 from tokred_kernels.checks import check_floating, check_real, check_same_device, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
-from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register
+from tokred_kernels.ops.library import Function, anchor_of, distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.packing import Packing, check_packing
 
 OP = "token_attention"
@@ -171,7 +171,7 @@ def _attend(
     return (out if packed is not None else out.transpose(1, 2)), worth
 
 
-class _TokenAttention(torch.autograd.Function):
+class _TokenAttention(Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import unmerge as reference
 from tokred_kernels.checks import check_same_device, check_tokens, shape
-from tokred_kernels.ops.library import is_differentiated, once, register
+from tokred_kernels.ops.library import Function, is_differentiated, once, register
 from tokred_kernels.ops.merge import _merge, check_map
 from tokred_kernels.token_map import TokenMap
 
@@ -52,7 +52,7 @@ def unmerge(y: Tensor, token_map: TokenMap) -> Tensor:
     return _unmerge(y, token_map.dest, backend)
 
 
-class _Unmerge(torch.autograd.Function):
+class _Unmerge(Function):
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, dest: Tensor, members: Tensor, begin: Tensor, count: Tensor, backend: str

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.checks import MAX_ROWS, check_count, check_tokens, shape
+from tokred_kernels.checks import MAX_ROWS, check_count, check_tokens, has_too_many, shape
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
+from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.window_map import window_map
 from tokred_kernels.ops.window_similarity import window_similarity
 from tokred_kernels.token_map import TokenMap
@@ -67,8 +68,7 @@ def window_match(
     windows = _check(x, window, grid, num_prefix, uneven)
     check_threshold(OP, threshold)
     check_count_mode(OP, count, group)
-    if x.requires_grad:
-        x = x.detach()
+    x = constant(x)
     backend = backends.choose("window_similarity", x)
     score, counts = window_similarity(x, windows, float(threshold), backend)
     if not isinstance(count, str):
@@ -81,7 +81,7 @@ def window_match(
 def _check(x: Any, window: Any, grid: Any, num_prefix: Any, uneven: Any) -> Windows:
     check_tokens(OP, "x", x)
     batch, tokens, _ = shape(x)
-    if batch * tokens > MAX_ROWS:
+    if has_too_many(batch * tokens):
         raise ValueError(f"tokred_kernels.{OP}: x may have at most {MAX_ROWS} tokens in all, got shape {shape(x)}")
     check_count(OP, "num_prefix", num_prefix)
     height, width = check_pair(OP, "window", window)

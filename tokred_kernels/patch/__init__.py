@@ -77,7 +77,8 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
                 ratio, stride, max_downsample: 0.5, (2, 2), 1: how many tokens merge, into those of which cells, and how
                     coarse a grid may be.
                 merge_attn, merge_crossattn, merge_mlp: True, False, False, the parts.
-                random, generator: True, None: whether the one of a cell is drawn, and by what.
+                random, generator: True, None: whether the destination of a cell is drawn, and from which generator.
+                    None: the timestep decides, so the seed of a pipeline decides its picture.
             "lookupvit", LookupViT (tokred_kernels.patch.lookupvit): changes no model, but builds a LookupViT of its
             weights where these correspond, for fine-tuning.
                 grid, grids: of compressed tokens; and those to draw from when training, None.
@@ -114,11 +115,18 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
             f"tokred_kernels.patch: the model is already patched ({before}); "
             "call tokred_kernels.unpatch(model) first, then patch it anew"
         )
-    _, *known = inspect.signature(module.apply).parameters
+    _, *known = inspect.signature(module.apply).parameters.values()
+    names = [setting.name for setting in known]
     for name in settings:
-        if name not in known:
+        if name not in names:
             raise TypeError(
-                f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(known)}, got {name}'
+                f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(names)}, got {name}'
+            )
+    for setting in known:
+        if setting.default is setting.empty and setting.name not in settings:
+            raise TypeError(
+                f'tokred_kernels.patch: "{method}" needs the setting {setting.name}: '
+                f'patch(model, "{method}", {setting.name}=...)'
             )
     backends.prepare(target)
     built = module.apply(target, **settings)

@@ -23,6 +23,9 @@ from tokred_kernels.patch.state import State, Step
 from tokred_kernels.token_map import TokenMap
 from tokred_kernels.windows import Windows
 
+LAYERS = (1, 5)  # as published, for 12 blocks
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # always False before torch 2.7
+
 
 @dataclass(frozen=True)
 class MergeWindows(Step):
@@ -47,6 +50,9 @@ class MergeWindows(Step):
                 f"{x.shape[1] - self.num_prefix} that are no grid; set model.patch_drop = torch.nn.Identity(), or call "
                 "model.eval()"
             )
+        if self.uneven == KEEP and (self.window[0] > state.grid[0] or self.window[1] > state.grid[1]):
+            return None
+        _refuse_fixing(self.number)
         settings: Any = {"window": self.window, "grid": state.grid, "num_prefix": self.num_prefix}
         settings |= {"uneven": self.uneven, "group": self.group}
         return _unless_identity(window_match(x, self.threshold, count=self.number, **settings))
@@ -75,6 +81,7 @@ class MergeAlike(Step):
 
     def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
         """See `Step`."""
+        _refuse_fixing(self.number)
         layer = self.layer if self.threshold is None else None
         settings: Any = {"num_prefix": self.num_prefix, "packed": state.packing, "group": self.group}
         token_map = adaptive_bipartite_match(
@@ -98,6 +105,15 @@ class MergeAlike(Step):
         return 2 * partition.num_src * partition.num_dst * parts.width
 
 
+def _refuse_fixing(count: int | str) -> None:
+    """Raise NotImplementedError if a count that depends on the images would become a constant of a graph."""
+    if isinstance(count, str) and (torch.jit.is_tracing() or _is_exporting()):
+        raise NotImplementedError(
+            f'tokred_kernels: with count="{count}" the images decide how many tokens merge, which a traced or exported '
+            "model would fix at the number of its example; patch the model with count=<int>"
+        )
+
+
 def _unless_identity(token_map: TokenMap) -> TokenMap | None:
     """The map, or None where it leaves every token in its place."""
     stays = token_map.packed is None and token_map.num_out == token_map.num_tokens
@@ -107,7 +123,7 @@ def _unless_identity(token_map: TokenMap) -> TokenMap | None:
 def apply(
     model: Any,
     *,
-    layers: Any = (1, 5),
+    layers: Any = LAYERS,
     window: tuple[int, int] = (2, 2),
     threshold: float | Thresholds = 0.88,
     global_threshold: float | Thresholds | None = None,
@@ -123,7 +139,7 @@ def apply(
         model: the ViT.
         layers: numbers of blocks, counted from 1, ascending. In the first, windows of the grid merge (`window_match`);
             in every other one pairs from anywhere (`adaptive_bipartite_match`). Both look at the tokens x themselves.
-        window: height and width of a window, in patches.
+        window: height and width of a window, in patches. In an image smaller than one window no window merges.
         threshold: the mean cosine from which on a window merges, or what `calibrate_thresholds` gave: then that of the
             first layer. 0.88 (default) is what the published code has for ViT-S on ADE20K.
         global_threshold: None (default): mean + std / layer of the best similarities at hand, as published. Or the
@@ -133,7 +149,7 @@ def apply(
             (T, C), as is what `forward_features` returns, and an image gives what it gives alone. An int, for every
             given layer, or a list with one for each: so many, whatever the similarities; nothing is read back to the
             host, and torch.compile(fullgraph=True) and CUDA graphs work.
-        uneven: where the window does not divide the grid, "keep" (default) leaves the rest unmerged; "refuse" raises.
+        uneven: if the window does not divide the grid, "keep" (default) leaves the rest unmerged and "refuse" raises.
         prop_attn: True lets keys count as often as the tokens they stand for. False (default) is what the published
             code does: its attention takes sizes and never uses them.
         group: with count="batch", a torch.distributed process group whose processes all merge as many.
@@ -148,7 +164,7 @@ def apply(
     """
     models.check_switches(prop_attn=prop_attn, trace=trace)
     anatomy = models.examine(model)
-    given = merging_layers(layers, len(anatomy.blocks))
+    given = merging_layers(layers, len(anatomy.blocks), LAYERS)
     numbers = count_per_layer(count, len(given), group)
     if IMAGE in numbers and not anatomy.packs:
         raise NotImplementedError(

@@ -25,7 +25,7 @@ from tokred_kernels.patch import models
 from tokred_kernels.patch.models import Anatomy, Parts
 from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.positions import moved
-from tokred_kernels.patch.state import State, Step
+from tokred_kernels.patch.state import State, Step, whole
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
@@ -55,7 +55,7 @@ class Compress(Step):
         self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
     ) -> tuple[Tensor, State, TokenMap | None]:
         """See `Step`; sorting without removing anything would change nothing, and is left out."""
-        tokens = x.shape[1]
+        tokens = whole(x.shape[1])
         if self._is_idle(tokens):
             return x, state, None
         stay, _ = self._stages(tokens)

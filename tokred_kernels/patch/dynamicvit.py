@@ -25,6 +25,9 @@ from tokred_kernels.token_map import TokenMap
 
 # Where the predictors are in the model, as in the published checkpoints.
 PREDICTORS = "score_predictor"
+# As published, for 12 blocks.
+LAYERS = (3, 6, 9)
+SHARES = (0.7, 0.49, 0.343)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class KeepPredicted(Step):
         return (entering - self.num_prefix) * self.predictor_flops
 
 
-def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343), trace: bool = True) -> None:
+def apply(model: Any, *, layers: Any = LAYERS, keep: Any = SHARES, trace: bool = True) -> None:
     """Let predictors choose the tokens to keep before some blocks: DynamicViT (NeurIPS 2021).
 
     Args:
@@ -97,8 +100,8 @@ def apply(model: Any, *, layers: Any = (3, 6, 9), keep: Any = (0.7, 0.49, 0.343)
             f"tokred_kernels.patch: the model pools its tokens by {anatomy.pool}, which cannot pass over those that "
             "are masked when training; supported are means over tokens, the class token, and none at all"
         )
-    given = reducing_blocks(layers, len(anatomy.blocks))
-    shares = share_per_layer("keep", keep, len(given))
+    given = reducing_blocks(layers, len(anatomy.blocks), LAYERS)
+    shares = share_per_layer("keep", keep, len(given), SHARES)
     if any(after > before for before, after in pairwise(shares)):
         raise ValueError(f"tokred_kernels.patch: keep must not rise from layer to layer, got {tuple(shares)}")
     parameter = next(anatomy.model.parameters())

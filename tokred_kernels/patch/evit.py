@@ -19,6 +19,7 @@ from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 METHOD = "evit"
+LAYERS = (3, 6, 9)  # as published, for 12 blocks
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def apply(
     model: Any,
     *,
     keep_rate: Any = 0.7,
-    layers: Any = (3, 6, 9),
+    layers: Any = LAYERS,
     fuse: bool = True,
     importance: str = "class",
     trace: bool = True,
@@ -88,7 +89,7 @@ def apply(
         raise ValueError(
             'tokred_kernels.patch: importance must be "mean" for a model without a class token, got "class"'
         )
-    given = reducing_blocks(layers, len(anatomy.blocks))
+    given = reducing_blocks(layers, len(anatomy.blocks), LAYERS)
     rates = share_per_layer("keep_rate", keep_rate, len(given))
     prefix = anatomy.num_prefix
     steps = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from tokred_kernels.patch import MARK
 from tokred_kernels.patch.state import Record, State, Step
@@ -53,6 +54,13 @@ class Patched:
     """The mark of the classes that modules take while they are patched; `original` is the one they had."""
 
     original: type[nn.Module]
+
+    def __prepare_scriptable__(self) -> Any:
+        """Raise NotImplementedError: torch.jit.script calls this before it compiles a module."""
+        raise NotImplementedError(
+            f"tokred_kernels: torch.jit.script cannot compile a patched {self.original.__name__}; use torch.jit.trace "
+            "or torch.export.export, or call tokred_kernels.unpatch(model) first"
+        )
 
 
 class ReducingBlock(Patched):
@@ -106,7 +114,7 @@ class ReducingModel(Patched):
         """
         record = self.tokred_record
         if record.entered is None:
-            raise RuntimeError("tokred_kernels: token_sizes are of the last forward, and this model has run none yet")
+            raise AttributeError("tokred_kernels: the model has no token_sizes before its first forward; run it once")
         return self.token_map.views()[2].float().unsqueeze(-1) if record.state.size is None else record.state.size
 
     @property
@@ -117,6 +125,11 @@ class ReducingModel(Patched):
         """
         return self.tokred_record.state.decisions
 
+    def __getattr__(self, name: str) -> Any:
+        """Read a property again whose getter raised AttributeError, for nn.Module would replace the message."""
+        value = getattr(ReducingModel, name, None)
+        return value.__get__(self) if isinstance(value, property) else super().__getattr__(name)  # type: ignore[misc]
+
     def keeps_maps(self) -> bool:
         """Whether the maps of the last forward are kept."""
         return self.tokred_patch.settings.get("trace", True)
@@ -124,6 +137,20 @@ class ReducingModel(Patched):
     def counts_sizes(self) -> bool:
         """Whether keys count as often as the tokens they stand for, also where tokens are pooled by attention."""
         return self.tokred_patch.settings.get("prop_attn", True)
+
+
+def by_heads(x: Tensor, width: int) -> Tensor:
+    """x (..., H d) as (..., H, d), d being `width`. `unflatten` does the same, but fixes the batch of an ONNX file."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // width, width)
+
+
+def refuse_proxy(*inputs: Any) -> None:
+    """Raise NotImplementedError if torch.fx traces the call."""
+    if any(isinstance(value, Proxy) for value in inputs):
+        raise NotImplementedError(
+            "tokred_kernels: torch.fx cannot trace a patched model, so neither can the feature extraction of timm and "
+            "torchvision; use torch.export.export or forward hooks, or call tokred_kernels.unpatch(model) first"
+        )
 
 
 def count(x: Tensor, state: State) -> int | tuple[int, ...]:

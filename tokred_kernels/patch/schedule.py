@@ -17,21 +17,22 @@ def removed_per_block(r: Any, num_blocks: int) -> list[int]:
     """The schedule that `r` means for `num_blocks` blocks, as ToMe reads it.
 
     Args:
-        r: an int, for each block; a list, padded with zeros; or `(r, inflect)`: from r (1 - inflect) to r (1 + inflect)
-            in equal steps, each cut to a whole number.
+        r: an int, for each block; a list with one int a block (ToMe's authors pad a shorter one with zeros; here it
+            raises); or `(r, inflect)`: from r (1 - inflect) to r (1 + inflect) in equal steps, each cut to a whole
+            number.
         num_blocks: of the model.
 
     Raises:
         TypeError: `r`, or a part of it, is of another type.
-        ValueError: a negative number, an inflection outside [-1, 1], or a list longer than the model is deep.
+        ValueError: a negative number, an inflection outside [-1, 1], or a list of another length than the model's.
     """
     if isinstance(r, list):
-        if len(r) > num_blocks:
+        if len(r) != num_blocks:
             raise ValueError(
-                f"tokred_kernels.patch: r has {len(r)} entries and the model {num_blocks} blocks; give at most "
-                "one for each"
+                f"tokred_kernels.patch: r must have one entry for each of the model's {num_blocks} blocks, got "
+                f"{len(r)}; give 0 for a block that removes nothing"
             )
-        return [_whole(f"r[{index}]", value) for index, value in enumerate(r)] + [0] * (num_blocks - len(r))
+        return [_whole(f"r[{index}]", value) for index, value in enumerate(r)]
     if not isinstance(r, tuple):
         return [_whole("r", r)] * num_blocks
     if len(r) != 2:
@@ -46,22 +47,22 @@ def removed_per_block(r: Any, num_blocks: int) -> list[int]:
     return [int(first + step * index) for index in range(num_blocks)]
 
 
-def merging_layers(layers: Any, num_blocks: int) -> tuple[int, ...]:
-    """`layers`, numbers of blocks counted from 1; raise unless they are that, and ascend.
+def merging_layers(layers: Any, num_blocks: int, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `layers`, numbers of blocks counted from 1 in ascending order. An error says if they are the `default`.
 
     Raises:
         TypeError: no tuple or list, or a part that is no int.
         ValueError: none at all, one that the model does not have, or not in ascending order.
     """
-    return _blocks(layers, 1, num_blocks)
+    return _blocks(layers, 1, num_blocks, default)
 
 
-def reducing_blocks(layers: Any, num_blocks: int) -> tuple[int, ...]:
-    """The same of indices of blocks, counted from 0."""
-    return _blocks(layers, 0, num_blocks - 1)
+def reducing_blocks(layers: Any, num_blocks: int, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `layers`, indices of blocks counted from 0; see `merging_layers`."""
+    return _blocks(layers, 0, num_blocks - 1, default)
 
 
-def _blocks(layers: Any, first: int, last: int) -> tuple[int, ...]:
+def _blocks(layers: Any, first: int, last: int, default: tuple[int, ...]) -> tuple[int, ...]:
     if not isinstance(layers, (tuple, list)):
         raise TypeError(f"tokred_kernels.patch: layers must be a tuple of ints, got {layers!r}")
     if not layers:
@@ -69,16 +70,20 @@ def _blocks(layers: Any, first: int, last: int) -> tuple[int, ...]:
     for layer in layers:
         check_count("patch", "layers", layer, least=first)
     if layers[-1] > last:
+        advice = f" from the default layers={default}; give layers for this model" if layers == default else ""
         raise ValueError(
             f"tokred_kernels.patch: layers must be from {first} to {last}, the model's last block, got {layers[-1]}"
+            + advice
         )
     if any(after <= before for before, after in pairwise(layers)):
         raise ValueError(f"tokred_kernels.patch: layers must ascend, got {tuple(layers)}")
     return tuple(layers)
 
 
-def share_per_layer(name: str, share: Any, num_layers: int) -> list[float]:
-    """The share of tokens to keep in each of `num_layers` layers, from one for all, or a list with one for each.
+def share_per_layer(name: str, share: Any, num_layers: int, default: Any = None) -> list[float]:
+    """Return the share of tokens to keep in each layer, given one share for all or a list with one share a layer.
+
+    An error says if `share` is the `default`.
 
     Raises:
         TypeError: something else than numbers.
@@ -86,8 +91,10 @@ def share_per_layer(name: str, share: Any, num_layers: int) -> list[float]:
     """
     shares = list(share) if isinstance(share, (tuple, list)) else [share] * num_layers
     if len(shares) != num_layers:
+        advice = f" from the default {name}={default}; give {name} for these layers" if share == default else ""
         raise ValueError(
             f"tokred_kernels.patch: {name} must have one number for each of {num_layers} layers, got {len(shares)}"
+            + advice
         )
     for value in shares:
         if isinstance(value, bool) or not isinstance(value, (int, float)):

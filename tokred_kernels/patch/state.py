@@ -111,6 +111,11 @@ class Step:
         return 0
 
 
+def whole(size: Any) -> Any:
+    """`size`, an entry of a shape, as an int if torch.jit.trace has made a tensor of it."""
+    return int(size) if isinstance(size, Tensor) else size
+
+
 class Record:
     """What the last forward did: its merges, its final state, and how many tokens there were where.
 
@@ -158,12 +163,13 @@ class Record:
         """All maps of the forward as one.
 
         Raises:
-            RuntimeError: there was no forward, or its maps were not kept.
+            AttributeError: the model has not run yet, or does not keep its maps. So `hasattr` works, and with it tools
+                that read every attribute of a model.
         """
         if self.entered is None:
-            raise RuntimeError("tokred_kernels: token_map is of the last forward, and this model has run none yet")
+            raise AttributeError("tokred_kernels: the model has no token_map before its first forward; run it once")
         if self.maps is None:
-            raise RuntimeError("tokred_kernels: the model was patched with trace=False; patch it with trace=True")
+            raise AttributeError("tokred_kernels: the model was patched with trace=False; patch it with trace=True")
         if not self.maps:
             return TokenMap.identity(*self.entered)
         composed = self.maps[0]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, pool_packed, pool_sized
 from tokred_kernels.packing import Packing
-from tokred_kernels.patch.patched import Patched, ReducingBlock, ReducingModel, count, weights
-from tokred_kernels.patch.state import Record, State
+from tokred_kernels.patch.patched import Patched, ReducingBlock, ReducingModel, by_heads, count, refuse_proxy, weights
+from tokred_kernels.patch.state import Record, State, whole
 from tokred_kernels.patch.timm_import import import_timm
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
@@ -52,12 +52,12 @@ class PatchedSelfAttention(Patched):
         """Queries, keys and values of tokens (..., C), (..., H, d) each; of keys and values there may be fewer."""
         if self.qkv is None:
             layers = (getattr(self, f"{name}_proj") for name in "qkv")
-            return tuple(layer(x).unflatten(-1, (-1, head_width(self))) for layer in layers)
+            return tuple(by_heads(layer(x), head_width(self)) for layer in layers)
         return self.split(self.qkv(x))
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """(..., 3 H d), to three of (..., H, d)."""
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return by_heads(qkv, qkv.shape[-1] // (3 * self.num_heads)).chunk(3, -2)
 
     def forward(
         self,
@@ -86,7 +86,9 @@ class PatchedSelfAttention(Patched):
         if k.shape[heads] != self.num_heads:
             k, v = (part.repeat_interleave(self.num_heads // part.shape[heads], dim=heads) for part in (k, v))
         wanted: Any = {"size": size, "policy": policy, "packed": packing, "importance": importance}
-        y, worth = attend(q, k, v, **wanted, dropout=self.attn_drop.p if self.training else 0.0, fused=self.fused_attn)
+        fused = self.fused_attn and not _is_hooked(self.attn_drop)
+        wanted["dropout"] = self.attn_drop.p if fused and self.training else 0.0
+        y, worth = attend(q, k, v, **wanted, fused=fused, drop=self.attn_drop)
         if packing is None:
             y = y.transpose(1, 2)
         y = self.norm(y.flatten(-2))
@@ -94,6 +96,13 @@ class PatchedSelfAttention(Patched):
         if gate is not None:
             y = y * gate(x).sigmoid()
         return self.proj_drop(self.proj(y)), keys, worth
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class PatchedPreNormBlock(ReducingBlock):
@@ -111,12 +120,18 @@ class PatchedPreNormBlock(ReducingBlock):
         """The layer scale of the first or second residual branch."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        x: Tensor,
-        state: State = State(),  # noqa: B008  (it never changes)
-    ) -> tuple[Tensor, State, TokenMap | None]:
-        """See `reduced`."""
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State, TokenMap | None]:
+        """See `reduced`.
+
+        Raises:
+            RuntimeError: there is no state, so the block was not called by its model.
+        """
+        if state is None:
+            raise RuntimeError(
+                "tokred_kernels: the blocks of a patched model run within the model only, which tracks what each token "
+                "stands for; call model.forward_features(images) instead of model.blocks(tokens), or call "
+                "tokred_kernels.unpatch(model) first"
+            )
         return self.reduced(x, state)
 
     def attend(self, x: Tensor, state: State, proportional: bool, importance: str | None) -> tuple[Any, ...]:
@@ -195,12 +210,13 @@ class PatchedTransformer(ReducingModel):
 
     def _reduced(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Record]:
         """The final tokens, and what there is to know of them: `forward_features`, which leaves the model as it was."""
+        refuse_proxy(x)
         if attn_mask is not None or is_causal:
             raise NotImplementedError(
                 "tokred_kernels: a patched model takes no attn_mask and no is_causal, for its tokens change from block "
                 "to block; call tokred_kernels.unpatch(model) first"
             )
-        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:]) if has_grid(self) else None
+        grid = self.patch_embed.dynamic_feat_size([whole(side) for side in x.shape[-2:]]) if has_grid(self) else None
         x, rope = self.embed(x)
         entered = (x.shape[0], x.shape[1], x.device)
         if grid is not None and grid[0] * grid[1] + self.num_prefix_tokens != x.shape[1]:

@@ -52,9 +52,9 @@ def apply(model: Any, *, r: Any, prop_attn: bool = True, trace: bool = True) -> 
     Args:
         model: the ViT.
         r: how many tokens each block removes (at most half of the unprotected ones: more is cut to that). An int for
-            every block; a list with one number a block, short lists ending in zeros; or `(r, inflect)`, a number that
-            changes linearly over the blocks with the same sum: inflect -1 falls from 2 r to 0, +1 rises from 0 to 2 r,
-            0 is constant, as in ToMe.
+            every block; a list with one number a block (ToMe's authors pad a shorter one with zeros; here it raises);
+            or `(r, inflect)`, a number that changes linearly over the blocks with the same sum: inflect -1 falls from
+            2 r to 0, +1 rises from 0 to 2 r, 0 is constant, as in ToMe.
         prop_attn: True (default) lets keys count as often as the tokens they stand for. For models trained without
             merging. False for MAE pretraining, and for models trained with merging.
         trace: True (default) keeps the maps of the last forward, for `model.token_map`.

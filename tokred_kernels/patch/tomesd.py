@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.ops.grid_bipartite_match import grid_bipartite_match
+from tokred_kernels.ops.grid_bipartite_match import draw_places, match_cells
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.ops.unmerge import unmerge
 from tokred_kernels.ops.window_match import check_pair
@@ -23,6 +23,7 @@ from tokred_kernels.patch import MARK
 from tokred_kernels.patch.diffusers_blocks import (
     BasicTransformerBlock,
     blocks_of,
+    downsampled,
     resolve,
     transformers_within,
 )
@@ -35,7 +36,11 @@ PLAIN_FORWARD: Any = BasicTransformerBlock.forward
 # The argument of a transformer's forward that reaches its blocks as it is, also through a checkpoint.
 CARRIER = "cross_attention_kwargs"
 # What we put into it.
-RUN = "tokred_run"
+RUN, KEY = "tokred_run", "tokred_key"
+# Draws without a generator are hashes of 32 bits.
+WORD = 0xFFFFFFFF
+SCRAMBLER = 0x45D9F3B  # odd, and below 2^31, so that no product overflows
+BLOCK_STEP = 0x9E3779B9  # 2^32 by the golden ratio: cells of different blocks get different numbers
 # An argument of attention that has a place for every token.
 PLACED = "ip_adapter_masks"
 
@@ -54,35 +59,12 @@ class Mark(NamedTuple):
         for module in model.modules():
             if type(module) is MergingBlock:
                 module.__class__ = BasicTransformerBlock  # type: ignore[assignment]
-            hooks = [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, TellBlocks)]
+                module.__dict__.pop("tokred_number", None)
+            hooks = [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Hook)]
             for key in hooks:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         delattr(model, MARK)
-
-
-class Draws:
-    """Where the places of the destinations are drawn from: a generator that was given, or one of our own per device."""
-
-    def __init__(self, given: torch.Generator | None) -> None:
-        self.given = given
-        self.own: dict[torch.device, torch.Generator] = {}
-
-    def generator(self, device: torch.device) -> torch.Generator | None:
-        """For a draw on `device`; None for torch's own, the one that compilers and CUDA graphs know how to replay."""
-        if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return self.given
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "tokred_kernels: a checkpoint around the whole model would draw other tokens when it computes it "
-                "again, and the gradients would be wrong; call the model's enable_gradient_checkpointing() instead, or "
-                "patch it with random=False"
-            )
-        if self.given is not None:
-            return self.given
-        if device not in self.own:
-            self.own[device] = torch.Generator(device).manual_seed(torch.initial_seed())
-        return self.own[device]
 
 
 class Settings(NamedTuple):
@@ -92,6 +74,7 @@ class Settings(NamedTuple):
     stride: tuple[int, int]
     random: bool
     parts: tuple[str, ...]
+    generator: torch.Generator | None = None
 
 
 class Run:
@@ -101,50 +84,114 @@ class Run:
     the first did, and need not match again.
     """
 
-    def __init__(self, grid: tuple[int, int], settings: Settings, draws: Draws) -> None:
+    def __init__(self, grid: tuple[int, int], settings: Settings, key: Tensor | None = None) -> None:
         self.grid = grid
         self.settings = settings
-        self.draws = draws
+        self.key = key
         self.maps: dict[nn.Module, TokenMap | None] = {}
 
-    def map_of(self, block: nn.Module, x: Tensor) -> TokenMap | None:
+    def map_of(self, block: Any, x: Tensor) -> TokenMap | None:
         """Where the tokens (B, N, C) that enter `block` go; None where all stay."""
-        if torch.compiler.is_compiling():  # it may not write to what outlives a checkpoint, and replays draws itself
-            return self._match(x)
+        if torch.compiler.is_compiling():  # it may not write to what outlives a checkpoint
+            return self._match(block, x)
         if block not in self.maps:
-            self.maps[block] = self._match(x)
+            self.maps[block] = self._match(block, x)
         return self.maps[block]
 
-    def _match(self, x: Tensor) -> TokenMap | None:
-        ratio, (down, across), random, _ = self.settings
+    def _match(self, block: Any, x: Tensor) -> TokenMap | None:
+        ratio, (down, across), random, _, generator = self.settings
         r = int(x.shape[1] * ratio)
         if r == 0 or down > self.grid[0] or across > self.grid[1]:
             return None
+        geometry = (*self.grid, down, across, 0)
+        drawn = None
         # An odd batch holds no pairs of an image with and without its prompt, which a draw would not treat alike.
-        random = random and x.shape[0] % 2 == 0
-        generator = self.draws.generator(x.device) if random else None
-        return grid_bipartite_match(x, r, grid=self.grid, stride=(down, across), random=random, generator=generator)
+        if random and x.shape[0] % 2 == 0:
+            if generator is not None:
+                drawn = _draw(geometry, x.device, generator)
+            elif self.key is not None:
+                drawn = places(self.key, block.tokred_number, geometry)
+        return match_cells(x, r, geometry, drawn)
 
 
-class TellBlocks:
-    """A forward pre-hook of a transformer: starts a `Run` and sends it to the blocks."""
+def _draw(geometry: tuple[int, int, int, int, int], device: torch.device, generator: torch.Generator) -> Tensor:
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "tokred_kernels: a checkpoint around the whole model would draw other tokens from the generator when it "
+            "computes the model again, and the gradients would be wrong; patch the model without generator=, or call "
+            "its enable_gradient_checkpointing() instead"
+        )
+    return draw_places(geometry, device, generator)
 
-    def __init__(self, transformer: Any, settings: Settings, draws: Draws) -> None:
+
+def key_of(timestep: Any, device: torch.device) -> Tensor:
+    """Return a number from 0 to 2^32 - 1 that the timestep, or the first of several, decides; int64, not read back."""
+    first = torch.as_tensor(0 if timestep is None else timestep, device=device).reshape(-1)[:1].sum()
+    return _scramble(first.float().view(torch.int32).long() & WORD)
+
+
+def places(key: Tensor, block: int, geometry: tuple[int, int, int, int, int]) -> Tensor:
+    """Return the place of each cell's destination in the cell, (cells,) int64, decided by the key and the block."""
+    height, width, down, across, _ = geometry
+    first, cells = block * BLOCK_STEP & WORD, (height // down) * (width // across)
+    return _scramble(torch.arange(first, first + cells, device=key.device) & WORD ^ key) % (down * across)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """Map numbers from 0 to 2^32 - 1 one to one to others of that range that look random."""
+    for _ in range(2):
+        x = (x >> 16 ^ x) * SCRAMBLER & WORD
+    return x >> 16 ^ x
+
+
+class Hook:
+    """A forward pre-hook that gives a module another CARRIER."""
+
+    def __init__(self, module: Any) -> None:
+        _, *names = inspect.signature(type(module).forward).parameters
+        self.places = {name: place for place, name in enumerate(names)}
+
+    def read(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument of that name; None if the call or the module has none."""
+        place = self.places.get(name, len(args))
+        return args[place] if place < len(args) else kwargs.get(name)
+
+    def replace(self, carried: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with `carried` as CARRIER."""
+        place = self.places[CARRIER]
+        if place < len(args):
+            return (*args[:place], carried, *args[place + 1 :]), kwargs
+        return args, {**kwargs, CARRIER: carried}
+
+
+class TellTransformers(Hook):
+    """A hook of a UNet: sends the key of the timestep to its transformers, which do not get the timestep."""
+
+    def __call__(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `Hook.replace`."""
+        key = key_of(self.read("timestep", args, kwargs), self.read("sample", args, kwargs).device)
+        return self.replace({**(self.read(CARRIER, args, kwargs) or {}), KEY: key}, args, kwargs)
+
+
+class TellBlocks(Hook):
+    """A hook of a transformer: starts a `Run` and sends it to the blocks. Without settings it only removes the key."""
+
+    def __init__(self, transformer: Any, settings: Settings | None) -> None:
+        super().__init__(transformer)
         self.patch = transformer.config.patch_size or 1
-        self.position = list(inspect.signature(type(transformer).forward).parameters).index(CARRIER) - 1
         self.settings = settings
-        self.draws = draws
 
-    def __call__(
-        self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the transformer's forward, with the run among those that it hands on."""
-        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
-        run = Run((height // self.patch, width // self.patch), self.settings, self.draws)
-        at = self.position
-        if len(args) > at:
-            return (*args[:at], {**(args[at] or {}), RUN: run}, *args[at + 1 :]), kwargs
-        return args, {**kwargs, CARRIER: {**(kwargs.get(CARRIER) or {}), RUN: run}}
+    def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `Hook.replace`."""
+        carried = dict(self.read(CARRIER, args, kwargs) or {})
+        key = carried.pop(KEY, None)
+        if self.settings is not None:
+            x = self.read("hidden_states", args, kwargs)
+            if key is None and self.settings.random and self.settings.generator is None:
+                key = key_of(self.read("timestep", args, kwargs), x.device)
+            grid = (x.shape[-2] // self.patch, x.shape[-1] // self.patch)
+            carried[RUN] = Run(grid, self.settings, key)
+        return self.replace(carried, args, kwargs)
 
 
 class Merged:
@@ -252,17 +299,18 @@ def apply(
             width, or finer. Where the model cuts the latent into patches, these are what counts as 1.
         stride: height and width of the cells that have one destination each. A block whose grid is smaller than one
             cell merges nothing.
-        random: True (default) draws the destination of each cell anew for every block and call, alike for the images of
-            a batch; an odd batch, which holds no pairs for classifier-free guidance, takes the top left ones, as
-            published. False always does. A checkpoint inside the model (enable_gradient_checkpointing) merges alike
-            when it computes a block again; one around the model is refused, unless random=False.
+        random: True (default) draws the destination of each cell for every block and timestep, the same for all images
+            of a batch. An odd batch, which holds no pairs for classifier-free guidance, takes the top left ones, as
+            published. False always does.
         merge_attn: merge for self attention (attn1).
         merge_crossattn: merge for cross attention (attn2), where there is one.
         merge_mlp: merge for the MLP (ff).
-        generator: for the draws. Default one of the patch's own for each device, seeded with torch.initial_seed() at
-            its first draw, so that torch's own draws stay what they are; under torch.compile and while a CUDA graph is
-            captured, torch's own. One that is given breaks torch.compile's graph at each draw, and must be registered
-            with a CUDA graph.
+        generator: for the draws. By default there is none: a hash of the timestep (of the first image) and of the
+            block's position decides, so a model gives the same output for the same input, the seed of a pipeline
+            decides the picture, and no random number of torch is used up. The published code continues one generator
+            from picture to picture. A generator that is given draws anew at every call. It breaks torch.compile's graph
+            at each draw, must be registered with a CUDA graph, and does not go with a checkpoint around the whole
+            model, which raises; enable_gradient_checkpointing works.
 
     Raises as `patch` says; also:
         ValueError: max_downsample below the finest that the model's blocks work at, or nothing to merge for.
@@ -282,11 +330,17 @@ def apply(
             "tokred_kernels.patch: merge_attn or merge_mlp must be True for a model without cross attention, got "
             "merge_crossattn=True alone"
         )
-    settings, draws = Settings(float(ratio), (stride[0], stride[1]), random, parts), Draws(generator)
-    for transformer in transformers:
-        transformer.register_forward_pre_hook(TellBlocks(transformer, settings, draws), with_kwargs=True)
-    for block in blocks:
+    settings = Settings(float(ratio), (stride[0], stride[1]), random, parts, generator)
+    keyed = random and generator is None and root not in transformers
+    if keyed:
+        root.register_forward_pre_hook(TellTransformers(root), with_kwargs=True)
+    for transformer, _ in downsampled(root):
+        own = settings if transformer in transformers else None
+        if keyed or own is not None:
+            transformer.register_forward_pre_hook(TellBlocks(transformer, own), with_kwargs=True)
+    for number, block in enumerate(blocks):
         block.__class__ = MergingBlock
+        block.tokred_number = number
     given = {"ratio": ratio, "max_downsample": max_downsample, "stride": stride, **switches}
     setattr(root, MARK, Mark(given if generator is None else {**given, "generator": generator}))
 

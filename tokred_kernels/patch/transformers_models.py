@@ -30,6 +30,7 @@ from tokred_kernels.patch.transformers_patched import (
     PatchedProbe,
     PatchedProbeEncoder,
     PatchedWrapper,
+    check_attention,
     classifier_forward,
     encoder_forward,
     grid_of,
@@ -59,6 +60,7 @@ def check(model: Any) -> None:
             f"tokred_kernels.patch: the {type(encoder).__name__} inside is already patched ({getattr(encoder, MARK)}); "
             "call tokred_kernels.unpatch on it first, then patch it anew"
         )
+    check_attention(encoder.config)
     family: Any = _family(type(model))
     layout = family.layout
     if not _is(encoder, family, layout.encoder):

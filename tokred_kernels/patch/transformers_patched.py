@@ -17,15 +17,36 @@ from torch import Tensor, nn
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import pool_sized
 from tokred_kernels.patch import MARK
-from tokred_kernels.patch.patched import RECORD, Patched, ReducingBlock, ReducingModel, count, weights
+from tokred_kernels.patch.patched import (
+    RECORD,
+    Patched,
+    ReducingBlock,
+    ReducingModel,
+    by_heads,
+    count,
+    refuse_proxy,
+    weights,
+)
 from tokred_kernels.patch.positions import of_all_tokens
-from tokred_kernels.patch.state import Record, State
+from tokred_kernels.patch.state import Record, State, whole
 from tokred_kernels.patch.transformers_families import Around, Family
 from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 # The keyword by which a Flow reaches the layers.
 FLOW = "tokred_flow"
+# How the names of transformers' own attention functions begin. Kernels of its hub have "/" in their names.
+ATTENTIONS = ("eager", "sdpa", "flash_attention", "flex_attention", "paged|")
+
+
+def check_attention(config: Any) -> None:
+    """Raise NotImplementedError if the model runs an attention function that a patched model would not call."""
+    name = config._attn_implementation
+    if not (name is None or name.startswith(ATTENTIONS) or "/" in name):
+        raise NotImplementedError(
+            f"tokred_kernels: a patched model never calls the attention function {name!r}; call "
+            'model.set_attn_implementation("sdpa") or, if nothing else will do, tokred_kernels.unpatch(model)'
+        )
 
 
 class Flow:
@@ -94,11 +115,11 @@ class PatchedAttention(OfFamily):
         """Attend, x (B, N, C).
 
         Returns:
-            The same shape; the keys (B, H, N, d) as queries meet them: a view, or rotated; and their importance, where
-            it was asked for.
+            The same shape; None, where hooks on transformers' own attention find weights; the keys (B, H, N, d) as
+            queries meet them: a view, or rotated; and their importance, where it was asked for.
         """
         layout, layers = self.family.layout, (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
+        q, k, v = (by_heads(layer(x), self.head_dim).transpose(1, 2) for layer in layers)
         if state.rope is not None:
             q, k = (_turned(part, state.rope.unsqueeze(1)).type_as(v) for part in (q, k))
         y, worth = attend(
@@ -111,7 +132,7 @@ class PatchedAttention(OfFamily):
             dropout=getattr(self, layout.dropout) if self.training else 0.0,
             fused=self.config._attn_implementation != "eager",
         )
-        return getattr(self, layout.out)(y.transpose(1, 2).flatten(-2)), k, worth
+        return getattr(self, layout.out)(y.transpose(1, 2).flatten(-2)), None, k, worth
 
 
 def _turned(x: Tensor, rope: Tensor) -> Tensor:
@@ -164,7 +185,9 @@ class PatchedLayer(OfFamily, ReducingBlock):
         """See `ReducingBlock`."""
         layout = self.family.layout
         attention = getattr(self, layout.attention)
-        return attention(self._part(layout.norms[0], x), state, proportional=proportional, importance=importance)
+        x = self._part(layout.norms[0], x)
+        y, _, keys, worth = attention(x, state, proportional=proportional, importance=importance)
+        return y, keys, worth
 
     def feed(self, x: Tensor) -> Tensor:
         """See `ReducingBlock`."""
@@ -234,7 +257,7 @@ class PatchedProbe(OfFamily):
         """(B, N', C) to (B, C), with scores plus a bias (B, 1, 1, N')."""
         if bias is None:
             return super().forward(hidden_state)  # type: ignore[misc]
-        probe = self.probe.repeat(len(hidden_state), 1, 1)
+        probe = self.probe.repeat(hidden_state.shape[0], 1, 1)  # len() would fix the batch in an exported program
         bias = bias.expand(-1, self.attention.num_heads, -1, -1).flatten(0, 1)
         x = self.attention(probe, hidden_state, hidden_state, attn_mask=bias, need_weights=False)[0]
         return (x + self.mlp(self.layernorm(x)))[:, 0]
@@ -263,6 +286,8 @@ def encoder_forward(original: type[nn.Module]) -> Any:
 
     @_by_name(original)
     def forward(self: Any, **kwargs: Any) -> Any:
+        refuse_proxy(*kwargs.values())
+        check_attention(self.config)
         attentions = kwargs.get("output_attentions")
         if getattr(self.config, "output_attentions", False) if attentions is None else attentions:
             raise NotImplementedError(
@@ -278,7 +303,7 @@ def encoder_forward(original: type[nn.Module]) -> Any:
         flow.model = self
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is not None:
-            flow.grid = grid_of(self.config, pixel_values.shape[-2:])
+            flow.grid = grid_of(self.config, [whole(side) for side in pixel_values.shape[-2:]])
         as_tuple = not _returns_dict(self, kwargs)
         outputs = original.forward(self, **kwargs, **{FLOW: flow}, return_dict=True)
         x = outputs.last_hidden_state

@@ -15,7 +15,12 @@ from torch import Tensor
 from tokred_kernels.dtypes import is_autocasting
 
 # torch.compiler.is_exporting needs torch 2.7. Before that every compiled call counts as an export.
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def is_exporting() -> bool:
+    """Return whether the call becomes part of a graph for other runtimes: torch.export, torch.jit.trace, ONNX."""
+    return _is_exporting() or torch.jit.is_tracing()
 
 
 def runs_on_gpu(tensor: Tensor) -> bool:

@@ -51,13 +51,12 @@ def dest_of_ranks(partner: Tensor, rank: Tensor, num_tokens: int, partition: Par
     j = torch.arange(num_dst, device=device)
     joins = rank < r
     by_rank = torch.where(i < lead, i, lead + rank.long() - r)
-    u = (~joins).cumsum(1) - 1 if partition.sources_by_index else by_rank
+    u = (~joins).long().cumsum(1) - 1 if partition.sources_by_index else by_rank
     unmerged_slot = first + torch.where(u < interleaved, 2 * u, u + interleaved)
     destination_slot = (first + torch.where(j < interleaved, 2 * j + 1, num_src - r + j)).expand(batch, -1)
     source_slot = torch.where(joins, destination_slot.gather(1, partner.long()), unmerged_slot)
 
     source, destination = tokens(partition, batch, device)
-    dest = torch.full((batch, num_tokens), -1, dtype=torch.int64, device=device)
-    if first:
-        dest[:, :first] = torch.arange(first, device=device)
+    leading = torch.arange(first, device=device).expand(batch, -1)
+    dest = torch.cat([leading, leading.new_full((batch, num_tokens - first), -1)], 1)
     return dest.scatter(1, destination, destination_slot).scatter(1, source, source_slot).int()

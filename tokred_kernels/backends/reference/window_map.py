@@ -40,7 +40,7 @@ def window_dest(score: Tensor, windows: Windows, r: Tensor | int) -> Tensor:
     rank = ranks(score)
     of_token = rank[:, window.clamp(min=0)] if windows.number() else rank.new_zeros(batch, window.numel())
     merged = (window >= 0) & (of_token < r)
-    others = (~merged).cumsum(1) - 1
+    others = (~merged).long().cumsum(1) - 1
     slot = first + torch.where(merged, of_token, r + others)
     leading = torch.arange(first, device=device).expand(batch, -1)
     return torch.cat([leading, slot], 1).int()
