@@ -12,7 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import bipartite_match as reference
 from tokred_kernels.checks import check_count, check_metric, prefix_length
 from tokred_kernels.ops.library import register
-from tokred_kernels.partition import SCHEMA, Partition, every_other
+from tokred_kernels.partition import METRIC_RULE, RULES, SCHEMA, Partition, every_other
 from tokred_kernels.token_map import TokenMap
 
 
@@ -100,5 +100,6 @@ _match = register(
     f"bipartite_match(Tensor metric, Tensor? sources, Tensor? destinations, {SCHEMA}, str backend) "
     "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
+    {"metric": METRIC_RULE, **RULES},
     _implementation,
 )

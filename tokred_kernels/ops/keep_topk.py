@@ -90,4 +90,5 @@ _keep_topk = register(
     "keep_topk(Tensor scores, SymInt k, SymInt first, bool fuse, str backend) "
     "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
+    {"scores": "float32 (B, N); B * N <= ROWS", "first": "0 <= first <= N", "k": "0 <= k <= N - first"},
 )

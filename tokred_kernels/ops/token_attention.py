@@ -21,6 +21,20 @@ from tokred_kernels.packing import Packing, check_packing
 OP = "token_attention"
 WIDEST = {"triton": 128, "cuda": 256}  # head widths that fit their tiles
 IMPORTANCES = ("class", "mean", "last")
+IMPORTANCE_RULE = "importance in ('', 'class', 'mean', 'last')"
+ATTENTION_RULES = {
+    **dict.fromkeys(("q", "k", "v"), "float (B, H, N, D)"),
+    **dict.fromkeys(("bias", "policy"), "sums (B, N)"),
+    "longest": "longest >= 0",
+    "importance": IMPORTANCE_RULE,
+    "backend": "D <= {'triton': 128}.get(backend, D)",
+}
+PACKED_RULES = {
+    **dict.fromkeys(("q", "k", "v"), "float (T, H, D)"),
+    **dict.fromkeys(("bias", "policy"), "sums (T,)"),
+    "starts": "int32 (S,); starts_of(starts, T, longest)",
+    "longest": "0 <= longest <= T or S == 1",
+}
 
 
 def token_attention(
@@ -270,6 +284,9 @@ _token_attention = register(
     "token_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? policy, Tensor? starts, SymInt longest, "
     "float scale, str importance, str backend) -> (Tensor out, Tensor row_max, Tensor row_sum, Tensor importance)",
     _fake,
+    ATTENTION_RULES,
+    packed=PACKED_RULES,
+    by="starts",
 )
 _token_attention_backward = register(
     "token_attention_backward(Tensor grad_out, Tensor? grad_importance, Tensor q, Tensor k, Tensor v, Tensor? bias, "
@@ -277,4 +294,22 @@ _token_attention_backward = register(
     "str importance, bool need_bias, bool need_policy, str backend) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_policy)",
     _backward_fake,
+    {
+        "grad_out": "float (B, N, H, D)",
+        "grad_importance": "sums (B, N)",
+        **ATTENTION_RULES,
+        "out": "dense (B, N, H, D)",
+        **dict.fromkeys(("row_max", "row_sum"), "sums (B, N, H)"),
+        "importance": IMPORTANCE_RULE + " and (importance != '' or grad_importance is None)",
+        "need_bias": "not need_bias or bias is not None",
+        "need_policy": "not need_policy or policy is not None",
+    },
+    packed={
+        "grad_out": "float (T, H, D)",
+        "grad_importance": "sums (T,)",
+        **PACKED_RULES,
+        "out": "dense (T, H, D)",
+        **dict.fromkeys(("row_max", "row_sum"), "sums (T, H)"),
+    },
+    by="starts",
 )
