@@ -49,7 +49,7 @@ def bipartite_match(
     O(N^2 D) operations and O(N) memory in the kernels.
     """
     check_metric("bipartite_match", metric)
-    check_count("bipartite_match", "r", r)
+    r = check_count("bipartite_match", "r", r)
     prefix = prefix_length("bipartite_match", num_prefix, class_token, distill_token)
     return match(metric, every_other(metric.shape[-2], r, prefix, class_token, distill_token))
 

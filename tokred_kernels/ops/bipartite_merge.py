@@ -60,7 +60,7 @@ def bipartite_merge(
     """
     op = "bipartite_merge"
     check_tokens(op, "x", x)
-    check_count(op, "r", r)
+    r = check_count(op, "r", r)
     if metric is None:
         metric = x
     else:

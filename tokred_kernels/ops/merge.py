@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
-from tokred_kernels.checks import check_floating, check_same_device, check_tokens, is_per_row, shape
+from tokred_kernels.checks import check_choice, check_floating, check_same_device, check_tokens, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import is_differentiated, once, register
 from tokred_kernels.token_map import TokenMap
@@ -45,8 +45,7 @@ def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tenso
     One pass: reads `x` once and writes the result once.
     """
     check_against_map("merge", x, token_map)
-    if reduce not in REDUCES:
-        raise ValueError(f"tokred_kernels.merge: reduce must be one of {', '.join(REDUCES)}, got {reduce!r}")
+    check_choice("merge", "reduce", reduce, REDUCES)
     if weight is not None:
         if reduce == "amax":
             raise ValueError('tokred_kernels.merge: weight must be None with reduce="amax": a maximum has no weights')

@@ -13,7 +13,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.backends.torch_attention import torchs_attention
-from tokred_kernels.checks import check_floating, check_real, check_same_device, is_per_row, shape
+from tokred_kernels.checks import check_choice, check_floating, check_real, check_same_device, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
 from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.packing import Packing, check_packing
@@ -73,9 +73,11 @@ def token_attention(
     torch's own scaled_dot_product_attention does the work; but on CPUs neither of bfloat16 with AMX, nor, in eager
     calls, of float32 with sizes and AVX-512 from some hundred tokens on, where this is faster.
 
+    NaN in q, k or v gives NaN out, except in torch's own attention on a CPU: there a query that holds NaN gives 0.
+
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: wrong shapes, an unknown `importance`, tensors on several devices, sizes that are not above 0, or a
+        ValueError: wrong shapes, a scale that is not finite, an unknown `importance`, tensors on several devices, sizes that are not above 0, or a
             policy outside [0, 1]. What these hold is looked at on the CPU alone: a GPU would have to be waited for.
         RuntimeError: the backend asked for cannot serve the call.
     """
@@ -85,9 +87,8 @@ def token_attention(
     if packed is not None:
         packed = check_packing(OP, packed)
     rows = _check(q, k, v, packed)
-    if importance is not None and importance not in IMPORTANCES:
-        names = ", ".join(map(repr, IMPORTANCES))
-        raise ValueError(f"tokred_kernels.{OP}: importance must be None or one of {names}, got {importance!r}")
+    if importance is not None:
+        check_choice(OP, "importance", importance, IMPORTANCES)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     scale = check_real(OP, "scale", scale)
