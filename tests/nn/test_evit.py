@@ -157,7 +157,7 @@ def test_the_rate_at_warmup_middle_and_end():
         ({"base": 0.0}, "must be 0 < base <= highest <= 1, got 0.0 and 1.0"),
         ({"base": 0.9, "highest": 0.8}, "got 0.9 and 0.8"),
         ({"highest": 1.1}, "got 0.7 and 1.1"),
-        ({"base": math.nan}, "got nan and 1.0"),
+        ({"base": math.nan}, "base must be a number, got NaN"),
         ({"warmup": 10}, "warmup must be from 0 to below total, got 10 and 10"),
         ({"warmup": -1}, "got -1 and 10"),
     ],

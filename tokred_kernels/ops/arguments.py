@@ -112,7 +112,7 @@ class _Rules:
         if value.device != first.device:
             raise ValueError(f"tokred_kernels.{self.op}: {name} must be on {first.device}, got {value.device}")
         if kind == "sums":
-            wanted = torch.float64 if floats is torch.float64 else torch.float32
+            wanted: torch.dtype | None = torch.float64 if floats is torch.float64 else torch.float32
         else:
             wanted = _FIXED.get(kind) or floats
         if value.dtype != wanted or (kind == "float" and wanted not in FLOATING):
@@ -135,7 +135,7 @@ class _Rules:
         )
 
     def _evaluate(self, expression: Any, values: dict[str, Any]) -> Any:
-        return eval(expression, _FUNCTIONS, values)  # noqa: S307  (rules are constants of this package)
+        return eval(expression, _FUNCTIONS, values)
 
 
 def _sizes(text: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def nobody_listens(*tensors: Any, but_the_profiler: bool = False) -> bool:
     )
 
 
-def with_memory(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def with_memory(*tensors: Any) -> tuple[torch.Tensor, ...]:
     """The tensors for a kernel that is called past the dispatcher: negated views and zero tensors written out."""
     for tensor in tensors:
         if type(tensor) not in _PLAIN:

@@ -14,7 +14,15 @@ from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
-from tokred_kernels.ops.library import anchor_of, distinct, is_differentiated, nobody_listens, once, register, with_memory
+from tokred_kernels.ops.library import (
+    anchor_of,
+    distinct,
+    is_differentiated,
+    nobody_listens,
+    once,
+    register,
+    with_memory,
+)
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"

@@ -14,7 +14,14 @@ from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import distinct, is_differentiated, once, register
-from tokred_kernels.ops.lookup_gather import LOOKUP_RULES, TAKES_OVER, carried, default_scale, heads_first, lookup_inputs
+from tokred_kernels.ops.lookup_gather import (
+    LOOKUP_RULES,
+    TAKES_OVER,
+    carried,
+    default_scale,
+    heads_first,
+    lookup_inputs,
+)
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"

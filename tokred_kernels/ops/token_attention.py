@@ -77,8 +77,9 @@ def token_attention(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: wrong shapes, a scale that is not finite, an unknown `importance`, tensors on several devices, sizes that are not above 0, or a
-            policy outside [0, 1]. What these hold is looked at on the CPU alone: a GPU would have to be waited for.
+        ValueError: wrong shapes, a scale that is not finite, an unknown `importance`, tensors on several devices, sizes
+            that are not above 0, or a policy outside [0, 1]. Their entries are checked on the CPU only:
+            a GPU would have to be waited for.
         RuntimeError: the backend asked for cannot serve the call.
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
