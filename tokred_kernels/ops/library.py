@@ -43,9 +43,12 @@ def nobody_listens(*tensors: Any, but_the_profiler: bool = False) -> bool:
     """
     if not _CAN_SKIP or is_compiling():
         return False
+    last = None
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
-            return False
+        if tensor is not last and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
+            if tensor is not None:
+                return False
+        last = tensor
     return (
         _dispatch_modes() == 0
         and _transform_level() is None
@@ -101,18 +104,18 @@ def register(
     tensors_of: Any = itemgetter(slice(len(places)) if leading else places[0], *([] if leading else places[1:]))
 
     def call(*arguments: Any) -> Any:
-        alone = not is_compiling() and nobody_listens(*tensors_of(arguments))
-        return (direct if alone else overload)(*arguments)
+        if is_compiling() or not nobody_listens(*tensors_of(arguments)):
+            return overload(*arguments)
+        return direct(*arguments)
 
     # Gradients may come in batches, and either of two may; ops of whole numbers get none, and need not ask.
-    def call_floats(first: torch.Tensor, second: Any, *others: Any) -> Any:
-        arguments = first, second, *others
-        alone = (
-            not is_compiling()
-            and nobody_listens(*tensors_of(arguments))
-            and not (_is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second)))
-        )
-        return (direct if alone else overload)(*arguments)
+    def call_floats(*arguments: Any) -> Any:
+        if is_compiling() or not nobody_listens(*tensors_of(arguments)):
+            return overload(*arguments)
+        first, second = arguments[:2]
+        if _is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second)):
+            return overload(*arguments)
+        return direct(*arguments)
 
     return call if name in backends.MAP_OPS else call_floats
 

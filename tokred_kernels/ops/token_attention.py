@@ -73,7 +73,7 @@ def token_attention(
     torch's own scaled_dot_product_attention does the work; but on CPUs neither of bfloat16 with AMX, nor, in eager
     calls, of float32 with sizes and AVX-512 from some hundred tokens on, where this is faster.
 
-    NaN in q, k or v gives NaN out, except in torch's own attention on a CPU: there a query that holds NaN gives 0.
+    NaN in q, k or v gives NaN out, except in torch's own attention on a CPU: there a query that holds NaN can give 0.
 
     Raises:
         TypeError: a wrong type or dtype.
