@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LARGEST = 2**63 - 1  # what an int64 holds
 MAX_ROWS = 2**31 - 2**12  # rows are numbered in int32, and a kernel's last block may number some that are not there
+
+WIDEST = 2**20  # the largest embedding dimension that a module is made for; weights grow with its square
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
@@ -27,8 +33,9 @@ def check_floating(op: str, name: str, value: Any) -> None:
             f"tokred_kernels.{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}; "
             "cast it first"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"tokred_kernels.{op}: {name} must be a dense (strided) tensor, got {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a dense (strided) tensor, got {layout}")
 
 
 def check_tokens(op: str, name: str, value: Any, packed: bool = False) -> None:
@@ -64,19 +71,68 @@ def has_too_many(rows: int | torch.SymInt) -> bool:
     return bool(rows > MAX_ROWS)
 
 
-def check_count(op: str, name: str, value: Any, least: int = 0) -> None:
-    """Raise unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
-        raise TypeError(f"tokred_kernels.{op}: {name} must be an int, got {type(value).__name__} ({value!r})")
+def check_count(op: str, name: str, value: Any, least: int = 0, most: int = LARGEST) -> int:
+    """Return the integer `value` as an int (or SymInt); raise unless it is one from `least` to `most`."""
+    if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+            raise TypeError(f"tokred_kernels.{op}: {name} must be an int, got {_typed(value)}")
+        if not isinstance(value, torch.SymInt):
+            value = int(value)  # NumPy's integers overflow in sums
     if value < least:
-        raise ValueError(f"tokred_kernels.{op}: {name} must be at least {least}, got {value}")
+        raise ValueError(f"tokred_kernels.{op}: {name} must be at least {least}, got {_shown(value)}")
+    if type(value) is int and not is_compiling() and value > most:  # else the limit would become a guard
+        raise ValueError(f"tokred_kernels.{op}: {name} must be at most {most}, got {_shown(value)}")
+    return value
 
 
-def check_real(op: str, name: str, value: Any) -> float:
-    """The number as a float; raise TypeError unless it is one: a tensor would lose its gradient."""
+def check_flag(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if type(value) is not bool:
+        raise TypeError(f"tokred_kernels.{op}: {name} must be True or False, got {_shown(value)}")
+
+
+def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless `value` is one of the strings `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"tokred_kernels.{op}: {name} must be one of {', '.join(choices)}, got {_shown(value)}")
+
+
+def check_real(op: str, name: str, value: Any, *, infinite: bool = False, above: float | None = None) -> float:
+    """Return the number as a float; raise unless it is one (a tensor would lose its gradient), and no NaN.
+
+    It must be finite unless `infinite`, and greater than `above`.
+    """
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"tokred_kernels.{op}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a number, got {_typed(value)}")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"tokred_kernels.{op}: {name} must fit a float, got {_shown(value)}") from error
+    wanted = "a number" if infinite else "finite" if above is None else f"above {above}, and finite"
+    if math.isnan(number) or (not infinite and math.isinf(number)) or (above is not None and number <= above):
+        got = "NaN" if math.isnan(number) else value
+        raise ValueError(f"tokred_kernels.{op}: {name} must be {wanted}, got {got}")
+    return number
+
+
+def check_generator(op: str, generator: Any) -> None:
+    """Raise TypeError unless `generator` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"tokred_kernels.{op}: generator must be a torch.Generator, got {_typed(generator)}")
+
+
+def _typed(value: Any) -> str:
+    """The type of a value, and the value if it is short, for a message."""
+    kind = type(value).__name__
+    return kind if isinstance(value, Tensor) else f"{kind} ({_shown(value)})"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut short: Python does not print integers of thousands of digits."""
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        return f"an int of {int(value).bit_length()} bits"
+    return type(value).__name__ if isinstance(value, Tensor) else repr(value)[:80]
 
 
 def check_same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -89,10 +145,18 @@ def check_same_device(op: str, name: str, value: Tensor, other_name: str, other:
 
 
 def prefix_length(op: str, num_prefix: int | None, class_token: bool, distill_token: bool) -> int | None:
-    """The number of protected leading tokens where `num_prefix` says it, None where ToMe's two flags do."""
+    """Return the number of protected leading tokens if `num_prefix` gives it, None if ToMe's two flags do.
+
+    Raises:
+        TypeError: a flag is no bool, or `num_prefix` no int.
+        ValueError: `num_prefix` is negative, or given together with a flag.
+    """
+    if type(class_token) is not bool or type(distill_token) is not bool:
+        check_flag(op, "class_token", class_token)
+        check_flag(op, "distill_token", distill_token)
     if num_prefix is None:
         return None
-    check_count(op, "num_prefix", num_prefix)
+    num_prefix = check_count(op, "num_prefix", num_prefix)
     if class_token or distill_token:
         raise ValueError(
             f"tokred_kernels.{op}: give num_prefix or class_token/distill_token, not both, "

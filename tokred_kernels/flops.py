@@ -72,6 +72,7 @@ def count(
         NotImplementedError: a model of other parts.
         ImportError: the model's library is too old for patches.
     """
+    _check_module("count", model)
     anatomy = made_of(model)
     pixels = image_size(model) if img_size is None else _pixels(img_size)
     return _count(model, anatomy, pixels, tokens)
@@ -79,14 +80,21 @@ def count(
 
 def image_size(model: Any) -> tuple[int, int]:
     """Height and width of the images that a model, which `count` takes, was made for."""
+    _check_module("image_size", model)
     return _costs(model).made_for(model)
 
 
 def made_of(model: Any) -> Any:
     """The blocks and other parts of a vision transformer, `patch.models.Anatomy`, patched or not; raises as `count`."""
+    _check_module("made_of", model)
     from tokred_kernels.patch import MARK, models  # noqa: PLC0415  (the patches count by this module)
 
     return models.anatomy(model) if hasattr(model, MARK) and models.library(model) else models.examine(model)
+
+
+def _check_module(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tokred_kernels.flops.{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def counter(**settings: Any) -> FlopCounterMode:
@@ -158,9 +166,8 @@ def _pixels(img_size: int | tuple[int, int]) -> tuple[int, int]:
     size = (img_size, img_size) if not isinstance(img_size, (tuple, list)) else tuple(img_size)
     if len(size) != 2:
         raise ValueError(f"tokred_kernels.flops.count: img_size must be one number or (height, width), got {img_size}")
-    for length in size:
-        check_count("flops.count", "img_size", length, least=1)
-    return size
+    height, width = size
+    return check_count("flops.count", "img_size", height, 1), check_count("flops.count", "img_size", width, 1)
 
 
 def _costs(model: Any) -> Any:
@@ -195,6 +202,9 @@ def _tokens(
     """Of each image, or of one for all: of each block, how many tokens attend in it, and how many leave it."""
     depth = len(anatomy.blocks)
     if given is not None:
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(f"tokred_kernels.flops.count: tokens must be a list of ints, got {type(given).__name__}")
+        given = [check_count("flops.count", "tokens", number) for number in given]
         if len(given) != depth:
             raise ValueError(
                 f"tokred_kernels.flops.count: tokens must have one number for each of {depth} blocks, got {len(given)}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred_kernels.checks import shape
+from tokred_kernels.checks import MAX_ROWS, check_count, shape
 from tokred_kernels.ops.library import nobody_listens
 
 
@@ -26,7 +26,13 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> Packing:
-        """The packing of images of these lengths."""
+        """The packing of images of these lengths.
+
+        Raises:
+            TypeError: `lengths` is no tuple of ints, or `device` names none.
+            ValueError: a negative length, or too many rows in all.
+        """
+        check_lengths("Packing.of", "lengths", lengths)
         starts = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         return cls(starts.to(device), lengths)
 
@@ -40,6 +46,18 @@ class Packing(NamedTuple):
         return Packing(self.cu_seqlens.to(device, non_blocking=non_blocking), self.lengths)
 
 
+def check_lengths(op: str, name: str, lengths: Any) -> None:
+    """Raise unless `lengths` is a tuple of row counts, at most `MAX_ROWS` in all."""
+    if not isinstance(lengths, tuple):
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a tuple of ints, got {type(lengths).__name__}")
+    if all(type(length) is int for length in lengths) and min(lengths, default=0) >= 0:
+        total = sum(lengths)
+    else:
+        total = sum(check_count(op, name, length) for length in lengths)
+    if total > MAX_ROWS:
+        raise ValueError(f"tokred_kernels.{op}: {name} must have a sum of at most {MAX_ROWS}")
+
+
 def check_packing(op: str, packed: Any) -> Packing:
     """`packed` with a contiguous tensor; raise unless it is a Packing whose tensor a kernel may follow.
 
@@ -51,8 +69,9 @@ def check_packing(op: str, packed: Any) -> Packing:
     if not isinstance(starts, Tensor) or starts.dtype != torch.int32:
         got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
         raise TypeError(f"tokred_kernels.{op}: packed.cu_seqlens must be an int32 tensor, got {got}")
-    if not isinstance(lengths, tuple):
-        raise TypeError(f"tokred_kernels.{op}: packed.lengths must be a tuple of ints, got {type(lengths).__name__}")
+    check_lengths(op, "packed.lengths", lengths)
+    if starts.layout is not torch.strided or starts.is_nested:
+        raise TypeError(f"tokred_kernels.{op}: packed.cu_seqlens must be a dense (strided) tensor")
     if starts.shape != (len(lengths) + 1,):
         raise ValueError(
             f"tokred_kernels.{op}: packed.cu_seqlens must be ({len(lengths) + 1},), one more than packed.lengths has, "
@@ -60,7 +79,7 @@ def check_packing(op: str, packed: Any) -> Packing:
         )
     if starts.is_cpu and nobody_listens(starts):
         told = starts.tolist()
-        if told != list(accumulate(lengths, initial=0)) or min(lengths, default=0) < 0:
+        if told != list(accumulate(lengths, initial=0)):
             raise ValueError(
                 f"tokred_kernels.{op}: packed.cu_seqlens must be where images of packed.lengths = {lengths} start and "
                 f"end, got {told}"

@@ -49,6 +49,27 @@ SCHEMA = (
     "SymInt first, SymInt stride, SymInt num_src, SymInt num_dst, SymInt protected_src, SymInt protected_dst, "
     "bool sources_by_index, SymInt r"
 )
+METRIC_RULE = "float (B, N, D) or (B, H, N, D); B * N <= ROWS and 0 not in metric.shape[1:-2]"
+# What they must be for images of N tokens; see `ops.arguments`.
+RULES = {
+    "sources": "int32 (B, num_src); entries(sources, 0, N)",
+    "destinations": "int32 (B, num_dst); entries(destinations, 0, N)",
+    "first": "0 <= first <= N",
+    "stride": "1 <= stride <= ROWS and (sources is None) == (destinations is None)",
+    "num_src": "num_src >= 0 and first + (num_src + num_dst if stride == 1 or sources is not None"
+    " else max(num_src + (num_src - 1) // (stride - 1), 0)) <= N",
+    "num_dst": "num_dst >= 0 and (sources is not None or stride == 1 or first + num_dst * stride <= N)",
+    "protected_src": "0 <= protected_src <= num_src",
+    "protected_dst": "0 <= protected_dst <= num_dst",
+    "r": "0 <= r <= num_src - protected_src and (r == 0 or protected_dst < num_dst)",
+}
+NO_LISTS = {"sources": "None", "destinations": "None"}  # for an op without these arguments
+# The same for packed images, the longest of which has N tokens: even and odd tokens, each image by itself.
+PACKED_RULES = {
+    "stride": "stride == 2 and first == 0 and sources is None and destinations is None",
+    "num_src": "0 <= num_src - num_dst <= 1",
+    "N": "num_src + num_dst",
+}
 
 
 def every_other(tokens: int, r: int, prefix: int | None, class_token: bool, distill_token: bool) -> Partition | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from tokred_kernels.checks import check_count
+from tokred_kernels.checks import check_count, check_flag
 from tokred_kernels.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -58,8 +58,12 @@ def draw_tokens(
     pixels = _pixels(image)
     if not isinstance(token_map, TokenMap):
         raise TypeError(f"tokred_kernels.viz: token_map must be a TokenMap, got {type(token_map).__name__}")
-    check_count("viz.draw_tokens", "num_prefix", num_prefix)
-    check_count("viz.draw_tokens", "image_index", image_index)
+    num_prefix = check_count("viz.draw_tokens", "num_prefix", num_prefix)
+    image_index = check_count("viz.draw_tokens", "image_index", image_index)
+    check_flag("viz.draw_tokens", "outline", outline)
+    _check_color("dropped", dropped)
+    if color is not None:
+        _check_color("color", color)
     if image_index >= token_map.batch:
         raise ValueError(f"tokred_kernels.viz: image_index must be under {token_map.batch}, got {image_index}")
     token_map = token_map.image(image_index)
@@ -79,6 +83,13 @@ def draw_tokens(
         edge = _edges(group, thickness)
         picture[edge] = _contrast(picture[edge]) if color is None else color
     return _pillow().fromarray(picture.round().clip(0, 255).astype(np.uint8))
+
+
+def _check_color(name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise TypeError(f"tokred_kernels.viz.draw_tokens: {name} must be three ints (red, green, blue), got {value!r}")
+    for part in value:
+        check_count("viz.draw_tokens", name, part, most=255)
 
 
 def _pillow() -> Any:

@@ -41,3 +41,11 @@ class Windows(NamedTuple):
 
 # The windows among the arguments of a registered op.
 SCHEMA = "SymInt first, SymInt grid_height, SymInt grid_width, SymInt height, SymInt width"
+# What they must be; see `ops.arguments`.
+RULES = {
+    "first": "first >= 0",
+    "grid_height": "grid_height >= 0",
+    "grid_width": "grid_width >= 0 and N == first + grid_height * grid_width <= ROWS",
+    "height": "1 <= height <= max(grid_height, 1)",
+    "width": "1 <= width <= max(grid_width, 1)",
+}

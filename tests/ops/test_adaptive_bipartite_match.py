@@ -296,7 +296,7 @@ def match(metric, **settings):
         ),
         (lambda m: match(m, layer_index=0), ValueError, "layer_index must be above 0, and finite, got 0"),
         (lambda m: match(m, layer_index=-1), ValueError, "layer_index must be above 0, and finite, got -1"),
-        (lambda m: match(m, layer_index=math.nan), ValueError, "layer_index must be above 0, and finite, got nan"),
+        (lambda m: match(m, layer_index=math.nan), ValueError, "layer_index must be above 0, and finite, got NaN"),
         (lambda m: match(m, layer_index=math.inf), ValueError, "layer_index must be above 0, and finite, got inf"),
         (lambda m: match(m, layer_index="1"), TypeError, "layer_index must be a number, got str"),
         (lambda m: match(m, layer_index=True), TypeError, "layer_index must be a number, got bool"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.checks import check_count
+from tokred_kernels.checks import MAX_ROWS, check_count, check_flag
 
 
 class CompressionRate(nn.Module):
@@ -31,10 +31,11 @@ class CompressionRate(nn.Module):
         self, patch_number: int, granularity: int = 1, class_token: bool = True, num_prefix: int | None = None
     ) -> None:
         super().__init__()
-        check_count("nn.CompressionRate", "patch_number", patch_number, least=1)
-        check_count("nn.CompressionRate", "granularity", granularity, least=1)
+        patch_number = check_count("nn.CompressionRate", "patch_number", patch_number, least=1, most=MAX_ROWS)
+        granularity = check_count("nn.CompressionRate", "granularity", granularity, least=1)
+        check_flag("nn.CompressionRate", "class_token", class_token)
         if num_prefix is not None:
-            check_count("nn.CompressionRate", "num_prefix", num_prefix)
+            num_prefix = check_count("nn.CompressionRate", "num_prefix", num_prefix)
         self.patch_number = patch_number
         self.granularity = granularity
         self.prefix = int(class_token) if num_prefix is None else num_prefix

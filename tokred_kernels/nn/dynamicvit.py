@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import check_count, is_per_row, shape
+from tokred_kernels.checks import WIDEST, check_count, is_per_row, shape
 
 KEEP = 0  # of the predictor's two classes
 INIT_STD = 0.02  # as published
@@ -26,7 +26,7 @@ class TokenPredictor(nn.Module):
 
     def __init__(self, embed_dim: int = 384) -> None:
         super().__init__()
-        check_count("nn.TokenPredictor", "embed_dim", embed_dim, least=4)
+        embed_dim = check_count("nn.TokenPredictor", "embed_dim", embed_dim, least=4, most=WIDEST)
         if embed_dim % 4:
             raise ValueError(f"tokred_kernels.nn.TokenPredictor: embed_dim must be a multiple of 4, got {embed_dim}")
         self.in_conv = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim), nn.GELU())

@@ -7,6 +7,7 @@ import math
 
 from torch import Tensor
 
+from tokred_kernels.checks import check_real
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.token_map import TokenMap
@@ -50,6 +51,8 @@ def cosine_keep_rate(step: int, *, warmup: int, total: int, base: float, highest
     Raises:
         ValueError: rates that are not 0 < base <= highest <= 1, a negative `step`, or `warmup` above `total`.
     """
+    for name, value in {"step": step, "warmup": warmup, "total": total, "base": base, "highest": highest}.items():
+        check_real("nn.cosine_keep_rate", name, value, infinite=True)
     if not 0 < base <= highest <= 1:
         raise ValueError(
             "tokred_kernels.nn.cosine_keep_rate: base and highest must be 0 < base <= highest <= 1, "

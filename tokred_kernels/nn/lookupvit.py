@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import check_count, check_floating, shape
+from tokred_kernels.checks import MAX_ROWS, WIDEST, check_count, check_flag, check_floating, shape
 from tokred_kernels.nn.lookupvit_block import (
     NORM_EPS,
     LookupViTBlock,
     check_above_zero,
+    check_block,
     check_heads,
     check_probabilities,
 )
@@ -110,12 +111,14 @@ class LookupViT(nn.Module):
         dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
-        check_count(OP, "in_chans", in_chans, least=1)
-        check_count(OP, "num_classes", num_classes)
-        check_count(OP, "depth", depth, least=1)
+        in_chans = check_count(OP, "in_chans", in_chans, least=1, most=WIDEST)
+        num_classes = check_count(OP, "num_classes", num_classes, most=MAX_ROWS)
+        depth = check_count(OP, "depth", depth, least=1, most=WIDEST)
         check_heads(OP, "embed_dim", embed_dim, num_heads)
         check_above_zero(OP, mlp_ratio=mlp_ratio, lookup_ratio=lookup_ratio)
         check_probabilities(OP, drop_path_rate=drop_path_rate, proj_drop=proj_drop, attn_drop=attn_drop)
+        check_flag(OP, "dynamic_img_size", dynamic_img_size)
+        check_block(OP, qkv_bias, scatter_proj, init_values, norm_eps)
         rank = next((len(size) for size in (img_size, patch_size) if isinstance(size, (tuple, list))), 2)
         if rank not in CONVOLUTIONS:
             raise ValueError(f"tokred_kernels.{OP}: img_size must have 2 or 3 dimensions, got {img_size}")
@@ -303,6 +306,4 @@ def _sizes(name: str, value: Any, rank: int) -> tuple[int, ...]:
     sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
     if len(sizes) != rank:
         raise ValueError(f"tokred_kernels.{OP}: {name} must have {rank} numbers, or be one, got {value}")
-    for size in sizes:
-        check_count(OP, name, size, least=1)
-    return sizes
+    return tuple(check_count(OP, name, size, least=1, most=MAX_ROWS) for size in sizes)

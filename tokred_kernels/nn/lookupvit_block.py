@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.checks import check_count, shape
+from tokred_kernels.checks import WIDEST, check_count, check_flag, check_real, shape
 from tokred_kernels.nn.attention import attend
 from tokred_kernels.ops.lookup_gather import lookup_gather
 from tokred_kernels.ops.lookup_scatter import lookup_scatter
@@ -69,6 +69,7 @@ class LookupViTBlock(nn.Module):
         check_heads(OP, "dim", dim, num_heads)
         check_above_zero(OP, mlp_ratio=mlp_ratio, lookup_ratio=lookup_ratio)
         check_probabilities(OP, drop_path=drop_path, proj_drop=proj_drop, attn_drop=attn_drop)
+        check_block(OP, qkv_bias, scatter_proj, init_values, norm_eps)
 
         def norm() -> nn.LayerNorm:
             return nn.LayerNorm(dim, eps=norm_eps)
@@ -231,23 +232,33 @@ class DropPath(nn.Module):
 
 def check_heads(op: str, name: str, dim: Any, num_heads: Any) -> None:
     """Raise unless both are counts, and one divides the other."""
-    check_count(op, name, dim, least=1)
+    check_count(op, name, dim, least=1, most=WIDEST)
     check_count(op, "num_heads", num_heads, least=1)
     if dim % num_heads:
         raise ValueError(f"tokred_kernels.{op}: num_heads must divide {name} = {dim}, got {num_heads}")
 
 
 def check_above_zero(op: str, **values: Any) -> None:
-    """Raise ValueError unless each value is above 0."""
+    """Raise unless each value is a finite number above 0, and at most `WIDEST`, as it is a factor of a width."""
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"tokred_kernels.{op}: {name} must be above 0, got {value}")
+        if not 0 < check_real(op, name, value) <= WIDEST:
+            raise ValueError(f"tokred_kernels.{op}: {name} must be above 0 and at most {WIDEST}, got {value}")
+
+
+def check_block(op: str, qkv_bias: Any, scatter_proj: Any, init_values: Any, norm_eps: Any) -> None:
+    """Raise unless the flags are bools, and the first scale and eps finite numbers."""
+    check_flag(op, "qkv_bias", qkv_bias)
+    check_flag(op, "scatter_proj", scatter_proj)
+    if init_values is not None:
+        check_real(op, "init_values", init_values)
+    if check_real(op, "norm_eps", norm_eps) < 0:
+        raise ValueError(f"tokred_kernels.{op}: norm_eps must be at least 0, got {norm_eps}")
 
 
 def check_probabilities(op: str, **values: Any) -> None:
-    """Raise ValueError unless each value is from 0 to below 1."""
+    """Raise unless each value is a number from 0 to below 1."""
     for name, value in values.items():
-        if not 0 <= value < 1:
+        if not 0 <= check_real(op, name, value) < 1:
             raise ValueError(f"tokred_kernels.{op}: {name} must be from 0 to below 1, got {value}")
 
 

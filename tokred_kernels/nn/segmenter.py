@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import check_count, shape
+from tokred_kernels.checks import MAX_ROWS, check_count, check_flag, shape
 from tokred_kernels.ops.unmerge import unmerge
 
 OP = "nn.LinearSegmenter"
@@ -66,7 +66,7 @@ class LinearSegmenter(nn.Module):
     ) -> None:
         super().__init__()
         _check(encoder, decoder, token_wise)
-        check_count(OP, "num_classes", num_classes, least=1)
+        num_classes = check_count(OP, "num_classes", num_classes, least=1, most=MAX_ROWS)
         self.encoder: Any
         self.encoder = encoder
         self.num_classes = num_classes
@@ -139,7 +139,6 @@ def _check(encoder: Any, decoder: Any, token_wise: Any) -> None:
         )
     if decoder is not None and not isinstance(decoder, nn.Module):
         raise TypeError(f"tokred_kernels.{OP}: decoder must be a torch.nn.Module, got {type(decoder).__name__}")
-    if not isinstance(token_wise, bool):
-        raise TypeError(f"tokred_kernels.{OP}: token_wise must be True or False, got {token_wise!r}")
+    check_flag(OP, "token_wise", token_wise)
     if decoder is None and not token_wise:
         raise ValueError(f"tokred_kernels.{OP}: token_wise must be True where no decoder is given, got False")

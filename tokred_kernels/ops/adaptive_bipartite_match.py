@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.checks import check_floating, check_metric, check_same_device, prefix_length, shape
+from tokred_kernels.checks import check_floating, check_metric, check_real, check_same_device, prefix_length, shape
 from tokred_kernels.ops.best_match import best_match
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
@@ -72,13 +70,12 @@ def adaptive_bipartite_match(
             `count`; `packed` or `group` with another count than theirs.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    check_count_mode(OP, count, group)
+    count = check_count_mode(OP, count, group)
     if packed is not None:
         packed = check_packing(OP, packed)
     _check_metric(metric, packed, count)
-    if threshold is not None:
-        check_threshold(OP, threshold)
-    _check_layer(layer_index)
+    given = 0.0 if threshold is None else check_threshold(OP, threshold)
+    divisor = 0.0 if layer_index is None else check_real(OP, "layer_index", layer_index, above=0)
     if not isinstance(count, str):
         return bipartite_match(
             metric, count, class_token=class_token, distill_token=distill_token, num_prefix=num_prefix
@@ -93,8 +90,6 @@ def adaptive_bipartite_match(
     metric = constant(metric)
     backend = backends.choose("best_match", metric)
     score, partner, rank = best_match(metric, partition, backend, None if packed is None else packed.cu_seqlens)
-    given = 0.0 if threshold is None else float(threshold)
-    divisor = 0.0 if layer_index is None else float(layer_index)
     counts = similar_count(score, given, divisor, count == IMAGE, backend)
     if count == IMAGE:
         return match_map(partner, rank, partition, metric.shape[-2], backend, counts, packed)
@@ -116,16 +111,6 @@ def _check_metric(metric: Any, packed: Packing | None, count: Any) -> None:
             f"got shape {shape(metric)}"
         )
     check_same_device(OP, "packed", packed.cu_seqlens, "metric", metric)
-
-
-def _check_layer(layer_index: Any) -> None:
-    if layer_index is None:
-        return
-    if isinstance(layer_index, bool) or not isinstance(layer_index, Real):
-        got = f"{type(layer_index).__name__} ({layer_index!r})"
-        raise TypeError(f"tokred_kernels.{OP}: layer_index must be a number, got {got}")
-    if not 0 < float(layer_index) < math.inf:
-        raise ValueError(f"tokred_kernels.{OP}: layer_index must be above 0, and finite, got {layer_index}")
 
 
 def _identity(metric: Tensor, packed: Packing | None, count: Any) -> TokenMap:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import best_match as reference
 from tokred_kernels.ops.library import register
-from tokred_kernels.partition import SCHEMA, Partition
+from tokred_kernels.partition import METRIC_RULE, PACKED_RULES, RULES, SCHEMA, Partition
 
 
 def best_match(
@@ -58,5 +58,12 @@ _best_match = register(
     f"best_match(Tensor metric, Tensor? sources, Tensor? destinations, {SCHEMA}, Tensor? cu_seqlens, str backend) "
     "-> (Tensor score, Tensor partner, Tensor rank)",
     _fake,
+    {"metric": METRIC_RULE, **RULES},
     _implementation,
+    packed={
+        "metric": "float (T, D); T <= ROWS",
+        "cu_seqlens": "int32 (S,); starts_of(cu_seqlens, T, N)",
+        **PACKED_RULES,
+    },
+    by="cu_seqlens",
 )

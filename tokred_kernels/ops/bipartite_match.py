@@ -12,7 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import bipartite_match as reference
 from tokred_kernels.checks import check_count, check_metric, prefix_length
 from tokred_kernels.ops.library import constant, register
-from tokred_kernels.partition import SCHEMA, Partition, every_other
+from tokred_kernels.partition import METRIC_RULE, RULES, SCHEMA, Partition, every_other
 from tokred_kernels.token_map import TokenMap
 
 
@@ -49,7 +49,7 @@ def bipartite_match(
     O(N^2 D) operations and O(N) memory in the kernels.
     """
     check_metric("bipartite_match", metric)
-    check_count("bipartite_match", "r", r)
+    r = check_count("bipartite_match", "r", r)
     prefix = prefix_length("bipartite_match", num_prefix, class_token, distill_token)
     return match(metric, every_other(metric.shape[-2], r, prefix, class_token, distill_token))
 
@@ -99,5 +99,6 @@ _match = register(
     f"bipartite_match(Tensor metric, Tensor? sources, Tensor? destinations, {SCHEMA}, str backend) "
     "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
+    {"metric": METRIC_RULE, **RULES},
     _implementation,
 )

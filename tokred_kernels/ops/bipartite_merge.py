@@ -21,7 +21,7 @@ from tokred_kernels.ops import merge as merge_op
 from tokred_kernels.ops.library import is_differentiated, register
 from tokred_kernels.ops.merge import prepare_weight
 from tokred_kernels.ops.merge_wavg import like_size, merge_wavg
-from tokred_kernels.partition import SCHEMA, Partition, every_other
+from tokred_kernels.partition import METRIC_RULE, NO_LISTS, RULES, SCHEMA, Partition, every_other
 from tokred_kernels.token_map import TokenMap
 
 
@@ -60,7 +60,7 @@ def bipartite_merge(
     """
     op = "bipartite_merge"
     check_tokens(op, "x", x)
-    check_count(op, "r", r)
+    r = check_count(op, "r", r)
     if metric is None:
         metric = x
     else:
@@ -103,5 +103,6 @@ _bipartite_merge = register(
     f"bipartite_merge(Tensor x, Tensor metric, Tensor? weight, {SCHEMA}, str backend) "
     "-> (Tensor y, Tensor weight_sum, Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
+    {"x": "float (B, N, C)", "metric": METRIC_RULE, "weight": "sums (B, N)", **RULES, **NO_LISTS},
     _implementation,
 )

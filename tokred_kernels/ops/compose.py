@@ -26,4 +26,8 @@ def _fake(first: Tensor, second: Tensor, backend: str) -> Tensor:
     return first.new_empty(first.shape, dtype=torch.int32)
 
 
-_compose = register("compose(Tensor first, Tensor second, str backend) -> Tensor", _fake)
+_compose = register(
+    "compose(Tensor first, Tensor second, str backend) -> Tensor",
+    _fake,
+    {"first": "int32 (B, N); entries(first, -1, M)", "second": "int32 (B, M)"},
+)

@@ -3,40 +3,38 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokred_kernels.checks import check_count
+from tokred_kernels.checks import check_count, check_real
 from tokred_kernels.packing import Packing
 
 BATCH, IMAGE = "batch", "image"
 
 
-def check_count_mode(op: str, count: Any, group: Any) -> None:
-    """Raise unless `count` is "batch", "image" or a whole number, and `group` goes with it."""
-    if isinstance(count, str):
-        if count not in (BATCH, IMAGE):
-            raise ValueError(f'tokred_kernels.{op}: count must be "batch", "image" or an int, got {count!r}')
-    else:
-        check_count(op, "count", count)
+def check_count_mode(op: str, count: Any, group: Any) -> int | str:
+    """Return `count`; raise unless it is "batch", "image" or an int of at least 0, and `group` goes with it."""
+    if not isinstance(count, str):
+        count = check_count(op, "count", count)
+    elif count not in (BATCH, IMAGE):
+        raise ValueError(f'tokred_kernels.{op}: count must be "batch", "image" or an int, got {count[:80]!r}')
     if group is not None and count != BATCH:
         raise ValueError(
             f'tokred_kernels.{op}: group must be None unless count="batch": only a count that is the same everywhere '
             f"is agreed on between processes, got count={count!r}"
         )
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"tokred_kernels.{op}: group must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
+        )
+    return count
 
 
-def check_threshold(op: str, threshold: Any) -> None:
-    """Raise unless `threshold` is a number, and no NaN."""
-    if isinstance(threshold, bool) or not isinstance(threshold, Real):
-        got = f"{type(threshold).__name__} ({threshold!r})"
-        raise TypeError(f"tokred_kernels.{op}: threshold must be a number, got {got}")
-    if math.isnan(threshold):
-        raise ValueError(f"tokred_kernels.{op}: threshold must be a number, got NaN")
+def check_threshold(op: str, threshold: Any) -> float:
+    """Return `threshold` as a float; raise unless it is a number, and not NaN."""
+    return check_real(op, "threshold", threshold, infinite=True)
 
 
 def smallest(counts: Tensor, group: Any = None) -> int:

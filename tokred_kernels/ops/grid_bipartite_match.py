@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from tokred_kernels.checks import check_count, check_metric
+from tokred_kernels.checks import check_count, check_flag, check_generator, check_metric
 from tokred_kernels.ops.bipartite_match import match
 from tokred_kernels.ops.library import nobody_listens
 from tokred_kernels.ops.window_match import check_pair
@@ -55,10 +55,12 @@ def grid_bipartite_match(
     O(N^2 D / (sy sx)) operations and O(B N) memory in the kernels.
     """
     check_metric(OP, metric)
-    check_count(OP, "r", r)
-    check_count(OP, "num_prefix", num_prefix)
+    r = check_count(OP, "r", r)
+    num_prefix = check_count(OP, "num_prefix", num_prefix)
     height, width = check_pair(OP, "grid", grid)
     down, across = check_pair(OP, "stride", stride)
+    check_flag(OP, "random", random)
+    check_generator(OP, generator)
     tokens = metric.shape[-2]
     if height * width != tokens - num_prefix:
         raise ValueError(

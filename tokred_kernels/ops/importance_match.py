@@ -40,7 +40,7 @@ def importance_match(
         RuntimeError: the backend asked for cannot serve the call.
     """
     check_metric(OP, metric)
-    check_count(OP, "num_kept", num_kept)
+    num_kept = check_count(OP, "num_kept", num_kept)
     prefix = prefix_length(OP, num_prefix, class_token, False)
     first = int(class_token) if prefix is None else prefix
     batch, tokens = metric.shape[0], metric.shape[-2]

@@ -34,4 +34,5 @@ def _fake(dest: Tensor, num_out: int, backend: str) -> tuple[Tensor, Tensor, Ten
 _invert = register(
     "invert(Tensor dest, SymInt num_out, str backend) -> (Tensor members, Tensor begin, Tensor count)",
     _fake,
+    {"dest": "int32 (B, N); entries(dest, -1, num_out)", "num_out": "0 <= num_out <= ROWS"},
 )

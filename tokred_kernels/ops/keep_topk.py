@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import keep_topk as reference
-from tokred_kernels.checks import MAX_ROWS, check_count, check_floating, has_too_many, shape
+from tokred_kernels.checks import MAX_ROWS, check_count, check_flag, check_floating, has_too_many, shape
 from tokred_kernels.ops.library import register
 from tokred_kernels.token_map import TokenMap
 
@@ -41,7 +41,7 @@ def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False
         ValueError: wrong rank, or `k` above N - num_prefix.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    _check(scores, k, num_prefix, fuse)
+    k, num_prefix = _check(scores, k, num_prefix, fuse)
     tokens = scores.shape[1]
     fuse = fuse and num_prefix + k < tokens
     scores = scores.detach()
@@ -55,16 +55,14 @@ def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False
     return TokenMap(views[0], num_out, *views[1:])
 
 
-def _check(scores: Any, k: Any, num_prefix: Any, fuse: Any) -> None:
+def _check(scores: Any, k: Any, num_prefix: Any, fuse: Any) -> tuple[int, int]:
     check_floating(OP, "scores", scores)
     if scores.dim() != 2:
         raise ValueError(f"tokred_kernels.{OP}: scores must be (B, N), got shape {shape(scores)}")
     if has_too_many(scores.numel()):
         raise ValueError(f"tokred_kernels.{OP}: scores may have at most {MAX_ROWS} entries, got shape {shape(scores)}")
-    check_count(OP, "k", k)
-    check_count(OP, "num_prefix", num_prefix)
-    if not isinstance(fuse, bool):
-        raise TypeError(f"tokred_kernels.{OP}: fuse must be True or False, got {fuse!r}")
+    k, num_prefix = check_count(OP, "k", k), check_count(OP, "num_prefix", num_prefix)
+    check_flag(OP, "fuse", fuse)
     tokens = scores.shape[1]
     if num_prefix > tokens:
         raise ValueError(f"tokred_kernels.{OP}: num_prefix must be at most N = {tokens}, got {num_prefix}")
@@ -73,6 +71,7 @@ def _check(scores: Any, k: Any, num_prefix: Any, fuse: Any) -> None:
             f"tokred_kernels.{OP}: k must be at most N - num_prefix = {tokens} - {num_prefix} = {tokens - num_prefix}, "
             f"got {k}"
         )
+    return k, num_prefix
 
 
 def _fake(scores: Tensor, k: int, first: int, fuse: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,4 +89,5 @@ _keep_topk = register(
     "keep_topk(Tensor scores, SymInt k, SymInt first, bool fuse, str backend) "
     "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
+    {"scores": "float32 (B, N); B * N <= ROWS", "first": "0 <= first <= N", "k": "0 <= k <= N - first"},
 )

@@ -31,8 +31,8 @@ def kth_bipartite_match(metric: Tensor, k: int, *, num_prefix: int = 0) -> Token
     """
     op = "kth_bipartite_match"
     check_metric(op, metric)
-    check_count(op, "k", k, least=1)
-    check_count(op, "num_prefix", num_prefix)
+    k = check_count(op, "k", k, least=1)
+    num_prefix = check_count(op, "num_prefix", num_prefix)
     tokens = metric.shape[-2]
     if num_prefix > tokens:
         raise ValueError(f"tokred_kernels.{op}: num_prefix must be at most N = {tokens}, got {num_prefix}")

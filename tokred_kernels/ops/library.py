@@ -8,7 +8,8 @@ an op, whose cost is paid only when a gradient is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from tokred_kernels import backends
+from tokred_kernels.ops.arguments import checker
 
 LIBRARY = torch.library.Library("tokred", "DEF")
 DEVICES = ("CPU", "CUDA")
@@ -32,28 +34,52 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_batched, _is_tracing)
 
 
-def nobody_listens(tensor: Any, *, but_the_profiler: bool = False) -> bool:
-    """Whether an eager call on this tensor may go straight to the backend; `but_the_profiler` may miss it.
+def nobody_listens(*tensors: Any, but_the_profiler: bool = False) -> bool:
+    """Whether an eager call on these tensors may skip the dispatcher; `but_the_profiler` may miss it. None is skipped.
 
-    The dispatcher serves compilers, subclasses, modes (flop counters, fake tensors), transforms and the profiler.
-    Where there is none of them it only costs, and most where a model calls from: between kernels that have driven its
-    code out of the caches.
+    The dispatcher is needed by compilers, tensor subclasses, modes (flop counters, fake tensors), transforms and the
+    profiler, and it gives memory to tensors that have none (negated views, zero tensors). Without them it only costs
+    time, most of all in a model, whose kernels have driven its code out of the caches.
     """
+    if not _CAN_SKIP or is_compiling():
+        return False
+    last = None
+    for tensor in tensors:
+        if tensor is not last and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
+            if tensor is not None:
+                return False
+        last = tensor
     return (
-        _CAN_SKIP
-        and not is_compiling()
-        and type(tensor) in _PLAIN
-        and _dispatch_modes() == 0
+        _dispatch_modes() == 0
         and _transform_level() is None
         and (but_the_profiler or not _profiler_runs())
         and not _is_tracing()
     )
 
 
-def register(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any] | None = None) -> Any:
+def with_memory(*tensors: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors for a kernel that is called past the dispatcher: negated views and zero tensors written out."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            raise RuntimeError(
+                f"tokred_kernels: this gradient needs plain tensors, got {type(tensor).__name__}; "
+                'use tokred_kernels.use_backend("reference")'
+            )
+    return tuple(t.clone() if t._is_zerotensor() else t.resolve_neg() for t in tensors)
+
+
+def register(
+    schema: str,
+    fake: Callable[..., Any],
+    rules: Mapping[str, str],
+    implementation: Callable[..., Any] | None = None,
+    **packed: Any,
+) -> Any:
     """Register `tokred::<schema>`, whose last argument names the backend, and return the function to call.
 
-    Without an `implementation`, the backend's function of the op's name takes the other arguments as they are.
+    Without an `implementation`, the backend's function of the op's name takes the other arguments as they are. `rules`
+    and `packed` are those of `arguments.checker`: a call through the dispatcher is checked. The function returned skips
+    both if it can: its callers have checked their arguments.
     """
     name = schema.partition("(")[0]
 
@@ -62,21 +88,34 @@ def register(schema: str, fake: Callable[..., Any], implementation: Callable[...
 
     direct = implementation or serve
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.tokred, name).default
+    check = checker(overload._schema, rules, **packed)
+
+    def checked(*arguments: Any) -> Any:
+        return direct(*check(*arguments))
+
     for device in DEVICES:
-        LIBRARY.impl(name, direct, device)
+        LIBRARY.impl(name, checked, device)
     torch.library.register_fake(f"tokred::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"tokred::{name}", _no_vmap(name), lib=LIBRARY)
-    overload = getattr(torch.ops.tokred, name).default
+    kinds = [str(argument.type) for argument in overload._schema.arguments]
+    places = [place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+    leading = places == list(range(len(places)))
+    tensors_of: Any = itemgetter(slice(len(places)) if leading else places[0], *([] if leading else places[1:]))
 
     def call(*arguments: Any) -> Any:
-        return (direct if nobody_listens(arguments[0]) else overload)(*arguments)
+        if is_compiling() or not nobody_listens(*tensors_of(arguments)):
+            return overload(*arguments)
+        return direct(*arguments)
 
     # Gradients may come in batches, and either of two may; ops of whole numbers get none, and need not ask.
-    def call_floats(first: torch.Tensor, second: Any, *others: Any) -> Any:
-        alone = nobody_listens(first) and not (
-            _is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second))
-        )
-        return (direct if alone else overload)(first, second, *others)
+    def call_floats(*arguments: Any) -> Any:
+        if is_compiling() or not nobody_listens(*tensors_of(arguments)):
+            return overload(*arguments)
+        first, second = arguments[:2]
+        if _is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second)):
+            return overload(*arguments)
+        return direct(*arguments)
 
     return call if name in backends.MAP_OPS else call_floats
 

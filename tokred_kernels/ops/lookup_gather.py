@@ -14,13 +14,29 @@ from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
-from tokred_kernels.ops.library import Function, anchor_of, distinct, is_differentiated, nobody_listens, once, register
+from tokred_kernels.ops.library import (
+    Function,
+    anchor_of,
+    distinct,
+    is_differentiated,
+    nobody_listens,
+    once,
+    register,
+    with_memory,
+)
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
 # Whose kernel takes over what a scatter by the same weights gives q and k, and what an lse carries so that it does.
 TAKES_OVER = ("cpu",)
 _CARRIED = "_tokred_carried"
+LOOKUP_RULES = {
+    "q": "float (B, H, M, D)",
+    "k": "float (B, H, N, D)",
+    "v": "float (B, H, N, D)",
+    "scale": "1 <= M <= N",
+    "backend": "D <= {'triton': 128, 'cuda': 256}.get(backend, D)",
+}
 
 
 def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -53,7 +69,7 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
     if differentiated:
-        alone = nobody_listens(q, but_the_profiler=True)
+        alone = nobody_listens(q, k, v, but_the_profiler=True)
         carries = backend in TAKES_OVER and alone and q.requires_grad and k.requires_grad
         out, lse, *carried = _LookupGather.apply(*distinct(q, k, v), scale, backend, carries)
         if carried:
@@ -140,7 +156,7 @@ class _LookupGather(Function):
                 grads = _lookup_gather_backward(*arguments, ctx.backend)
             else:
                 kernel = backends.implementation(ctx.backend, "lookup_gather_backward")
-                grads = kernel(*arguments, scattered=(scatter_v, scatter_grad))
+                grads = kernel(*with_memory(grad_out), *arguments[1:], scattered=with_memory(scatter_v, scatter_grad))
         needs = zip(map(heads_first, grads), ctx.needs_input_grad[:3], strict=True)
         return (*(once(OP, g, anchor) if need else None for g, need in needs), None, None, None)
 
@@ -165,10 +181,19 @@ def _backward_fake(
 
 
 _lookup_gather = register(
-    "lookup_gather(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor out, Tensor lse)", _fake
+    "lookup_gather(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor out, Tensor lse)",
+    _fake,
+    LOOKUP_RULES,
 )
 _lookup_gather_backward = register(
     "lookup_gather_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "float scale, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _backward_fake,
+    {
+        "grad_out": "float (B, M, H, D)",
+        "grad_lse": "sums (B, H, M)",
+        **LOOKUP_RULES,
+        "out": "dense (B, M, H, D)",
+        "lse": "sums (B, H, M)",
+    },
 )

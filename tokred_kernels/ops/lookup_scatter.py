@@ -14,7 +14,14 @@ from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import Function, distinct, is_differentiated, once, register
-from tokred_kernels.ops.lookup_gather import TAKES_OVER, carried, default_scale, heads_first, lookup_inputs
+from tokred_kernels.ops.lookup_gather import (
+    LOOKUP_RULES,
+    TAKES_OVER,
+    carried,
+    default_scale,
+    heads_first,
+    lookup_inputs,
+)
 from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"
@@ -111,10 +118,13 @@ def _backward_fake(
 
 
 _lookup_scatter = register(
-    "lookup_scatter(Tensor q, Tensor k, Tensor v, Tensor lse, float scale, str backend) -> Tensor", _fake
+    "lookup_scatter(Tensor q, Tensor k, Tensor v, Tensor lse, float scale, str backend) -> Tensor",
+    _fake,
+    {**LOOKUP_RULES, "v": "float (B, H, M, D)", "lse": "sums (B, H, M)"},
 )
 _lookup_scatter_backward = register(
     "lookup_scatter_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor lse, float scale, str backend) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_lse)",
     _backward_fake,
+    {"grad_out": "float (B, N, H, D)", **LOOKUP_RULES, "v": "float (B, H, M, D)", "lse": "sums (B, H, M)"},
 )

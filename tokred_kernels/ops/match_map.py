@@ -13,7 +13,7 @@ from tokred_kernels.backends.reference import match_map as reference
 from tokred_kernels.ops.counts import packing_after
 from tokred_kernels.ops.library import register
 from tokred_kernels.packing import Packing
-from tokred_kernels.partition import SCHEMA, Partition
+from tokred_kernels.partition import PACKED_RULES, RULES, SCHEMA, Partition
 from tokred_kernels.token_map import TokenMap
 
 
@@ -82,5 +82,26 @@ _match_map = register(
     "Tensor? counts, Tensor? starts_in, Tensor? starts_out, SymInt num_out, str backend) "
     "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
+    {
+        "partner": "int32 (B, num_src); entries(partner, 0, max(num_dst, 1))",
+        "rank": "int32 (B, num_src); ranks(rank, protected_src, lengths(None, B, num_src))",
+        "N": "num_tokens",
+        **RULES,
+        "num_tokens": "0 <= num_tokens and B * N <= ROWS",
+        "counts": "int32 (B,); entries(counts, 0, num_src - protected_src + 1 if protected_dst < num_dst else 1)",
+        "starts_in": "int32 (B + 1,)",
+        "starts_out": "int32 (B + 1,); follows(starts_out, lengths(starts_in, B, N) - counts, num_out)",
+        "num_out": "(counts is None) == (starts_out is None) and"
+        " (counts is not None or num_out == first + num_src - r + num_dst)",
+    },
     _implementation,
+    packed={
+        "partner": "int32 (B, num_src); partners(partner, starts_in)",
+        "rank": "int32 (B, num_src); ranks(rank, protected_src, (lengths(starts_in, 0, 0) + 1) // 2)",
+        **PACKED_RULES,
+        "num_tokens": "counts is not None and 0 <= num_tokens <= ROWS",
+        "counts": "int32 (B,); joinable(counts, starts_in, protected_src, protected_dst)",
+        "starts_in": "int32 (B + 1,); starts_of(starts_in, num_tokens, N)",
+    },
+    by="starts_in",
 )

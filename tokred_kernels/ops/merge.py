@@ -10,12 +10,13 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
-from tokred_kernels.checks import check_floating, check_same_device, check_tokens, is_per_row, shape
+from tokred_kernels.checks import check_choice, check_floating, check_same_device, check_tokens, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import Function, is_differentiated, once, register
 from tokred_kernels.token_map import TokenMap
 
 REDUCES = ("mean", "sum", "amax")
+VIEW_RULES = {"members": "int32 (B * N,)", "begin": "int32 (B, M)"}
 
 
 def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tensor | None = None) -> Tensor:
@@ -44,8 +45,7 @@ def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tenso
     One pass: reads `x` once and writes the result once.
     """
     check_against_map("merge", x, token_map)
-    if reduce not in REDUCES:
-        raise ValueError(f"tokred_kernels.merge: reduce must be one of {', '.join(REDUCES)}, got {reduce!r}")
+    check_choice("merge", "reduce", reduce, REDUCES)
     if weight is not None:
         if reduce == "amax":
             raise ValueError('tokred_kernels.merge: weight must be None with reduce="amax": a maximum has no weights')
@@ -197,10 +197,32 @@ _merge = register(
     "merge(Tensor x, Tensor? weight, Tensor members, Tensor begin, Tensor count, str reduce, bool weight_sum, "
     "str backend) -> (Tensor y, Tensor weight_sum)",
     _fake,
+    {
+        "x": "float (B, N, C)",
+        "weight": "sums (B, N)",
+        **VIEW_RULES,
+        "count": "int32 (B, M); segments(members, begin, count, B * N)",
+        "reduce": "reduce in ('mean', 'sum') or (reduce == 'amax' and weight is None)",
+    },
 )
 _merge_backward = register(
     "merge_backward(Tensor grad_y, Tensor? grad_weight_sum, Tensor? x, Tensor? y, Tensor? weight, Tensor? weight_sum, "
     "Tensor dest, Tensor members, Tensor begin, Tensor count, str reduce, bool need_x, bool need_weight, "
     "str backend) -> (Tensor grad_x, Tensor grad_weight)",
     _backward_fake,
+    {
+        "grad_y": "float (B, M, C)",
+        "grad_weight_sum": "sums (B, M)",
+        "x": "float (B, N, C)",
+        "y": "dense (B, M, C)",
+        "weight": "sums (B, N)",
+        "weight_sum": "sums (B, M)",
+        "dest": "int32 (B, N); entries(dest, -1, M)",
+        **VIEW_RULES,
+        "count": "int32 (B, M); segments(members, begin, count, B * N, dest)",
+        "reduce": "reduce in ('mean', 'sum') and (weight is None or weight_sum is not None) or"
+        " (reduce == 'amax' and weight is None and x is not None and y is not None)",
+        "need_weight": "not need_weight or"
+        " (weight is not None and x is not None and (reduce == 'sum' or y is not None))",
+    },
 )

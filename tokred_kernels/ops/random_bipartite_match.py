@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.checks import check_count, check_metric
+from tokred_kernels.checks import check_count, check_generator, check_metric
 from tokred_kernels.ops.bipartite_match import match
 from tokred_kernels.partition import Partition
 from tokred_kernels.token_map import TokenMap
@@ -33,8 +33,9 @@ def random_bipartite_match(
     """
     op = "random_bipartite_match"
     check_metric(op, metric)
-    check_count(op, "r", r)
-    check_count(op, "num_prefix", num_prefix)
+    r = check_count(op, "r", r)
+    num_prefix = check_count(op, "num_prefix", num_prefix)
+    check_generator(op, generator)
     batch, tokens = metric.shape[0], metric.shape[-2]
     free = tokens - num_prefix
     if free < 0:

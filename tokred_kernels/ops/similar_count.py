@@ -28,5 +28,7 @@ def _fake(score: Tensor, threshold: float, divisor: float, own: bool, backend: s
 
 
 _similar_count = register(
-    "similar_count(Tensor score, float threshold, float divisor, bool own, str backend) -> Tensor", _fake
+    "similar_count(Tensor score, float threshold, float divisor, bool own, str backend) -> Tensor",
+    _fake,
+    {"score": "float32 (B, S)"},
 )

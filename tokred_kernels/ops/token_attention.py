@@ -13,7 +13,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.backends.torch_attention import torchs_attention
-from tokred_kernels.checks import check_floating, check_real, check_same_device, is_per_row, shape
+from tokred_kernels.checks import check_choice, check_floating, check_real, check_same_device, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
 from tokred_kernels.ops.library import Function, anchor_of, distinct, is_differentiated, nobody_listens, once, register
 from tokred_kernels.packing import Packing, check_packing
@@ -21,6 +21,20 @@ from tokred_kernels.packing import Packing, check_packing
 OP = "token_attention"
 WIDEST = {"triton": 128, "cuda": 256}  # head widths that fit their tiles
 IMPORTANCES = ("class", "mean", "last")
+IMPORTANCE_RULE = "importance in ('', 'class', 'mean', 'last')"
+ATTENTION_RULES = {
+    **dict.fromkeys(("q", "k", "v"), "float (B, H, N, D)"),
+    **dict.fromkeys(("bias", "policy"), "sums (B, N)"),
+    "longest": "longest >= 0",
+    "importance": IMPORTANCE_RULE,
+    "backend": "D <= {'triton': 128}.get(backend, D)",
+}
+PACKED_RULES = {
+    **dict.fromkeys(("q", "k", "v"), "float (T, H, D)"),
+    **dict.fromkeys(("bias", "policy"), "sums (T,)"),
+    "starts": "int32 (S,); starts_of(starts, T, longest)",
+    "longest": "0 <= longest <= T or S == 1",
+}
 
 
 def token_attention(
@@ -59,10 +73,13 @@ def token_attention(
     torch's own scaled_dot_product_attention does the work; but on CPUs neither of bfloat16 with AMX, nor, in eager
     calls, of float32 with sizes and AVX-512 from some hundred tokens on, where this is faster.
 
+    NaN in q, k or v gives NaN out, except in torch's own attention on a CPU: there a query that holds NaN can give 0.
+
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: wrong shapes, an unknown `importance`, tensors on several devices, sizes that are not above 0, or a
-            policy outside [0, 1]. What these hold is looked at on the CPU alone: a GPU would have to be waited for.
+        ValueError: wrong shapes, a scale that is not finite, an unknown `importance`, tensors on several devices, sizes
+            that are not above 0, or a policy outside [0, 1]. Their entries are checked on the CPU only:
+            a GPU would have to be waited for.
         RuntimeError: the backend asked for cannot serve the call.
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -71,9 +88,8 @@ def token_attention(
     if packed is not None:
         packed = check_packing(OP, packed)
     rows = _check(q, k, v, packed)
-    if importance is not None and importance not in IMPORTANCES:
-        names = ", ".join(map(repr, IMPORTANCES))
-        raise ValueError(f"tokred_kernels.{OP}: importance must be None or one of {names}, got {importance!r}")
+    if importance is not None:
+        check_choice(OP, "importance", importance, IMPORTANCES)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     scale = check_real(OP, "scale", scale)
@@ -270,6 +286,9 @@ _token_attention = register(
     "token_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? policy, Tensor? starts, SymInt longest, "
     "float scale, str importance, str backend) -> (Tensor out, Tensor row_max, Tensor row_sum, Tensor importance)",
     _fake,
+    ATTENTION_RULES,
+    packed=PACKED_RULES,
+    by="starts",
 )
 _token_attention_backward = register(
     "token_attention_backward(Tensor grad_out, Tensor? grad_importance, Tensor q, Tensor k, Tensor v, Tensor? bias, "
@@ -277,4 +296,22 @@ _token_attention_backward = register(
     "str importance, bool need_bias, bool need_policy, str backend) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor grad_policy)",
     _backward_fake,
+    {
+        "grad_out": "float (B, N, H, D)",
+        "grad_importance": "sums (B, N)",
+        **ATTENTION_RULES,
+        "out": "dense (B, N, H, D)",
+        **dict.fromkeys(("row_max", "row_sum"), "sums (B, N, H)"),
+        "importance": IMPORTANCE_RULE + " and (importance != '' or grad_importance is None)",
+        "need_bias": "not need_bias or bias is not None",
+        "need_policy": "not need_policy or policy is not None",
+    },
+    packed={
+        "grad_out": "float (T, H, D)",
+        "grad_importance": "sums (T,)",
+        **PACKED_RULES,
+        "out": "dense (T, H, D)",
+        **dict.fromkeys(("row_max", "row_sum"), "sums (T, H)"),
+    },
+    by="starts",
 )

@@ -72,4 +72,8 @@ def _fake(y: Tensor, dest: Tensor, backend: str) -> Tensor:
     return y.new_empty((*dest.shape, y.shape[2]))
 
 
-_unmerge = register("unmerge(Tensor y, Tensor dest, str backend) -> Tensor", _fake)
+_unmerge = register(
+    "unmerge(Tensor y, Tensor dest, str backend) -> Tensor",
+    _fake,
+    {"y": "float (B, M, C)", "dest": "int32 (B, N); entries(dest, -1, M)"},
+)

@@ -13,7 +13,7 @@ from tokred_kernels.backends.reference import window_map as reference
 from tokred_kernels.ops.counts import packing_after
 from tokred_kernels.ops.library import register
 from tokred_kernels.token_map import TokenMap
-from tokred_kernels.windows import SCHEMA, Windows
+from tokred_kernels.windows import RULES, SCHEMA, Windows
 
 
 def window_map(score: Tensor, windows: Windows, r: int, backend: str, counts: Tensor | None = None) -> TokenMap:
@@ -59,5 +59,16 @@ _window_map = register(
     f"window_map(Tensor score, {SCHEMA}, SymInt r, Tensor? counts, Tensor? starts_out, SymInt num_out, str backend) "
     "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,
+    {
+        "score": "float32 (B, W)",
+        "N": "first + grid_height * grid_width",
+        **RULES,
+        "width": RULES["width"] + " and W == (grid_height // height) * (grid_width // width)",
+        "r": "0 <= r <= W",
+        "counts": "int32 (B,); entries(counts, 0, W + 1)",
+        "starts_out": "int32 (B + 1,); follows(starts_out, N - (height * width - 1) * counts, num_out)",
+        "num_out": "(counts is None) == (starts_out is None) and B * N <= ROWS and"
+        " (counts is not None or num_out == N - r * (height * width - 1))",
+    },
     _implementation,
 )

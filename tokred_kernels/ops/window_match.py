@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.checks import MAX_ROWS, check_count, check_tokens, has_too_many, shape
+from tokred_kernels.checks import MAX_ROWS, check_choice, check_count, check_tokens, has_too_many, shape
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
 from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.window_map import window_map
@@ -66,11 +66,11 @@ def window_match(
         RuntimeError: the backend asked for cannot serve the call.
     """
     windows = _check(x, window, grid, num_prefix, uneven)
-    check_threshold(OP, threshold)
-    check_count_mode(OP, count, group)
+    threshold = check_threshold(OP, threshold)
+    count = check_count_mode(OP, count, group)
     x = constant(x)
     backend = backends.choose("window_similarity", x)
-    score, counts = window_similarity(x, windows, float(threshold), backend)
+    score, counts = window_similarity(x, windows, threshold, backend)
     if not isinstance(count, str):
         return window_map(score, windows, min(count, windows.number()), backend)
     if count == IMAGE:
@@ -83,7 +83,7 @@ def _check(x: Any, window: Any, grid: Any, num_prefix: Any, uneven: Any) -> Wind
     batch, tokens, _ = shape(x)
     if has_too_many(batch * tokens):
         raise ValueError(f"tokred_kernels.{OP}: x may have at most {MAX_ROWS} tokens in all, got shape {shape(x)}")
-    check_count(OP, "num_prefix", num_prefix)
+    num_prefix = check_count(OP, "num_prefix", num_prefix)
     height, width = check_pair(OP, "window", window)
     down, across = square(OP, tokens, num_prefix) if grid is None else check_pair(OP, "grid", grid)
     if down * across != tokens - num_prefix:
@@ -95,8 +95,7 @@ def _check(x: Any, window: Any, grid: Any, num_prefix: Any, uneven: Any) -> Wind
         raise ValueError(f"tokred_kernels.{OP}: window must hold at least 2 tokens, got {(height, width)}")
     if height > down or width > across:
         raise ValueError(f"tokred_kernels.{OP}: window must fit into the grid {(down, across)}, got {(height, width)}")
-    if uneven not in (KEEP, REFUSE):
-        raise ValueError(f'tokred_kernels.{OP}: uneven must be "keep" or "refuse", got {uneven!r}')
+    check_choice(OP, "uneven", uneven, (KEEP, REFUSE))
     if uneven == REFUSE and (down % height or across % width):
         raise ValueError(
             f"tokred_kernels.{OP}: window must divide the grid {(down, across)}, got {(height, width)}; "
@@ -109,9 +108,8 @@ def check_pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int
     """`value` as two whole numbers of at least `least`; raise unless it is that."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"tokred_kernels.{op}: {name} must be a pair (height, width), got {value!r}")
-    for part, number in zip(("height", "width"), value, strict=True):
-        check_count(op, f"{name} {part}", number, least=least)
-    return value[0], value[1]
+    height, width = value
+    return check_count(op, f"{name} height", height, least), check_count(op, f"{name} width", width, least)
 
 
 def square(op: str, tokens: int, num_prefix: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import window_similarity as reference
 from tokred_kernels.ops.library import register
-from tokred_kernels.windows import SCHEMA, Windows
+from tokred_kernels.windows import RULES, SCHEMA, Windows
 
 
 def window_similarity(x: Tensor, windows: Windows, threshold: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -39,5 +39,6 @@ def _fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 _window_similarity = register(
     f"window_similarity(Tensor x, {SCHEMA}, float threshold, str backend) -> (Tensor score, Tensor counts)",
     _fake,
+    {"x": "float (B, N, C); B * N <= ROWS", **RULES},
     _implementation,
 )

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""Checks of what reaches a registered op through the dispatcher: rules, one for each argument.
+
+The public functions check their arguments and call kernels directly. `torch.ops.tokred.*` can be called with anything,
+and kernels take raw addresses, so the registered implementations check what memory safety needs.
+
+A rule for a tensor is "dtype (dimensions)", with alternatives by rank: "float (B, N, D) or (B, H, N, D)". Dtypes:
+"float", the one floating dtype of the call, any strides; "dense", the same, made contiguous; "sums", the dtype that its
+sums are kept in; or "int32" and "float32". All but "float" are made contiguous. A capital letter is a dimension, bound
+where it first occurs; everything else in a rule is a Python expression of dimensions and arguments. After ";" follows a
+condition on the tensor's entries, which is checked on the CPU only: a GPU would have to be waited for.
+
+A rule for another argument is a condition. The rule of a capital letter binds it.
+
+A condition is True or None if it holds, and False or a text about what must hold if not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokred_kernels import backends
+from tokred_kernels.checks import FLOATING, MAX_ROWS, shape
+
+NO_RANK = torch.iinfo(torch.int32).max
+# Ops that a backend without a kernel for them leaves to the reference, with the same arguments.
+BY_REFERENCE = ("match_map", "window_map", "similar_count")
+_FIXED = {"int32": torch.int32, "float32": torch.float32}
+_TENSOR = re.compile(r"(\w+) (\([^;]*\))(?:; (.*))?")
+
+
+def checker(
+    schema: torch.FunctionSchema, rules: Mapping[str, str], packed: Mapping[str, str] | None = None, by: str = ""
+) -> Callable[..., list[Any]]:
+    """Return the function that checks an op's arguments and returns them, contiguous where the kernels need it.
+
+    `packed` replaces and completes `rules` if the argument `by` is given.
+    """
+    op = schema.name.rpartition(":")[2]
+    names = [argument.name for argument in schema.arguments]
+    plain = _Rules(op, names, rules)
+    other = plain if packed is None else _Rules(op, names, {**rules, **packed})
+    place = names.index(by) if by else 0
+
+    def check(*arguments: Any) -> list[Any]:
+        return (other if by and arguments[place] is not None else plain).check(arguments)
+
+    return check
+
+
+class _Rules:
+    def __init__(self, op: str, names: list[str], rules: Mapping[str, str]) -> None:
+        self.op, self.names = op, names
+        self.tensors: list[tuple[str, str, list[list[str]]]] = []
+        self.conditions: list[tuple[str, str, Any, bool]] = []
+        self.bound: list[tuple[str, Any]] = []
+        for name, rule in rules.items():
+            match = _TENSOR.fullmatch(rule)
+            condition = match[3] if match else rule
+            if match:
+                shapes = [text.strip("() ,").split(", ") for text in match[2].split(" or ")]
+                self.tensors.append((name, match[1], [[] if one == [""] else one for one in shapes]))
+            if name not in names:
+                self.bound.append((name, compile(rule, rule, "eval")))
+            elif condition:
+                self.conditions.append((name, condition, compile(condition, condition, "eval"), match is not None))
+
+    def check(self, arguments: tuple[Any, ...]) -> list[Any]:
+        values = dict(zip(self.names, arguments, strict=True))
+        first = next(value for value in arguments if isinstance(value, Tensor))
+        self._check_backend(values["backend"], first)
+        floats = next((values[name].dtype for name, kind, _ in self.tensors if kind == "float"), None)
+        for name, kind, shapes in self.tensors:
+            if values[name] is not None:
+                values[name] = self._tensor(name, kind, values[name], shapes, values, first, floats)
+        for name, expression in self.bound:
+            values[name] = self._evaluate(expression, values)
+        for name, text, condition, reads in self.conditions:
+            if reads and (values[name] is None or not first.is_cpu):
+                continue
+            fault = self._evaluate(condition, values)
+            if fault is not None and fault is not True:
+                told = f"satisfy {text} with {_sizes(text, values)}" if fault is False else fault
+                raise ValueError(f"tokred_kernels.{self.op}: {name} must {told}")
+        return [values[name] for name in self.names]
+
+    def _check_backend(self, backend: str, first: Tensor) -> None:
+        if backend not in backends.BACKENDS or (backend == "reference" and self.op not in BY_REFERENCE):
+            known = ", ".join(backends.BACKENDS[1:])
+            raise ValueError(f"tokred_kernels.{self.op}: backend must be one of {known}, got {backend!r}")
+        reason = backends.reason_against(self.op, backend, first.device, first.dtype)
+        if reason is not None:
+            raise RuntimeError(f"tokred_kernels.{self.op}: backend {backend!r} cannot run this call: {reason}")
+
+    def _tensor(
+        self,
+        name: str,
+        kind: str,
+        value: Tensor,
+        shapes: list[list[str]],
+        values: dict[str, Any],
+        first: Tensor,
+        floats: torch.dtype | None,
+    ) -> Tensor:
+        if value.layout is not torch.strided or value.is_nested:
+            raise TypeError(f"tokred_kernels.{self.op}: {name} must be a dense (strided) tensor, got {value.layout}")
+        if value.device != first.device:
+            raise ValueError(f"tokred_kernels.{self.op}: {name} must be on {first.device}, got {value.device}")
+        if kind == "sums":
+            wanted: torch.dtype | None = torch.float64 if floats is torch.float64 else torch.float32
+        else:
+            wanted = _FIXED.get(kind) or floats
+        if value.dtype != wanted or (kind == "float" and wanted not in FLOATING):
+            told = f"{wanted}" if wanted in (*FLOATING, torch.int32) else "a floating dtype"
+            raise TypeError(f"tokred_kernels.{self.op}: {name} must have {told}, got {value.dtype}")
+        dimensions = next((one for one in shapes if len(one) == value.dim()), None)
+        if dimensions is None or not self._fits(value, dimensions, values):
+            told = " or ".join(f"({', '.join(one)})" for one in shapes)
+            sizes = _sizes(told, values)
+            raise ValueError(f"tokred_kernels.{self.op}: {name} must be {told} with {sizes}, got shape {shape(value)}")
+        return value if kind == "float" else value.contiguous()
+
+    def _fits(self, value: Tensor, dimensions: list[str], values: dict[str, Any]) -> bool:
+        sizes = zip(dimensions, value.shape, strict=True)
+        return all(
+            values.setdefault(dimension, size) == size
+            if len(dimension) == 1
+            else self._evaluate(dimension, values) == size
+            for dimension, size in sizes
+        )
+
+    def _evaluate(self, expression: Any, values: dict[str, Any]) -> Any:
+        return eval(expression, _FUNCTIONS, values)
+
+
+def _sizes(text: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that a rule names."""
+    return {key: values[key] for key in re.findall(r"\w+", text) if isinstance(values.get(key), (int, str))}
+
+
+def _entries(value: Tensor, low: int, high: int) -> str | None:
+    """Entries from `low` to below `high`."""
+    if value.numel() == 0:
+        return None
+    lowest, highest = (number.item() for number in value.aminmax())
+    if low <= lowest and highest < high:
+        return None
+    return f"have entries from {low} to {high - 1}, got entries from {lowest} to {highest}"
+
+
+def _segments(members: Tensor, begin: Tensor, count: Tensor, rows: int, dest: Tensor | None = None) -> str | None:
+    """`begin` and `count` name parts of `members` that hold rows; with `dest`, those whose slot each part is."""
+    size = members.numel()
+    counts, starts = count.flatten().long(), begin.flatten().long()
+    if bool((counts < 0).any()) or int(counts.sum()) > size:
+        return f"be 0 or more, with a sum of at most {size}, the number of members"
+    own = counts > 0
+    if bool(((starts < 0) | (starts + counts > size))[own].any()):
+        return f"lie, with begin, inside the {size} members"
+    slot = torch.repeat_interleave(counts)
+    offset = torch.arange(slot.numel()) - (counts.cumsum(0) - counts)[slot]
+    used = members[(starts[slot] + offset)].long()
+    if bool(((used < 0) | (used >= rows)).any()):
+        return f"name members that are rows from 0 to {rows - 1}"
+    if dest is None:
+        return None
+    tokens, slots = dest.shape[1], begin.shape[1]
+    absolute = torch.where(dest < 0, -1, dest + torch.arange(dest.shape[0])[:, None] * slots).flatten()
+    expected = torch.full((dest.shape[0] * tokens,), -1).index_put((used,), slot)
+    return None if torch.equal(absolute, expected) else "say, with members and begin, the same as dest"
+
+
+def _starts(starts: Tensor, rows: int, longest: int) -> str | None:
+    """`starts` ascends from 0 to `rows`, in steps of at most `longest`."""
+    steps = starts.long().diff()
+    fits = starts.numel() and starts[0] == 0 and starts[-1] == rows
+    if fits and bool((steps >= 0).all()) and int(steps.max() if steps.numel() else 0) <= longest:
+        return None
+    return f"ascend from 0 to {rows} in steps of at most {longest}, got {starts.tolist()[:9]}"
+
+
+def _follows(starts: Tensor, lengths: Tensor, rows: int) -> str | None:
+    """`starts` is where images of these lengths start, `rows` in all."""
+    expected = [0, *lengths.long().cumsum(0).tolist()]
+    if starts.tolist() == expected and expected[-1] == rows:
+        return None
+    return f"be {expected} with num_out {expected[-1]}, got {starts.tolist()} with {rows}"
+
+
+def _lengths(starts: Tensor | None, images: int, tokens: int) -> Tensor:
+    return torch.full((images,), tokens) if starts is None else starts.long().diff()
+
+
+def _ranks(rank: Tensor, protected: int, sources: Tensor) -> str | None:
+    """The first `sources` of each row but the protected ones have the ranks 0, 1, ..., all others none."""
+    number = torch.arange(rank.shape[1])
+    eligible = (number >= protected) & (number < sources[:, None])
+    places = torch.where(eligible, rank, NO_RANK).long().sort(dim=1).values
+    expected = torch.where(number < eligible.sum(1, keepdim=True), number, NO_RANK)
+    if torch.equal(places, expected) and bool((rank[~eligible] == NO_RANK).all()):
+        return None
+    return f"hold each place once, from 0, and {NO_RANK} for sources that may not join"
+
+
+def _partners(partner: Tensor, starts: Tensor) -> str | None:
+    """Each image's partners are destinations of its own: its odd tokens."""
+    limit = (starts.long().diff() // 2).clamp(min=1)
+    if bool(((partner >= 0) & (partner < limit[:, None])).all()):
+        return None
+    return f"have entries from 0 to below half of the image's tokens, {limit.tolist()[:9]}"
+
+
+def _joinable(counts: Tensor, starts: Tensor, protected_src: int, protected_dst: int) -> str | None:
+    """Each image has as many sources that may join, and a destination for them."""
+    tokens = starts.long().diff()
+    limit = torch.where(tokens // 2 > protected_dst, (tokens + 1) // 2 - protected_src, 0).clamp(min=0)
+    if bool(((counts >= 0) & (counts <= limit)).all()):
+        return None
+    return f"be from 0 to the sources of each image that may join, {limit.tolist()[:9]}"
+
+
+_FUNCTIONS = {
+    "ROWS": MAX_ROWS,
+    "entries": _entries,
+    "segments": _segments,
+    "starts_of": _starts,
+    "follows": _follows,
+    "lengths": _lengths,
+    "ranks": _ranks,
+    "partners": _partners,
+    "joinable": _joinable,
+    "int": int,
+    "max": max,
+}
