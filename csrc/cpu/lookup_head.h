@@ -14,6 +14,7 @@
 
 #include "../common/args.h"
 #include "attention_tiles.h"
+#include "for_each.h"
 #include "stream.h"
 
 namespace tokred::cpu::TOKRED_ISA {
@@ -61,11 +62,10 @@ struct LookupTask {
 // In the order of the chunks of an image: heads that are taken one after the other have their rows beside each other.
 template <class Work>
 void each_chunk(const LookupProblem& a, const LookupShape& s, const Work& work) {
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t task = 0; task < a.images * s.chunks * a.heads; ++task) {
+  for_each_dynamic(a.images * s.chunks * a.heads, [&](int64_t task) {
     const int64_t chunk = task / a.heads % s.chunks, first = chunk * s.chunk;
     work(LookupTask{task / a.heads / s.chunks, task % a.heads, chunk, first, std::min(s.chunk, a.tokens - first)});
-  }
+  });
 }
 
 template <class Work>
