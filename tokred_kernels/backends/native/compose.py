@@ -17,7 +17,5 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
     if images != batch:
         raise ValueError(f"tokred_kernels.compose: second must have the batch of first, got {images} and {batch}")
     dest = torch.empty_like(first)
-    kernels(first).compose(
-        first.data_ptr(), second.data_ptr(), batch, tokens, middle, dest.data_ptr(), stream(first)
-    )
+    kernels(first).compose(first.data_ptr(), second.data_ptr(), batch, tokens, middle, dest.data_ptr(), stream(first))
     return dest
