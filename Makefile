@@ -4,6 +4,8 @@
 # make digits   the same: train a ViT on handwritten digits, and the same with fewer tokens by each method
 # make test     install into .venv and run the tests
 # make lint     formatters, linters, types
+# make sanitize build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and run the ops' tests with them;
+#               fails on the first report. Needs GCC and its libasan. SANITIZE_TESTS selects other tests.
 # make gpu      on a machine with a GPU: build, check, test, sanitize, tune, benchmark, write the results (see below)
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +16,7 @@ DEMO_ARGS ?=
 SEGMENT_ARGS ?=
 DIGITS_ARGS ?=
 
-.PHONY: demo segment digits test lint format clean gpu gpu-build gpu-check gpu-test gpu-sanitize gpu-memcheck \
+.PHONY: demo segment digits test lint sanitize format clean gpu gpu-build gpu-check gpu-test gpu-sanitize gpu-memcheck \
   gpu-racecheck gpu-synccheck gpu-memcheck-triton gpu-tune gpu-bench gpu-micro gpu-model gpu-memory gpu-table gpu-collect
 
 demo: $(VENV)/installed
@@ -35,6 +37,18 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# The instrumented module is in a copy of the package, in build/sanitize. Python is not instrumented, so libasan is
+# preloaded, and the leaks that Python leaves at exit are not reported. libstdc++ is preloaded so that libasan finds
+# __cxa_throw.
+SANITIZE_TESTS ?= tests/ops tests/test_token_map.py tests/test_properties.py
+sanitize: $(VENV)/required
+	TOKRED_SANITIZE=1 TOKRED_CUDA=0 TOKRED_BUILD_DIR=build/sanitize/cmake $(BIN)/pip install --quiet \
+	  --disable-pip-version-check --no-deps --upgrade --target build/sanitize/package .
+	PYTHONPATH=build/sanitize/package OMP_WAIT_POLICY=passive TOKRED_SELFCHECK=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile $(SANITIZE_TESTS)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@ Environment variables:
     TOKRED_NATIVE      0 installs without the native module and needs no compiler. The reference and Triton work.
     TOKRED_CUDA        1 requires the CUDA kernels, 0 leaves them out, unset builds them if nvcc is found and works.
     TOKRED_CUDA_ARCHS  CUDA architectures such as "80;90a". Default: those of the GPUs present, else 80;90a;100;120.
+    TOKRED_SANITIZE    1 builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
     TOKRED_BUILD_DIR   The build folder. Default: setuptools' own. If it is kept, the next build is incremental.
 """
 
@@ -224,6 +225,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_folder}",
+            f"-DTOKRED_SANITIZE={'ON' if flag('TOKRED_SANITIZE') == '1' else 'OFF'}",
             *cuda,
         ]
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

@@ -22,18 +22,18 @@ namespace {
 struct Cpu {
   static std::size_t match_workspace_bytes(const tokred::MatchArgs&) { return 0; }
   static std::size_t best_match_workspace_bytes(const tokred::BestMatchArgs&) { return 0; }
-  static void bipartite_match(const tokred::MatchArgs& a, Address) { tokred::cpu::bipartite_match(a); }
-  static void best_match(const tokred::BestMatchArgs& a, Address) { tokred::cpu::best_match(a); }
-  static void match_map(const tokred::MatchMapArgs& a, Address) { tokred::cpu::match_map(a); }
-  static void similar_count(const tokred::SimilarCountArgs& a, Address) { tokred::cpu::similar_count(a); }
-  static void window_similarity(const tokred::WindowSimilarityArgs& a, Address) { tokred::cpu::window_similarity(a); }
-  static void window_map(const tokred::WindowMapArgs& a, Address) { tokred::cpu::window_map(a); }
-  static void invert(const tokred::InvertArgs& a, Address) { tokred::cpu::invert(a); }
-  static void compose(const tokred::ComposeArgs& a, Address) { tokred::cpu::compose(a); }
-  static void merge(const tokred::MergeArgs& a, Address) { tokred::cpu::merge(a); }
-  static void merge_backward(const tokred::MergeBackwardArgs& a, Address) { tokred::cpu::merge_backward(a); }
-  static void unmerge(const tokred::UnmergeArgs& a, Address) { tokred::cpu::unmerge(a); }
-  static void keep_topk(const tokred::KeepTopkArgs& a, Address) { tokred::cpu::keep_topk(a); }
+  TOKRED_CPU_OP(bipartite_match, MatchArgs)
+  TOKRED_CPU_OP(best_match, BestMatchArgs)
+  TOKRED_CPU_OP(match_map, MatchMapArgs)
+  TOKRED_CPU_OP(similar_count, SimilarCountArgs)
+  TOKRED_CPU_OP(window_similarity, WindowSimilarityArgs)
+  TOKRED_CPU_OP(window_map, WindowMapArgs)
+  TOKRED_CPU_OP(invert, InvertArgs)
+  TOKRED_CPU_OP(compose, ComposeArgs)
+  TOKRED_CPU_OP(merge, MergeArgs)
+  TOKRED_CPU_OP(merge_backward, MergeBackwardArgs)
+  TOKRED_CPU_OP(unmerge, UnmergeArgs)
+  TOKRED_CPU_OP(keep_topk, KeepTopkArgs)
 };
 
 #ifdef TOKRED_WITH_CUDA
@@ -187,13 +187,15 @@ void bind_ops(py::module_ m) {
   m.def(
       "merge",
       [](Address x, int64_t x_stride, Address weight, Address members, Address begin, Address count, Address y,
-         Address weight_sum, int64_t rows_out, int64_t channels, int dtype, int reduce, Address stream) {
+         Address weight_sum, int64_t rows_out, int64_t channels, int dtype, int reduce, int64_t rows_in,
+         int64_t num_members, Address stream) {
         tokred::MergeArgs a{};
         a.x = pointer(x), a.x_stride = x_stride, a.weight = pointer(weight);
         a.members = pointer<int32_t>(members), a.begin = pointer<int32_t>(begin), a.count = pointer<int32_t>(count);
         a.y = pointer(y), a.weight_sum = pointer(weight_sum);
         a.rows_out = rows_out, a.channels = channels;
         a.dtype = static_cast<DType>(dtype), a.reduce = static_cast<Reduce>(reduce);
+        a.rows_in = rows_in, a.num_members = num_members;
         Device::merge(a, stream);
       },
       release());
@@ -202,7 +204,7 @@ void bind_ops(py::module_ m) {
       [](Address grad_y, Address grad_weight_sum, Address x, int64_t x_stride, Address y, Address weight,
          Address weight_sum, Address dest, Address members, Address begin, Address count, Address grad_x,
          Address grad_weight, int64_t images, int64_t tokens, int64_t num_out, int64_t channels, int dtype, int reduce,
-         Address stream) {
+         int64_t num_members, Address stream) {
         tokred::MergeBackwardArgs a{};
         a.grad_y = pointer(grad_y), a.grad_weight_sum = pointer(grad_weight_sum);
         a.x = pointer(x), a.x_stride = x_stride, a.y = pointer(y);
@@ -211,7 +213,7 @@ void bind_ops(py::module_ m) {
         a.begin = pointer<int32_t>(begin), a.count = pointer<int32_t>(count);
         a.grad_x = pointer(grad_x), a.grad_weight = pointer(grad_weight);
         a.images = images, a.tokens = tokens, a.num_out = num_out, a.channels = channels;
-        a.dtype = static_cast<DType>(dtype), a.reduce = static_cast<Reduce>(reduce);
+        a.dtype = static_cast<DType>(dtype), a.reduce = static_cast<Reduce>(reduce), a.num_members = num_members;
         Device::merge_backward(a, stream);
       },
       release());

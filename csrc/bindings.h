@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
-// What the files of the Python module share: addresses, and taking tuples apart.
+// What the files of the Python module share: addresses, reading tuples, and errors that name the op.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <new>
+#include <stdexcept>
+#include <string>
 
 namespace tokred::bindings {
 
@@ -16,6 +19,27 @@ template <class T = void>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+// Runs a CPU op. What it throws becomes Python's RuntimeError, with the name of the op.
+template <class Op>
+void run_named(const char* op, const Op& run) {
+  const auto fail = [op](const std::string& reason) {
+    throw std::runtime_error(std::string("tokred_kernels.") + op + ": " + reason);
+  };
+  try {
+    run();
+  } catch (const std::bad_alloc&) {
+    fail("out of memory: the CPU kernel could not allocate its scratch memory");
+  } catch (const std::runtime_error& error) {
+    fail(error.what());
+  }
+}
+
+// A CPU op as the bindings call it: with an unused stream.
+#define TOKRED_CPU_OP(op, Args)                                    \
+  static void op(const tokred::Args& a, Address) {                 \
+    tokred::bindings::run_named(#op, [&] { tokred::cpu::op(a); }); \
+  }
 
 // Takes a tuple of whole numbers apart, in order.
 class Reader {

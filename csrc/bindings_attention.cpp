@@ -10,10 +10,12 @@ namespace tokred::bindings {
 namespace {
 
 struct Cpu {
-  static void lookup_gather(const LookupGatherArgs& a, Address) { cpu::lookup_gather(a); }
-  static void lookup_gather_backward(const LookupGatherBackwardArgs& a, Address) { cpu::lookup_gather_backward(a); }
-  static void lookup_scatter(const LookupScatterArgs& a, Address) { cpu::lookup_scatter(a); }
-  static void lookup_scatter_backward(const LookupScatterBackwardArgs& a, Address) { cpu::lookup_scatter_backward(a); }
+  TOKRED_CPU_OP(token_attention, TokenAttentionArgs)
+  TOKRED_CPU_OP(token_attention_backward, TokenAttentionBackwardArgs)
+  TOKRED_CPU_OP(lookup_gather, LookupGatherArgs)
+  TOKRED_CPU_OP(lookup_gather_backward, LookupGatherBackwardArgs)
+  TOKRED_CPU_OP(lookup_scatter, LookupScatterArgs)
+  TOKRED_CPU_OP(lookup_scatter_backward, LookupScatterBackwardArgs)
 };
 
 #ifdef TOKRED_WITH_CUDA
@@ -51,16 +53,16 @@ Args attention_args(const py::tuple& values, double scale) {
 
 void bind_attention(py::module_ m) {
   m.def("token_attention",
-        [](const py::tuple& problem, double scale, Address out, Address partial, Address importance, Address) {
+        [](const py::tuple& problem, double scale, Address out, Address partial, Address importance, Address stream) {
           auto a = attention_args<TokenAttentionArgs>(problem, scale);
           a.out = pointer(out), a.partial = pointer(partial), a.importance_out = pointer(importance);
           py::gil_scoped_release without_gil;
-          cpu::token_attention(a);
+          Cpu::token_attention(a, stream);
         });
   m.def("token_attention_backward",
         [](const py::tuple& problem, double scale, Address grad_out, const py::tuple& grad_strides,
            Address grad_importance, Address grad_q, Address grad_k, Address grad_v, Address grad_bias,
-           Address grad_policy, Address) {
+           Address grad_policy, Address stream) {
           auto a = attention_args<TokenAttentionBackwardArgs>(problem, scale);
           Reader r(grad_strides);
           a.grad_out = pointer(grad_out);
@@ -69,7 +71,7 @@ void bind_attention(py::module_ m) {
           a.grad_q = pointer(grad_q), a.grad_k = pointer(grad_k), a.grad_v = pointer(grad_v);
           a.grad_bias = pointer(grad_bias), a.grad_policy = pointer(grad_policy);
           py::gil_scoped_release without_gil;
-          cpu::token_attention_backward(a);
+          Cpu::token_attention_backward(a, stream);
         });
 }
 

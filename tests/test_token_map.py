@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 import copy
+import itertools
 import pickle
+import re
 
 import pytest
 import torch
@@ -277,13 +279,162 @@ def test_the_constructor_takes_int32_alone():
     assert torch.equal(tk.TokenMap.from_dest(dest).to("cpu", non_blocking=True).dest, dest.int())
 
 
-def test_a_slot_that_is_not_there_is_no_crash():
-    token_map = tk.TokenMap(torch.tensor([[1, 0, 3, 2]], dtype=torch.int32), 3)
+FIELDS = ("dest", "members", "begin", "count")
+INT32 = torch.iinfo(torch.int32)
+
+
+def fields_of(token_map):
+    return dict(zip(FIELDS, (token_map.dest, *token_map.views()), strict=True))
+
+
+def with_entry(value, place):
+    def change(tensor):
+        tensor.view(-1)[place] = value
+        return tensor
+
+    return change
+
+
+# What is wrong with a field, as a function of the right tensor.
+WRONG = {
+    **{
+        f"{value} at {place}": with_entry(value, place)
+        for value, place in itertools.product((-2, 99, INT32.min, INT32.max), (0, 4, -1))
+    },
+    "int64": lambda t: t.long(),
+    "float32": lambda t: t.float(),
+    "bool": lambda t: t.bool(),
+    "too short": lambda t: t[:-1],
+    "too long": lambda t: torch.cat([t, t]),
+    "empty": lambda t: t[:0],
+    "scalar": lambda t: t.sum().int(),
+    "one dimension too many": lambda t: t[None],
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "list": lambda t: t.tolist(),
+    "number": lambda t: 3,
+}
+CHANGED = [name for name in WRONG if " at " in name]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("field", FIELDS)
+def test_the_constructor_raises_for_a_wrong_field(field, wrong, packed):
+    token_map = random_packed_map((9, 0, 4, 40)) if packed else random_map(3, 9, 4)
+    fields = {name: tensor.clone() for name, tensor in fields_of(token_map).items()}
+    packings = {"packed": token_map.packed, "packed_in": token_map.packed_in}
+    same = tk.TokenMap(fields["dest"], token_map.num_out, *list(fields.values())[1:], **packings)
+    assert all(torch.equal(a, b) for a, b in zip(same.views(), token_map.views(), strict=True))
+    fields[field] = WRONG[wrong](fields[field])
+    with pytest.raises((TypeError, ValueError), match=r"TokenMap: (dest|members|begin|count|packed) "):
+        tk.TokenMap(fields["dest"], token_map.num_out, *list(fields.values())[1:], **packings)
+
+
+def test_the_constructor_raises_for_views_of_another_map():
+    first, second = random_map(3, 9, 4), random_map(3, 9, 4)
+    for field in FIELDS[1:]:
+        views = fields_of(first) | {field: fields_of(second)[field]}
+        with pytest.raises(ValueError, match=f"TokenMap: {field} must be that of dest"):
+            tk.TokenMap(*[views.pop("dest"), 4, *views.values()])
+    with pytest.raises(TypeError, match="TokenMap: begin must be an int32 tensor, got NoneType"):
+        tk.TokenMap(first.dest, 4, first.members)
+
+
+@pytest.mark.parametrize("num_out", [-1, 2.0, "3", None, True, 10**400, 2**31, 2])
+def test_the_constructor_raises_for_a_wrong_num_out(num_out):
+    dest = torch.tensor([[0, 2, 1]], dtype=torch.int32)
+    with pytest.raises((TypeError, ValueError), match=r"TokenMap: (num_out|dest) must"):
+        tk.TokenMap(dest, num_out)
+    packing = tk.Packing.of((3,), torch.device("cpu"))
+    with pytest.raises((TypeError, ValueError), match=r"TokenMap: (num_out|dest) must"):
+        tk.TokenMap(dest, num_out, packed=packing)
+
+
+def test_the_constructor_raises_for_packings_that_do_not_fit():
+    packing = tk.Packing.of((2, 1), torch.device("cpu"))
+    three, two = (torch.zeros(shape, dtype=torch.int32) for shape in ((3,), (1, 2)))
+    for dest, options, words in (
+        (three, {"packed_in": packing}, "packed must be given with packed_in"),
+        (two, {"packed_in": packing, "packed": packing}, r"dest must have shape \(3,\)"),
+        (two, {"packed": packing}, "dest must have the 2 images of packed"),
+        (three, {"packed": packing}, r"dest must be \(B, N\)"),
+        (two, {"packed": packing.cu_seqlens}, "packed must be a Packing, got Tensor"),
+        (two, {"packed": packing.to("meta")}, "packed is on meta, dest on cpu"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"TokenMap: {words}"):
+            tk.TokenMap(dest, 3, **options)
+
+
+def test_strided_fields_are_copied():
+    token_map = random_map(3, 9, 4)
+    strided = [torch.stack([t, t], -1)[..., 0] for t in fields_of(token_map).values()]
+    assert not any(t.is_contiguous() for t in strided)
+    same = tk.TokenMap(strided[0], 4, *strided[1:])
+    for got, want in zip(fields_of(same).values(), fields_of(token_map).values(), strict=True):
+        assert got.is_contiguous()
+        assert torch.equal(got, want)
+
+
+# Ops along a map of 3 images, 9 tokens, 4 slots, and the fields that each reads.
+ALONG = {
+    "merge": (lambda m: tk.merge(torch.randn(3, 9, 5), m), FIELDS[1:]),
+    "merge amax": (lambda m: tk.merge(torch.randn(3, 9, 5), m, reduce="amax"), FIELDS[1:]),
+    "merge weight": (lambda m: tk.merge(torch.randn(3, 9, 5), m, weight=torch.rand(3, 9)), FIELDS[1:]),
+    "merge large": (lambda m: tk.merge(torch.randn(3, 9, 9000), m), FIELDS[1:]),
+    "unmerge": (lambda m: tk.unmerge(torch.randn(3, 4, 5), m), ["dest"]),
+    "unmerge large": (lambda m: tk.unmerge(torch.randn(3, 4, 9000), m), ["dest"]),
+    "compose": (lambda m: m.then(tk.TokenMap.identity(3, 4)), ["dest"]),
+    "invert": (lambda m: tk.TokenMap._trusted(m.dest, 4).views(), ["dest"]),
+    "merge_backward": (lambda m: tk.merge(torch.randn(3, 9, 5, requires_grad=True), m).sum().backward(), ["dest"]),
+}
+
+
+def raised(op, token_map):
+    """Return the error of an op along a map that was changed in place, or None."""
+    try:
+        ALONG[op][0](token_map)
+    except (RuntimeError, ValueError) as error:
+        return f"{error}"
+    return None
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("op", ALONG)
+def test_the_kernels_raise_for_a_map_that_was_changed_in_place(op, change):
+    name = op.partition(" ")[0]
     with tk.use_backend("cpu"):
-        with pytest.raises(ValueError, match="a token in slot 3, and num_out is 3"):
-            tk.merge(torch.randn(1, 4, 8), token_map)
-        with pytest.raises(ValueError, match="a token in slot 3, and num_out is 3"):
-            tk.unmerge(torch.randn(1, 3, 8), token_map)
+        for field in ALONG[op][1]:
+            token_map = tk.TokenMap.from_dest(torch.arange(27).view(3, 9) % 4)
+            assert raised(op, token_map) is None
+            WRONG[change](fields_of(token_map)[field])
+            if field == "dest" and change.startswith("-"):
+                assert raised(op, token_map) is None  # the token is dropped
+            else:
+                assert re.match(rf"tokred_kernels\.{name}: ({field}|count|first) must hold", raised(op, token_map))
+
+
+# In-place changes of shape and strides, and other tensors put in place of a map's own.
+REPLACED = {
+    "resize_": lambda t: t.resize_(*[2] * t.dim()),
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    "int8": lambda t: t.to(torch.int8),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", REPLACED)
+@pytest.mark.parametrize("op", [op for op in ALONG if op != "invert"])  # which takes any map
+def test_the_kernels_raise_for_a_map_whose_tensors_were_replaced(op, change):
+    name = op.partition(" ")[0]
+    for field in ALONG[op][1]:
+        token_map = tk.TokenMap.from_dest(torch.arange(27).view(3, 9) % 4)
+        tensor = REPLACED[change](fields_of(token_map)[field])
+        setattr(token_map, field if field == "dest" else f"_{field}", tensor)
+        with tk.use_backend("cpu"):
+            error = raised(op, token_map)
+        assert error is not None
+        assert re.match(rf"tokred_kernels\.({name}|merge|invert): |TokenMap.then: ", error), error
 
 
 def test_slots_that_int32_cannot_hold_are_refused():
@@ -306,12 +457,13 @@ def test_packings_are_made_on_the_host():
     assert packing.cu_seqlens.tolist() == [0, 3, 5]
 
 
-def test_only_tensors_must_be_int32():
-    class Proxy:  # as tracers put in place of a tensor when they rebuild a map
+def test_a_tracer_rebuilds_maps_of_proxies():
+    class Proxy:
         dtype = "not known yet"
 
     leaf = Proxy()
-    assert tk.TokenMap(leaf, 3, leaf, leaf, leaf).dest is leaf
+    _, spec = pytree.tree_flatten(random_map(1, 3, 3))
+    assert pytree.tree_unflatten([leaf] * spec.num_leaves, spec).dest is leaf
 
 
 @pytest.mark.parametrize("compiling", [False, True])

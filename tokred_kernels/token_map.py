@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from tokred_kernels.checks import MAX_ROWS, check_count, shape
 from tokred_kernels.ops.compose import compose
 from tokred_kernels.ops.invert import invert
+from tokred_kernels.ops.library import nobody_listens
 from tokred_kernels.packing import Packing
 
 
@@ -37,12 +38,23 @@ class TokenMap:
     output, and `begin` and `count` are (T',). What goes in is (B, N, C) still, or, after an earlier packed map, (T, C)
     with `packed_in`; then `dest` is (T,). Movers take a packed map as any other.
 
-    The constructor takes what it is given for true, as a kernel has just written it. To make a map by hand, call
-    `from_dest`, which looks at every entry.
+    The constructor checks types, shapes and devices, and on the CPU all entries; on a GPU it reads nothing back. Do not
+    change the tensors in place: the CPU kernels raise RuntimeError for an index that is out of range, but other changes
+    are not detected.
 
     Raises:
-        TypeError: a tensor of another dtype than int32.
+        TypeError: a tensor that is missing or is not int32, or a `num_out` that is not an int.
+        ValueError: shapes or devices that do not fit together, entries of `dest` outside -1 to num_out - 1, or
+            `members`, `begin` and `count` that are not those of `dest`.
     """
+
+    dest: Tensor
+    num_out: int
+    packed: Packing | None
+    packed_in: Packing | None
+    _members: Tensor | None
+    _begin: Tensor | None
+    _count: Tensor | None
 
     def __init__(
         self,
@@ -54,11 +66,28 @@ class TokenMap:
         packed: Packing | None = None,
         packed_in: Packing | None = None,
     ) -> None:
-        int32 = torch.int32
-        for part in (dest, members, begin, count):  # a pytree may be rebuilt of other things than tensors
-            if part is not None and isinstance(part, Tensor) and part.dtype is not int32:
-                _refuse_dtype(dest=dest, members=members, begin=begin, count=count)
-        self.dest = dest.contiguous() if isinstance(dest, Tensor) and not dest.is_contiguous() else dest
+        _check_dest(dest, packed, packed_in)
+        check_num_out("TokenMap", num_out)
+        self._set(dest.contiguous(), num_out, None, None, None, packed, packed_in)
+        if packed is not None and num_out != packed.rows:
+            raise ValueError(f"TokenMap: num_out must be the {packed.rows} rows of packed, got {num_out}")
+        if _is_readable(dest):
+            _check_slots("TokenMap", dest, num_out)
+        if members is not None or begin is not None or count is not None:
+            views = _checked_views(self, members=members, begin=begin, count=count)
+            self._members, self._begin, self._count = views
+
+    def _set(
+        self,
+        dest: Tensor,
+        num_out: int,
+        members: Tensor | None,
+        begin: Tensor | None,
+        count: Tensor | None,
+        packed: Packing | None,
+        packed_in: Packing | None,
+    ) -> None:
+        self.dest = dest
         self.num_out = num_out
         self._members = members
         self._begin = begin
@@ -67,11 +96,27 @@ class TokenMap:
         self.packed_in = packed_in
 
     @classmethod
+    def _trusted(
+        cls,
+        dest: Tensor,
+        num_out: int,
+        members: Tensor | None = None,
+        begin: Tensor | None = None,
+        count: Tensor | None = None,
+        packed: Packing | None = None,
+        packed_in: Packing | None = None,
+    ) -> TokenMap:
+        """Return a map of contiguous tensors that a kernel has written, or of what a tracer uses instead: no checks."""
+        token_map = cls.__new__(cls)
+        token_map._set(dest, num_out, members, begin, count, packed, packed_in)
+        return token_map
+
+    @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> TokenMap:
         """The map that leaves each of `tokens` tokens of `batch` images where it is."""
         dest = torch.arange(tokens, dtype=torch.int32, device=device).repeat(batch, 1)
         members = torch.arange(batch * tokens, dtype=torch.int32, device=device)
-        return cls(dest, tokens, members, members.view(batch, tokens), torch.ones_like(dest))
+        return cls._trusted(dest, tokens, members, members.view(batch, tokens), torch.ones_like(dest))
 
     @classmethod
     def from_dest(cls, dest: Tensor, num_out: int | None = None) -> TokenMap:
@@ -94,18 +139,11 @@ class TokenMap:
             raise ValueError(f"TokenMap.from_dest: dest must be (B, N), got shape {shape(dest)}")
         if dest.numel() > MAX_ROWS:
             raise ValueError(f"TokenMap.from_dest: dest may have at most {MAX_ROWS} entries, got {dest.numel()}")
-        low, high = (int(dest.min()), int(dest.max())) if dest.numel() else (0, -1)
         if num_out is None:
-            num_out = high + 1
-        check_count("TokenMap.from_dest", "num_out", num_out)
-        if num_out > MAX_ROWS:
-            raise ValueError(f"TokenMap.from_dest: num_out must be at most {MAX_ROWS}, got {num_out}")
-        if low < -1 or high >= num_out:
-            raise ValueError(
-                f"TokenMap.from_dest: dest must hold slots 0 to num_out - 1 = {num_out - 1}, or -1 for dropped, "
-                f"got entries from {low} to {high}"
-            )
-        return cls(dest.to(torch.int32).contiguous(), num_out)
+            num_out = int(dest.max()) + 1 if dest.numel() else 0
+        check_num_out("TokenMap.from_dest", num_out)
+        _check_slots("TokenMap.from_dest", dest, num_out)
+        return cls._trusted(dest.to(torch.int32).contiguous(), num_out)
 
     @property
     def batch(self) -> int:
@@ -166,7 +204,7 @@ class TokenMap:
     def as_rows(self) -> TokenMap:
         """A packed map as a rectangular one, of a single image that has all the rows: how kernels see it."""
         members, begin, count = self.views()
-        return TokenMap(self.dest.view(1, -1), self.num_out, members, begin.view(1, -1), count.view(1, -1))
+        return TokenMap._trusted(self.dest.view(1, -1), self.num_out, members, begin.view(1, -1), count.view(1, -1))
 
     def then(self, after: TokenMap) -> TokenMap:
         """This map followed by `after`: from this map's tokens to the slots of `after`, in O(B N).
@@ -190,7 +228,7 @@ class TokenMap:
             dest = compose(first, second)
         else:
             dest = compose(first.view(1, -1), second.view(1, -1)).view(first.shape)
-        return TokenMap(dest, after.num_out, None, None, None, after.packed, self.packed_in)
+        return TokenMap._trusted(dest, after.num_out, None, None, None, after.packed, self.packed_in)
 
     def image(self, index: int) -> TokenMap:
         """The map of one image alone, rectangular: of its N tokens, or however many it has, to its own slots.
@@ -207,9 +245,9 @@ class TokenMap:
             first = sum(self.packed_in.lengths[:index])
             dest = self.dest[first : first + self.packed_in.lengths[index]]
         if self.packed is None:
-            return TokenMap(dest[None], self.num_out)
+            return TokenMap._trusted(dest[None], self.num_out)
         first = sum(self.packed.lengths[:index])
-        return TokenMap(torch.where(dest < 0, -1, dest - first)[None], self.packed.lengths[index])
+        return TokenMap._trusted(torch.where(dest < 0, -1, dest - first)[None], self.packed.lengths[index])
 
     def source(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense (B, N', N) matrix of zeros and ones that published code carries: row s marks the members of slot s.
@@ -233,7 +271,7 @@ class TokenMap:
         def move(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.to(device, non_blocking=non_blocking)
 
-        return TokenMap(
+        return TokenMap._trusted(
             self.dest.to(device, non_blocking=non_blocking),
             self.num_out,
             move(self._members),
@@ -250,10 +288,76 @@ class TokenMap:
         return str(self.num_out) if self.packed is None else f"{list(self.packed.lengths)} packed"
 
 
-def _refuse_dtype(**parts: Any) -> NoReturn:
-    dtypes = ((name, part.dtype) for name, part in parts.items() if isinstance(part, Tensor))
-    name, dtype = next((name, dtype) for name, dtype in dtypes if dtype != torch.int32)
-    raise TypeError(f"TokenMap: {name} must be int32, got {dtype}; TokenMap.from_dest takes any integer dtype")
+def check_num_out(op: str, num_out: Any) -> None:
+    """Raise unless `num_out` is a number of slots that int32 can hold."""
+    check_count(op, "num_out", num_out)
+    if num_out > MAX_ROWS:
+        raise ValueError(f"{op}: num_out must be at most {MAX_ROWS}, got {num_out}")
+
+
+def _check_int32(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"TokenMap: {name} must be an int32 tensor, got {type(value).__name__}")
+    if value.dtype != torch.int32:
+        raise TypeError(
+            f"TokenMap: {name} must be int32, got {value.dtype}; TokenMap.from_dest takes any integer dtype"
+        )
+    if value.layout is not torch.strided:
+        raise TypeError(f"TokenMap: {name} must be a dense (strided) tensor, got {value.layout}")
+
+
+def _check_dest(dest: Any, packed: Any, packed_in: Any) -> None:
+    """Raise unless `dest` is int32 and has the shape that the packings require."""
+    _check_int32("dest", dest)
+    for name, packing in (("packed", packed), ("packed_in", packed_in)):
+        if packing is None:
+            continue
+        if not isinstance(packing, Packing):
+            raise TypeError(f"TokenMap: {name} must be a Packing, got {type(packing).__name__}")
+        if packing.cu_seqlens.device != dest.device:
+            raise ValueError(f"TokenMap: {name} is on {packing.cu_seqlens.device}, dest on {dest.device}")
+    if packed_in is not None:
+        if packed is None or len(packed.lengths) != len(packed_in.lengths):
+            raise ValueError("TokenMap: packed must be given with packed_in, with the same number of images")
+        if dest.shape != (packed_in.rows,):
+            raise ValueError(f"TokenMap: dest must have shape ({packed_in.rows},) as packed_in, got {shape(dest)}")
+    elif dest.dim() != 2:
+        raise ValueError(f"TokenMap: dest must be (B, N), got shape {shape(dest)}")
+    elif packed is not None and len(packed.lengths) != dest.shape[0]:
+        images = len(packed.lengths)
+        raise ValueError(f"TokenMap: dest must have the {images} images of packed, got shape {shape(dest)}")
+    if dest.numel() > MAX_ROWS:
+        raise ValueError(f"TokenMap: dest may have at most {MAX_ROWS} entries, got {dest.numel()}")
+
+
+def _check_slots(op: str, dest: Tensor, num_out: int) -> None:
+    low, high = (int(bound) for bound in torch.aminmax(dest)) if dest.numel() else (0, -1)
+    if low < -1 or high >= num_out:
+        raise ValueError(
+            f"{op}: dest must hold slots 0 to num_out - 1 = {num_out - 1}, or -1 for dropped, "
+            f"got entries from {low} to {high}"
+        )
+
+
+def _checked_views(token_map: TokenMap, **views: Tensor | None) -> list[Tensor]:
+    """Return `members`, `begin` and `count`, contiguous; raise unless they fit `dest`."""
+    for name, view in views.items():
+        _check_int32(name, view)
+        expected = (token_map.dest.numel(),) if name == "members" else token_map.out_shape
+        if view.shape != expected:
+            raise ValueError(f"TokenMap: {name} must have shape {expected} as dest requires, got {shape(view)}")
+        if view.device != token_map.device:
+            raise ValueError(f"TokenMap: {name} is on {view.device}, dest on {token_map.device}")
+    if _is_readable(token_map.dest):
+        for (name, view), right in zip(views.items(), token_map.views(), strict=True):
+            if not torch.equal(view, right):
+                raise ValueError(f"TokenMap: {name} must be that of dest; leave it out to have it computed")
+    return [view.contiguous() for view in views.values()]
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Return whether the entries can be read at no cost: on the CPU, and nothing is being traced."""
+    return tensor.is_cpu and nobody_listens(tensor)
 
 
 def _outside_inference_mode() -> AbstractContextManager[Any]:
@@ -284,6 +388,6 @@ def _rows(token_map: TokenMap, out: bool = False) -> str:
 pytree.register_pytree_node(
     TokenMap,
     lambda m: ([m.dest, m.num_out, m._members, m._begin, m._count, m.packed, m.packed_in], None),
-    lambda children, _: TokenMap(*children),
+    lambda children, _: TokenMap._trusted(*children),
     serialized_type_name="tokred_kernels.TokenMap",
 )

@@ -168,6 +168,7 @@ struct MergeArgs {
   int64_t rows_out, channels;
   DType dtype;
   Reduce reduce;
+  int64_t rows_in, num_members;  // of x and of members; the CPU checks begin, count and members against them
 };
 
 // With s = dest[n] (as an absolute row), g = grad_y[s], W = weight_sum[s] (count[s] without weight), w = weight[n]:
@@ -192,6 +193,7 @@ struct MergeBackwardArgs {
   int64_t images, tokens, num_out, channels;
   DType dtype;
   Reduce reduce;
+  int64_t num_members;  // of members, as in MergeArgs
 };
 
 // x[n] = y[dest[n]], 0 where dest[n] is -1.

@@ -3,6 +3,7 @@
 // and the exponential. A block of queries has its whole row of scores at hand, N floats, so no weights are stored.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -56,7 +57,7 @@ class Arena {
 
 template <class Sum>
 void clear(Sum* values, int64_t number) {
-  std::memset(static_cast<void*>(values), 0, number * sizeof(Sum));
+  std::fill(values, values + number, Sum{});
 }
 
 // Rows of `padded` sums times `factor` to rows of results a stride apart.
@@ -209,7 +210,7 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  int32_t bits;
+  uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits << 23) + 0x3f800000;  // the low bits of `shifted` are the whole number
   float power;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// A copy of one row among many that follow one another.
+// Copy and clear one row.
 #pragma once
 
 #include <cstring>
@@ -22,6 +22,11 @@ inline void copy_row(void* to, const void* from, std::size_t bytes) {
     *reinterpret_cast<Part*>(out + done) = *reinterpret_cast<const Part*>(in + done);
   }
   if (done < bytes) std::memcpy(out + done, in + done, bytes - done);
+}
+
+// std::memset must not get a null pointer, not even for no bytes.
+inline void clear_row(void* row, std::size_t bytes) {
+  if (bytes > 0) std::memset(row, 0, bytes);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common/order.h"
+#include "for_each.h"
 #include "maps.h"
 #include "ops.h"
 
@@ -19,25 +20,22 @@ constexpr int64_t kSerialTokens = 1024;
 void keep_topk(const KeepTopkArgs& a) {
   const int64_t slots = int64_t{a.first} + a.k + a.fuse;
   const int64_t candidates = a.tokens - a.first;
-#pragma omp parallel if (a.images * a.tokens > kSerialTokens)
-  {
-    std::vector<uint64_t> keys(2 * candidates);
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < a.images; ++b) {
-      const float* score = a.score + b * a.stride + a.first;
-      for (int64_t n = 0; n < candidates; ++n) {
-        const float value = std::isnan(score[n]) ? -INFINITY : score[n];
-        keys[n] = pack_candidate(value, static_cast<int32_t>(n));
-      }
-      const uint64_t* sorted = sort_candidates(keys.data(), candidates, keys.data() + candidates);
-      int32_t* dest = a.dest + b * a.tokens;
-      for (int32_t n = 0; n < a.first; ++n) dest[n] = n;
-      std::fill(dest + a.first, dest + a.tokens, a.fuse ? a.first + a.k : -1);
-      for (int32_t place = 0; place < a.k; ++place) dest[a.first + candidate_index(sorted[place])] = a.first + place;
-      invert_image(dest, b * a.tokens, a.tokens, slots, a.members + b * a.tokens, a.begin + b * slots,
-                   a.count + b * slots);
+  for_each(a.images, a.images * a.tokens > kSerialTokens, [&](int64_t b) {
+    thread_local std::vector<uint64_t> keys;
+    keys.resize(2 * candidates);
+    const float* score = a.score + b * a.stride + a.first;
+    for (int64_t n = 0; n < candidates; ++n) {
+      const float value = std::isnan(score[n]) ? -INFINITY : score[n];
+      keys[n] = pack_candidate(value, static_cast<int32_t>(n));
     }
-  }
+    const uint64_t* sorted = sort_candidates(keys.data(), candidates, keys.data() + candidates);
+    int32_t* dest = a.dest + b * a.tokens;
+    for (int32_t n = 0; n < a.first; ++n) dest[n] = n;
+    std::fill(dest + a.first, dest + a.tokens, a.fuse ? a.first + a.k : -1);
+    for (int32_t place = 0; place < a.k; ++place) dest[a.first + candidate_index(sorted[place])] = a.first + place;
+    invert_image(dest, b * a.tokens, a.tokens, slots, a.members + b * a.tokens, a.begin + b * slots,
+                 a.count + b * slots);
+  });
 }
 
 }  // namespace tokred::cpu

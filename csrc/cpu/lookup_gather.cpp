@@ -95,10 +95,8 @@ void lookup_gather(const LookupGatherArgs& a) {
     each_chunk(a, s, [&](const LookupTask& t) {
       gather_chunk<T>(a, s, t, ChunkSums<Sum>(task_sums(all, a, s.chunks, t, each), s));
     });
-#pragma omp parallel for schedule(static)
-    for (int64_t pair = 0; pair < a.images * a.heads; ++pair) {
-      combine<T>(a, s, all, {pair / a.heads, pair % a.heads, 0, 0, 0});
-    }
+    for_each(a.images * a.heads, true,
+             [&](int64_t pair) { combine<T>(a, s, all, {pair / a.heads, pair % a.heads, 0, 0, 0}); });
   });
 }
 

@@ -14,6 +14,7 @@
 
 #include "../common/args.h"
 #include "attention_tiles.h"
+#include "for_each.h"
 #include "stream.h"
 
 namespace tokred::cpu::TOKRED_ISA {
@@ -61,11 +62,10 @@ struct LookupTask {
 // In the order of the chunks of an image: heads that are taken one after the other have their rows beside each other.
 template <class Work>
 void each_chunk(const LookupProblem& a, const LookupShape& s, const Work& work) {
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t task = 0; task < a.images * s.chunks * a.heads; ++task) {
+  for_each_dynamic(a.images * s.chunks * a.heads, [&](int64_t task) {
     const int64_t chunk = task / a.heads % s.chunks, first = chunk * s.chunk;
     work(LookupTask{task / a.heads / s.chunks, task % a.heads, chunk, first, std::min(s.chunk, a.tokens - first)});
-  }
+  });
 }
 
 template <class Work>
@@ -137,8 +137,7 @@ void weigh_by_lse(Sum* row, int64_t queries, Sum factor, const Sum* lse) {
 template <class T, class Sum>
 void store_chunk_sums(const LookupProblem& a, const LookupShape& s, Sum* sums, int64_t each, int64_t offset, Sum factor,
                       void* to) {
-#pragma omp parallel for schedule(static)
-  for (int64_t pair = 0; pair < a.images * a.heads; ++pair) {
+  for_each(a.images * a.heads, true, [&](int64_t pair) {
     LookupTask t{pair / a.heads, pair % a.heads, 0, 0, 0};
     Sum* total = task_sums(sums, a, s.chunks, t, each) + offset;
     for (t.chunk = 1; t.chunk < s.chunks; ++t.chunk) {
@@ -148,7 +147,7 @@ void store_chunk_sums(const LookupProblem& a, const LookupShape& s, Sum* sums, i
     }
     store_rows(total, s.padded, a.compressed, a.channels, factor, result_row<T>(to, a, a.compressed, t, 0),
                a.heads * a.channels);
-  }
+  });
 }
 
 }  // namespace

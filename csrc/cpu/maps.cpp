@@ -64,17 +64,20 @@ void offset_slots(int32_t* dest, int64_t tokens, int32_t first_slot) {
   for (int64_t n = 0; n < tokens; ++n) dest[n] += dest[n] < 0 ? 0 : first_slot;
 }
 
-void check_slots(const int32_t* dest, int64_t number, int64_t num_out) {
+void throw_bad_index(const char* argument, int64_t index, int64_t lowest, int64_t end) {
+  throw std::runtime_error(std::string(argument) + " must hold values from " + std::to_string(lowest) + " to " +
+                           std::to_string(end - 1) + ", got " + std::to_string(index) +
+                           "; do not change the tensors of a token map in place");
+}
+
+void check_slots(const char* argument, const int32_t* slots, int64_t number, int64_t num_out) {
   int32_t highest = -1;
-  for (int64_t n = 0; n < number; ++n) highest = std::max(highest, dest[n]);
-  if (highest >= num_out) {
-    throw std::invalid_argument("tokred_kernels: the token map has a token in slot " + std::to_string(highest) +
-                                ", and num_out is " + std::to_string(num_out));
-  }
+  for (int64_t n = 0; n < number; ++n) highest = std::max(highest, slots[n]);
+  if (highest >= num_out) throw_bad_index(argument, highest, -1, num_out);
 }
 
 void invert(const InvertArgs& a) {
-  check_slots(a.dest, a.images * a.tokens, a.num_out);
+  check_slots("dest", a.dest, a.images * a.tokens, a.num_out);
   for_each(a.images, a.images * a.tokens > kSerialTokens, [&](int64_t b) {
     invert_image(a.dest + b * a.tokens, b * a.tokens, a.tokens, a.num_out, a.members + b * a.tokens,
                  a.begin + b * a.num_out, a.count + b * a.num_out);
@@ -82,6 +85,7 @@ void invert(const InvertArgs& a) {
 }
 
 void compose(const ComposeArgs& a) {
+  check_slots("first", a.first, a.images * a.tokens, a.middle);
   for_each(a.images, a.images * a.tokens > kSerialTokens, [&](int64_t b) {
     const int32_t* first = a.first + b * a.tokens;
     const int32_t* second = a.second + b * a.middle;

@@ -23,9 +23,27 @@ void dest_of_ranks(const Partition& partition, int64_t image, int64_t tokens, co
 void invert_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
                   int32_t* begin, int32_t* count);
 
-// Throws where a token is in a slot that is not there. Nothing else keeps a map that was made by hand from writing
-// past the end of what follows it.
-void check_slots(const int32_t* dest, int64_t number, int64_t num_out);
+// Throws an error that names an argument with an invalid index: TokenMap validates its tensors once, and they can
+// change in place afterwards.
+[[noreturn]] void throw_bad_index(const char* argument, int64_t index, int64_t lowest, int64_t end);
+
+// Throws if a token's slot is not below num_out. `argument` holds the slots; negative slots mean dropped tokens.
+void check_slots(const char* argument, const int32_t* slots, int64_t number, int64_t num_out);
+
+namespace {
+
+// Throws if the members of output row `row` are not rows of x. `a`: MergeArgs or MergeBackwardArgs.
+template <class Args>
+void check_members(const Args& a, int64_t row, int64_t rows_in) {
+  const int64_t begin = a.begin[row], count = a.count[row];
+  if (begin < 0 || begin > a.num_members) throw_bad_index("begin", begin, 0, a.num_members + 1);
+  if (count < 0 || count > a.num_members - begin) throw_bad_index("count", count, 0, a.num_members - begin + 1);
+  for (int64_t m = begin; m < begin + count; ++m) {
+    if (a.members[m] < 0 || a.members[m] >= rows_in) throw_bad_index("members", a.members[m], 0, rows_in);
+  }
+}
+
+}  // namespace
 
 // Slots counted from the image's first become rows of a packed output, in which that one is row `first_slot`.
 void offset_slots(int32_t* dest, int64_t tokens, int32_t first_slot);

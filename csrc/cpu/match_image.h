@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "../common/order.h"
+#include "for_each.h"
 #include "maps.h"
 #include "match_tile.h"
 #if defined(__AMX_BF16__)
@@ -64,21 +65,24 @@ Match match_image(const MatchProblem& a, const Image& image, bool parallel) {
   const Match p = prepare<Scores>(a, image);
   const int32_t first_number = p.destinations > 0 ? image.partition.protected_dst : 0;
   std::atomic<int64_t> loaded{0};
+  Failure failure;
 #pragma omp parallel if (parallel)
   {
     thread_local Scratch scratch;
-    float* memory = scratch.take(Scores::pass_size(p.channels));
+    float* memory = nullptr;  // a thread without memory takes its turns, and does nothing in them
+    failure.guard([&] { memory = scratch.take(Scores::pass_size(p.channels)); });
     // No barrier, and no share of its own for any thread: the system may take milliseconds to wake one, for which the
     // others would wait. Only panels that are being loaded are waited for.
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t panel = 0; panel < p.panels; ++panel) {
-      Scores::load_panel(a, image, p, panel, memory);
+      if (memory) Scores::load_panel(a, image, p, panel, memory);
       loaded.fetch_add(1, std::memory_order_release);
     }
     while (loaded.load(std::memory_order_acquire) < p.panels) std::this_thread::yield();
     [[maybe_unused]] const typename Scores::Means means;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t from = 0; from < p.sources; from += kPassSources) {
+      if (!memory) continue;
       Best best[kPassSources];
       Scores::best_of_pass(a, image, p, from, memory, best);
       for (int64_t i = from; i < std::min(from + kPassSources, p.sources); ++i) {
@@ -87,6 +91,7 @@ Match match_image(const MatchProblem& a, const Image& image, bool parallel) {
       }
     }
   }
+  failure.rethrow();
   return p;
 }
 
@@ -111,8 +116,7 @@ void match_images(const MatchProblem& a, Finish&& finish) {
     // Two loops, not one with an `if` clause: a parallel region inside another, even one of a single thread, does not
     // get the pool's threads but new ones at every call.
     if (by_image && parallel) {
-#pragma omp parallel for schedule(dynamic, 1)
-      for (int64_t b = 0; b < a.images; ++b) match(b, false);
+      for_each_dynamic(a.images, [&](int64_t b) { match(b, false); });
     } else {
       for (int64_t b = 0; b < a.images; ++b) match(b, parallel);
     }

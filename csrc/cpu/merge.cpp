@@ -7,6 +7,7 @@
 #include "copy_row.h"
 #include "element.h"
 #include "for_each.h"
+#include "maps.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
@@ -24,6 +25,7 @@ void reduce_row(const MergeArgs& a, int64_t row) {
   const T* x = static_cast<const T*>(a.x);
   const Sum* weight = static_cast<const Sum*>(a.weight);
   T* y = static_cast<T*>(a.y) + row * a.channels;
+  check_members(a, row, a.rows_in);
   const int32_t* members = a.members + a.begin[row];
   const int32_t count = a.count[row];
 
@@ -32,7 +34,7 @@ void reduce_row(const MergeArgs& a, int64_t row) {
   if (a.weight_sum) static_cast<Sum*>(a.weight_sum)[row] = total;
 
   if (kReduce == Reduce::mean && total == 0) {  // nothing has a weight
-    std::memset(static_cast<void*>(y), 0, a.channels * sizeof(T));
+    clear_row(y, a.channels * sizeof(T));
     return;
   }
   if (count == 1 && (!weight || is_copy<kReduce>(total))) {

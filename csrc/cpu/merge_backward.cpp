@@ -6,16 +6,15 @@
 #include "copy_row.h"
 #include "element.h"
 #include "for_each.h"
+#include "maps.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
 
 template <class T>
-void clear_row(const MergeBackwardArgs& a, int64_t row) {
+void clear_gradients(const MergeBackwardArgs& a, int64_t row) {
   using Sum = typename Element<T>::Sum;
-  if (a.grad_x) {
-    std::memset(static_cast<void*>(static_cast<T*>(a.grad_x) + row * a.channels), 0, a.channels * sizeof(T));
-  }
+  if (a.grad_x) clear_row(static_cast<T*>(a.grad_x) + row * a.channels, a.channels * sizeof(T));
   if (a.grad_weight) static_cast<Sum*>(a.grad_weight)[row] = 0;
 }
 
@@ -25,7 +24,8 @@ void gather_row(const MergeBackwardArgs& a, int64_t row) {
   using E = Element<T>;
   using Sum = typename E::Sum;
   const int32_t slot = a.dest[row];
-  if (slot < 0) return clear_row<T>(a, row);
+  if (slot < 0) return clear_gradients<T>(a, row);
+  if (slot >= a.num_out) throw_bad_index("dest", slot, -1, a.num_out);
 
   const int64_t out = row / a.tokens * a.num_out + slot;
   const Sum* weight = static_cast<const Sum*>(a.weight);
@@ -36,7 +36,7 @@ void gather_row(const MergeBackwardArgs& a, int64_t row) {
   const Sum* grad_total = static_cast<const Sum*>(a.grad_weight_sum);
   const Sum from_total = grad_total ? grad_total[out] : Sum(0);
   if (a.reduce == Reduce::mean && total == 0) {  // the mean is 0 whatever the row holds
-    clear_row<T>(a, row);
+    clear_gradients<T>(a, row);
     if (a.grad_weight) static_cast<Sum*>(a.grad_weight)[row] = from_total;
     return;
   }
@@ -71,6 +71,7 @@ template <class T>
 void split_slot(const MergeBackwardArgs& a, int64_t out) {
   using E = Element<T>;
   using Sum = typename E::Sum;
+  check_members(a, out, a.images * a.tokens);
   const int32_t* members = a.members + a.begin[out];
   const int32_t count = a.count[out];
   const T* x = static_cast<const T*>(a.x);
@@ -111,15 +112,10 @@ void merge_backward(const MergeBackwardArgs& a) {
       return;
     }
     if (!a.grad_x) return;
-#pragma omp parallel if (parallel)
-    {
-#pragma omp for schedule(static) nowait
-      for (int64_t out = 0; out < a.images * a.num_out; ++out) split_slot<T>(a, out);
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows; ++row) {
-        if (a.dest[row] < 0) clear_row<T>(a, row);
-      }
-    }
+    for_each(a.images * a.num_out, parallel, [&](int64_t out) { split_slot<T>(a, out); });
+    for_each(rows, parallel, [&](int64_t row) {
+      if (a.dest[row] < 0) clear_gradients<T>(a, row);
+    });
   });
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Token attention, forward: a thread has one head of one image, and takes its queries a block at a time past all keys.
 #include "attention_products.h"
+#include "for_each.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
@@ -67,8 +68,7 @@ void token_attention(const TokenAttentionArgs& a) {
   with_element(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     using Sum = typename Element<T>::Sum;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t task = 0; task < a.images * a.heads; ++task) attend_head<T>(a, task / a.heads, task % a.heads);
+    for_each_dynamic(a.images * a.heads, [&](int64_t task) { attend_head<T>(a, task / a.heads, task % a.heads); });
     if (!a.importance_out) return;
     const Sum* partial = static_cast<const Sum*>(a.partial);
     for (int64_t image = 0; image < a.images; ++image) {

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "attention_gradients.h"
+#include "for_each.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
@@ -150,8 +151,8 @@ void differentiate_head(const TokenAttentionBackwardArgs& a, int64_t image, int6
 void token_attention_backward(const TokenAttentionBackwardArgs& a) {
   with_element(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t task = 0; task < a.images * a.heads; ++task) differentiate_head<T>(a, task / a.heads, task % a.heads);
+    for_each_dynamic(a.images * a.heads,
+                     [&](int64_t task) { differentiate_head<T>(a, task / a.heads, task % a.heads); });
   });
 }
 

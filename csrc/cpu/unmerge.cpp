@@ -8,7 +8,7 @@
 TOKRED_KERNELS_BEGIN
 
 void unmerge(const UnmergeArgs& a) {
-  check_slots(a.dest, a.images * a.tokens, a.num_out);
+  check_slots("dest", a.dest, a.images * a.tokens, a.num_out);
   with_element(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* y = static_cast<const T*>(a.y);
@@ -20,7 +20,7 @@ void unmerge(const UnmergeArgs& a) {
       T* out = x + row * a.channels;
       const int32_t slot = a.dest[row];
       if (slot < 0) {
-        std::memset(static_cast<void*>(out), 0, bytes);
+        clear_row(out, bytes);
       } else {
         copy_row(out, y + (row / a.tokens * a.num_out + slot) * a.y_stride, bytes);
       }

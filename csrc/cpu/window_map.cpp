@@ -5,6 +5,7 @@
 
 #include "../common/order.h"
 #include "../common/windows.h"
+#include "for_each.h"
 #include "maps.h"
 #include "ops.h"
 
@@ -45,22 +46,19 @@ void dest_of_windows(const Windows& w, const std::vector<int32_t>& rank, int32_t
 void window_map(const WindowMapArgs& a) {
   const Windows& w = a.windows;
   const int64_t tokens = num_tokens(w), windows = num_windows(w), gone = window_size(w) - 1;
-#pragma omp parallel if (a.images * windows > kSerialWindows)
-  {
-    std::vector<uint64_t> keys(2 * windows);
-    std::vector<int32_t> rank(windows);
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < a.images; ++b) {
-      const int32_t r = a.counts ? a.counts[b] : a.r;
-      const int64_t slots = tokens - r * gone;
-      const int64_t first_slot = a.starts_out ? a.starts_out[b] : b * slots;
-      int32_t* dest = a.dest + b * tokens;
-      rank_windows(a.score + b * windows, windows, r, keys, rank);
-      dest_of_windows(w, rank, r, dest);
-      invert_image(dest, b * tokens, tokens, slots, a.members + b * tokens, a.begin + first_slot, a.count + first_slot);
-      if (a.starts_out) offset_slots(dest, tokens, static_cast<int32_t>(first_slot));
-    }
-  }
+  for_each(a.images, a.images * windows > kSerialWindows, [&](int64_t b) {
+    thread_local std::vector<uint64_t> keys;
+    thread_local std::vector<int32_t> rank;
+    keys.resize(2 * windows), rank.resize(windows);
+    const int32_t r = a.counts ? a.counts[b] : a.r;
+    const int64_t slots = tokens - r * gone;
+    const int64_t first_slot = a.starts_out ? a.starts_out[b] : b * slots;
+    int32_t* dest = a.dest + b * tokens;
+    rank_windows(a.score + b * windows, windows, r, keys, rank);
+    dest_of_windows(w, rank, r, dest);
+    invert_image(dest, b * tokens, tokens, slots, a.members + b * tokens, a.begin + first_slot, a.count + first_slot);
+    if (a.starts_out) offset_slots(dest, tokens, static_cast<int32_t>(first_slot));
+  });
 }
 
 }  // namespace tokred::cpu

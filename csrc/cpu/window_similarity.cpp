@@ -3,11 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 
 #include "../common/windows.h"
 #include "element.h"
+#include "for_each.h"
 #include "norm.h"
+#include "scratch.h"
 
 TOKRED_KERNELS_BEGIN
 namespace {
@@ -57,26 +58,22 @@ void all_windows(const WindowSimilarityArgs& a) {
   const Windows& w = a.windows;
   const int64_t down = w.grid_height / w.height, across = w.grid_width / w.width;
   const bool parallel = a.images * num_tokens(w) * a.channels * static_cast<int64_t>(sizeof(T)) > kSerialBytes;
-#pragma omp parallel if (parallel)
-  {
-    const std::unique_ptr<float[]> memory(new float[2 * a.channels]);
-    const Rows rows{memory.get(), memory.get() + a.channels};
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.images * down; ++row) {
-      const int64_t b = row / down, y = row % down * w.height;
-      const T* first = static_cast<const T*>(a.x) + b * a.stride_b + (w.first + y * w.grid_width) * a.stride_n;
-      float* score = a.score + row * across;
-      for (int64_t i = 0; i < across; ++i) score[i] = similarity(a, first + i * w.width * a.stride_n, rows);
-    }
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < a.images; ++b) {
-      const float* score = a.score + b * down * across;
-      int32_t number = 0;
+  for_each(a.images * down, parallel, [&](int64_t row) {
+    thread_local Scratch scratch;
+    float* memory = scratch.take(2 * a.channels);
+    const Rows rows{memory, memory + a.channels};
+    const int64_t b = row / down, y = row % down * w.height;
+    const T* first = static_cast<const T*>(a.x) + b * a.stride_b + (w.first + y * w.grid_width) * a.stride_n;
+    float* score = a.score + row * across;
+    for (int64_t i = 0; i < across; ++i) score[i] = similarity(a, first + i * w.width * a.stride_n, rows);
+  });
+  for_each(a.images, parallel, [&](int64_t b) {
+    const float* score = a.score + b * down * across;
+    int32_t number = 0;
 #pragma omp simd reduction(+ : number)
-      for (int64_t i = 0; i < down * across; ++i) number += score[i] >= a.threshold;
-      a.counts[b] = number;
-    }
-  }
+    for (int64_t i = 0; i < down * across; ++i) number += score[i] >= a.threshold;
+    a.counts[b] = number;
+  });
 }
 
 }  // namespace

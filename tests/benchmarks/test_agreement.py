@@ -200,7 +200,7 @@ def test_two_views_that_differ_are_found(op):
 
     def twisted(inputs):
         made = right(inputs)
-        return tk.TokenMap(made.dest, made.num_out, made.members.flip(0), made.begin, made.count)
+        return tk.TokenMap._trusted(made.dest, made.num_out, made.members.flip(0), made.begin, made.count)
 
     with pytest.raises(agreement.Disagreement, match="two views differ"):
         checked(case, twisted, draw(case, 0))
@@ -212,7 +212,7 @@ def test_slots_out_of_range_are_found():
 
     def past(inputs):
         made = right(inputs)
-        return tk.TokenMap(made.dest + made.num_out, made.num_out)
+        return tk.TokenMap._trusted(made.dest + made.num_out, made.num_out)
 
     with pytest.raises(agreement.Disagreement, match="dest must hold slots"):
         checked(case, past, draw(case, 0))

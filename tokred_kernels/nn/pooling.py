@@ -36,7 +36,7 @@ def pool_packed(x: Tensor, size: Tensor, packing: Packing, *, kind: str, begin: 
     image = image_of_row(packing).int()
     if begin:
         image = image.index_fill(0, _leading_rows(packing, begin).flatten(), -1)
-    to_image = TokenMap(image[None], len(packing.lengths))
+    to_image = TokenMap._trusted(image[None], len(packing.lengths))
     if kind == "max":
         return merge(x[None], to_image, reduce="amax")[0]
     mean = merge(x[None], to_image, weight=size[None])[0]

@@ -121,4 +121,4 @@ def _identity(metric: Tensor, packed: Packing | None, count: Any) -> TokenMap:
     one = TokenMap.identity(1, out.rows, metric.device)
     dest = one.dest.view(metric.shape[:-1] if metric.dim() < 4 else (metric.shape[0], metric.shape[2]))
     members, begin, count = one.views()
-    return TokenMap(dest, out.rows, members, begin.view(-1), count.view(-1), out, packed)
+    return TokenMap._trusted(dest, out.rows, members, begin.view(-1), count.view(-1), out, packed)

@@ -61,11 +61,11 @@ def match(metric: Tensor, partition: Partition | None) -> TokenMap:
     metric = constant(metric)
     backend = backends.choose("bipartite_match", metric)
     if backend == "reference":
-        return TokenMap(reference.bipartite_match(metric, partition), partition.num_out())
+        return TokenMap._trusted(reference.bipartite_match(metric, partition), partition.num_out())
     dest, members, begin, count = _match(
         metric, partition.sources, partition.destinations, *partition.numbers(), backend
     )
-    return TokenMap(dest, partition.num_out(), members, begin, count)
+    return TokenMap._trusted(dest, partition.num_out(), members, begin, count)
 
 
 def _implementation(

@@ -81,7 +81,7 @@ def bipartite_merge(
 
     weight = None if size is None else prepare_weight(op, "size", size, x)
     y, total, dest, members, begin, count = _bipartite_merge(x, metric, weight, *partition.numbers(), backend)
-    token_map = TokenMap(dest, partition.num_out(), members, begin, count)
+    token_map = TokenMap._trusted(dest, partition.num_out(), members, begin, count)
     return MergeOutput(y, like_size(total, size, column=size is None or size.dim() == 3), token_map)
 
 

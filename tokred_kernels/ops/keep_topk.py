@@ -50,9 +50,9 @@ def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False
     backend = backends.choose(OP, scores)
     num_out = num_prefix + k + int(fuse)
     if backend == "reference":
-        return TokenMap(reference.keep_topk(scores, k, num_prefix, fuse), num_out)
+        return TokenMap._trusted(reference.keep_topk(scores, k, num_prefix, fuse), num_out)
     views = _keep_topk(scores, k, num_prefix, fuse, backend)
-    return TokenMap(views[0], num_out, *views[1:])
+    return TokenMap._trusted(views[0], num_out, *views[1:])
 
 
 def _check(scores: Any, k: Any, num_prefix: Any, fuse: Any) -> tuple[int, int]:

@@ -44,13 +44,13 @@ def match_map(
     num_out = partition.num_out() if packed is None else packed.rows
     if backend == "reference":
         if packed is None:  # no second view before it is asked for: this is what is exported
-            return TokenMap(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
+            return TokenMap._trusted(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
         views = reference.match_map(partner, rank, partition, num_tokens, counts, *starts, num_out)
     else:
         lists = partition.sources, partition.destinations
         others = counts, *starts, num_out, backends.companion("match_map", backend, partner)
         views = _match_map(partner, rank, *lists, *partition.numbers(), num_tokens, *others)
-    return TokenMap(views[0], num_out, *views[1:], packed, packed_in)
+    return TokenMap._trusted(views[0], num_out, *views[1:], packed, packed_in)
 
 
 def _implementation(

@@ -30,12 +30,12 @@ def window_map(score: Tensor, windows: Windows, r: int, backend: str, counts: Te
     num_out = windows.num_tokens() - r * gone if packed is None else packed.rows
     if backend == "reference":
         if packed is None:  # no second view before it is asked for: this is what is exported
-            return TokenMap(reference.window_dest(score, windows, r), num_out)
+            return TokenMap._trusted(reference.window_dest(score, windows, r), num_out)
         views = reference.window_map(score, windows, r, counts, starts_out, num_out)
     else:
         others = counts, starts_out, num_out, backends.companion("window_map", backend, score)
         views = _window_map(score, *windows, r, *others)
-    return TokenMap(views[0], num_out, *views[1:], packed)
+    return TokenMap._trusted(views[0], num_out, *views[1:], packed)
 
 
 def _implementation(score: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -85,6 +85,18 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def check_indices(op: str, like: Tensor, *tensors: Tensor) -> None:
+    """Raise unless the index tensors are contiguous int32 tensors on the device of `like`."""
+    on_cpu, int32 = like.is_cpu, torch.int32
+    for tensor in tensors:
+        on_device = tensor.is_cpu if on_cpu else tensor.device == like.device
+        if tensor.dtype is not int32 or not on_device or not tensor.is_contiguous():
+            raise ValueError(
+                f"tokred_kernels.{op}: indices must be contiguous int32 tensors on {like.device}, "
+                f"got {tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+            )
+
+
 def room(tensor: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
     """A new tensor like this one, for a result: uninitialised, and on the CPU in large pages where it is large.
 

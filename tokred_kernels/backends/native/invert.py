@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokred_kernels.backends.native import kernels, stream
+from tokred_kernels.backends.native import check_indices, kernels, stream
 
 
 def invert(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.invert`."""
     dest = dest.contiguous()
+    check_indices("invert", dest, dest)
     batch, tokens = dest.shape
     members = dest.new_empty(batch * tokens)
     begin = dest.new_empty(batch, num_out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, room, rows, stream
+from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, check_indices, kernels, room, rows, stream
 from tokred_kernels.dtypes import accumulator_of
 
 
@@ -20,14 +20,17 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.merge`: y (B, N', C), and (B, N') sums of weights, or an empty tensor where they are not wanted."""
     x = rows(x)
+    check_indices("merge", x, members, begin, count)
+    images, tokens, channels = x.shape
     batch, num_out = begin.shape
-    channels = x.shape[2]
+    if count.numel() != batch * num_out:
+        raise ValueError(f"tokred_kernels.merge: count must have the shape of begin, got {count.shape}, {begin.shape}")
     y = room(x, (batch, num_out, channels))
     accumulator = accumulator_of(x)
     sums = x.new_empty(batch, num_out, dtype=accumulator) if weight_sum else x.new_empty(0, dtype=accumulator)
     kernels(x).merge(
         *(x.data_ptr(), x.stride(1), address(weight), members.data_ptr(), begin.data_ptr(), count.data_ptr()),
         *(y.data_ptr(), sums.data_ptr() if weight_sum else 0, batch * num_out, channels),
-        *(DTYPE_CODE[x.dtype], REDUCE_CODE[reduce], stream(x)),
+        *(DTYPE_CODE[x.dtype], REDUCE_CODE[reduce], images * tokens, members.numel(), stream(x)),
     )
     return y, sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, kernels, room, rows, stream
+from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, check_indices, kernels, room, rows, stream
 from tokred_kernels.dtypes import accumulator_of
 
 
@@ -30,7 +30,13 @@ def merge_backward(
         grad_weight_sum = grad_weight_sum.contiguous()
     if x is not None:
         x = rows(x)
+    check_indices("merge_backward", grad_y, dest, members, begin, count)
     (batch, tokens), (_, num_out, channels) = dest.shape, grad_y.shape
+    if not begin.shape == count.shape == (batch, num_out) == grad_y.shape[:2]:
+        raise ValueError(
+            f"tokred_kernels.merge_backward: dest, begin, count and grad_y must be of one map and batch, "
+            f"got {dest.shape}, {begin.shape}, {count.shape} and {grad_y.shape}"
+        )
     accumulator = accumulator_of(grad_y)
     grad_x = room(grad_y, (batch, tokens, channels) if need_x else (0,))
     grad_weight = grad_y.new_empty((batch, tokens) if need_weight else (0,), dtype=accumulator)
@@ -39,6 +45,7 @@ def merge_backward(
         *(address(weight), address(weight_sum), dest.data_ptr()),
         *(members.data_ptr(), begin.data_ptr(), count.data_ptr()),
         *(grad_x.data_ptr() if need_x else 0, grad_weight.data_ptr() if need_weight else 0),
-        *(batch, tokens, num_out, channels, DTYPE_CODE[grad_y.dtype], REDUCE_CODE[reduce], stream(grad_y)),
+        *(batch, tokens, num_out, channels, DTYPE_CODE[grad_y.dtype], REDUCE_CODE[reduce]),
+        *(members.numel(), stream(grad_y)),
     )
     return grad_x, grad_weight

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokred_kernels.backends.native import DTYPE_CODE, kernels, room, rows, stream
+from tokred_kernels.backends.native import DTYPE_CODE, check_indices, kernels, room, rows, stream
 
 
 def unmerge(y: Tensor, dest: Tensor) -> Tensor:
     """See `ops.unmerge`."""
     y = rows(y)
-    (batch, num_out, channels), tokens = y.shape, dest.shape[1]
+    check_indices("unmerge", y, dest)
+    (batch, num_out, channels), (images, tokens) = y.shape, dest.shape
+    if images != batch:
+        raise ValueError(f"tokred_kernels.unmerge: dest must have the batch of y, got {dest.shape} and {y.shape}")
     x = room(y, (batch, tokens, channels))
     kernels(y).unmerge(
         *(y.data_ptr(), y.stride(1), dest.data_ptr(), x.data_ptr()),
