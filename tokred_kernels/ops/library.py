@@ -45,9 +45,10 @@ def nobody_listens(*tensors: Any, but_the_profiler: bool = False) -> bool:
         return False
     last = None
     for tensor in tensors:
-        if tensor is not last and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
-            if tensor is not None:
-                return False
+        if tensor is None or tensor is last:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
+            return False
         last = tensor
     return (
         _dispatch_modes() == 0
