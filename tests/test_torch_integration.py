@@ -339,6 +339,28 @@ def test_works_under_autocast():
     assert x.grad is not None
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, _: tk.merge(x[:, 0], tk.bipartite_match(x[:, 1], 3)),
+        lambda x, _: tk.unmerge(x[:, 0, :6], tk.bipartite_match(x[:, 1], 3)),
+        lambda x, _: tk.token_attention(x, x, x, importance="mean")[0],
+        lambda x, _: tk.lookup_gather(x[:, :, :3], x, x)[0],
+        lambda x, lse: tk.lookup_scatter(x[:, :, :3], x, x[:, :, :3], lse),
+    ],
+    ids=["merge", "unmerge", "token_attention", "lookup_gather", "lookup_scatter"],
+)
+def test_torch_func_grad_names_the_reference_or_runs_on_it(call):
+    x, lse = torch.randn(2, 2, 9, 4), torch.randn(2, 2, 3)
+    gradient = torch.func.grad(lambda x: call(x, lse).square().sum())
+    with tk.use_backend("reference"):
+        actual = gradient(x)
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(actual, torch.autograd.grad(call(leaf, lse).square().sum(), leaf)[0])
+    with pytest.raises(NotImplementedError, match=r'torch.func cannot.*use_backend\("reference"\)'):
+        gradient(x)
+
+
 def test_vmap_is_refused_in_words():
     token_map = random_map(2, 9, 4)
     with pytest.raises(NotImplementedError, match=r"merge has no torch.func.vmap rule"):
@@ -358,7 +380,7 @@ def test_forward_mode_derivatives_are_refused_not_zero():
         "lookup_scatter": (lambda q: tk.lookup_scatter(q, q, q, q[..., 0].detach()), q),
     }
     for call, primal in calls.values():
-        with pytest.raises(RuntimeError, match="setup_context"):
+        with pytest.raises(RuntimeError, match="use_backend"):
             torch.func.jvp(call, (primal,), (torch.ones_like(primal),))
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(primal, torch.ones_like(primal))
