@@ -2,6 +2,7 @@
 """No bad argument may end the process, hang, or give a wrong value."""
 
 import misuse
+
 import tokred_kernels as tk
 from tokred_kernels import backends
 
