@@ -79,23 +79,23 @@ def check_count(op: str, name: str, value: Any, least: int = 0, most: int = LARG
         if not isinstance(value, torch.SymInt):
             value = int(value)  # NumPy's integers overflow in sums
     if value < least:
-        raise ValueError(f"tokred_kernels.{op}: {name} must be at least {least}, got {_shown(value)}")
+        raise ValueError(f"tokred_kernels.{op}: {name} must be at least {least}, got {shown(value)}")
     if type(value) is int and not is_compiling() and value > most:  # else the limit would become a guard
-        raise ValueError(f"tokred_kernels.{op}: {name} must be at most {most}, got {_shown(value)}")
+        raise ValueError(f"tokred_kernels.{op}: {name} must be at most {most}, got {shown(value)}")
     return value
 
 
 def check_flag(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless `value` is True or False."""
     if type(value) is not bool:
-        raise TypeError(f"tokred_kernels.{op}: {name} must be True or False, got {_shown(value)}")
+        raise TypeError(f"tokred_kernels.{op}: {name} must be True or False, got {shown(value)}")
 
 
 def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise unless `value` is one of the strings `choices`."""
     if not isinstance(value, str) or value not in choices:
         error = ValueError if isinstance(value, str) else TypeError
-        raise error(f"tokred_kernels.{op}: {name} must be one of {', '.join(choices)}, got {_shown(value)}")
+        raise error(f"tokred_kernels.{op}: {name} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 def check_real(op: str, name: str, value: Any, *, infinite: bool = False, above: float | None = None) -> float:
@@ -108,7 +108,7 @@ def check_real(op: str, name: str, value: Any, *, infinite: bool = False, above:
     try:
         number = float(value)
     except OverflowError as error:
-        raise ValueError(f"tokred_kernels.{op}: {name} must fit a float, got {_shown(value)}") from error
+        raise ValueError(f"tokred_kernels.{op}: {name} must fit a float, got {shown(value)}") from error
     wanted = "a number" if infinite else "finite" if above is None else f"above {above}, and finite"
     if math.isnan(number) or (not infinite and math.isinf(number)) or (above is not None and number <= above):
         got = "NaN" if math.isnan(number) else value
@@ -125,10 +125,10 @@ def check_generator(op: str, generator: Any) -> None:
 def _typed(value: Any) -> str:
     """The type of a value, and the value if it is short, for a message."""
     kind = type(value).__name__
-    return kind if isinstance(value, Tensor) else f"{kind} ({_shown(value)})"
+    return kind if isinstance(value, Tensor) else f"{kind} ({shown(value)})"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, cut short: Python does not print integers of thousands of digits."""
     if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
         return f"an int of {int(value).bit_length()} bits"

@@ -73,8 +73,13 @@ def count(
         ImportError: the model's library is too old for patches.
     """
     _check_module("count", model)
+    given = None if img_size is None else _pixels(img_size)
+    if tokens is not None:
+        if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+            raise TypeError(f"tokred_kernels.flops.count: tokens must be a list of ints, got {type(tokens).__name__}")
+        tokens = [check_count("flops.count", "tokens", number) for number in tokens]
     anatomy = made_of(model)
-    pixels = image_size(model) if img_size is None else _pixels(img_size)
+    pixels = image_size(model) if given is None else given
     return _count(model, anatomy, pixels, tokens)
 
 
@@ -202,9 +207,6 @@ def _tokens(
     """Of each image, or of one for all: of each block, how many tokens attend in it, and how many leave it."""
     depth = len(anatomy.blocks)
     if given is not None:
-        if not isinstance(given, Sequence) or isinstance(given, str):
-            raise TypeError(f"tokred_kernels.flops.count: tokens must be a list of ints, got {type(given).__name__}")
-        given = [check_count("flops.count", "tokens", number) for number in given]
         if len(given) != depth:
             raise ValueError(
                 f"tokred_kernels.flops.count: tokens must have one number for each of {depth} blocks, got {len(given)}"

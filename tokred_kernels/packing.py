@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred_kernels.checks import MAX_ROWS, check_count, shape
+from tokred_kernels.checks import MAX_ROWS, check_count, shape, shown
 from tokred_kernels.ops.library import nobody_listens
 
 
@@ -33,6 +33,11 @@ class Packing(NamedTuple):
             ValueError: a negative length, or too many rows in all.
         """
         check_lengths("Packing.of", "lengths", lengths)
+        try:
+            device = torch.device(device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = shown(device)
+            raise ValueError(f"tokred_kernels.Packing.of: device must be a torch.device, got {got}") from error
         starts = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         return cls(starts.to(device), lengths)
 

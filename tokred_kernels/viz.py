@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from tokred_kernels.checks import check_count, check_flag
+from tokred_kernels.checks import check_count, check_flag, shown
 from tokred_kernels.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def draw_tokens(
 
 def _check_color(name: str, value: Any) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 3:
-        raise TypeError(f"tokred_kernels.viz.draw_tokens: {name} must be three ints (red, green, blue), got {value!r}")
+        raise TypeError(
+            f"tokred_kernels.viz.draw_tokens: {name} must be three ints (red, green, blue), got {shown(value)}"
+        )
     for part in value:
         check_count("viz.draw_tokens", name, part, most=255)
 
@@ -103,10 +106,12 @@ def _pillow() -> Any:
 def _pixels(image: Any) -> np.ndarray:
     """(H, W, 3) float32 in [0, 255]."""
     if isinstance(image, Tensor):
+        if image.layout is not torch.strided or image.is_nested or image.is_meta:
+            raise TypeError("tokred_kernels.viz: image must be a dense tensor with values")
         if image.dim() != 3 or image.shape[0] != 3:
             raise ValueError(f"tokred_kernels.viz: an image tensor must be (3, H, W), got {tuple(image.shape)}")
         image = image.detach().cpu().permute(1, 2, 0)
-        image = (image.float() if image.is_floating_point() else image).numpy()
+        image = (image.float() if image.is_floating_point() else image).numpy(force=True)
     elif not isinstance(image, np.ndarray):
         if not isinstance(image, _pillow().Image):
             raise TypeError(
@@ -147,7 +152,7 @@ def _grid(
     given = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size if grid is None else grid
     name = "patch_size" if grid is None else "grid"
     if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise TypeError(f"tokred_kernels.viz: {name} must be two ints, got {given!r}")
+        raise TypeError(f"tokred_kernels.viz: {name} must be two ints, got {shown(given)}")
     for value in given:
         check_count("viz.draw_tokens", name, value, least=1)
     down, across = (height // given[0], width // given[1]) if grid is None else given

@@ -22,6 +22,7 @@ from tokred_kernels.backends.support import (
     reason_against,
     triton_interprets,
 )
+from tokred_kernels.checks import shown
 
 __all__ = [
     "AUTO",
@@ -54,8 +55,8 @@ WIDE_HEADS, TORCHS_BLOCK = 64, 16
 
 
 def _valid(name: str) -> str:
-    if name not in (AUTO, *BACKENDS):
-        raise ValueError(f"tokred_kernels: backend must be one of {', '.join((AUTO, *BACKENDS))}, got {name!r}")
+    if not isinstance(name, str) or name not in (AUTO, *BACKENDS):
+        raise ValueError(f"tokred_kernels: backend must be one of {', '.join((AUTO, *BACKENDS))}, got {shown(name)}")
     return name
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import MAX_ROWS, WIDEST, check_count, check_flag, check_floating, shape
+from tokred_kernels.checks import MAX_ROWS, WIDEST, check_count, check_flag, check_floating, shape, shown
 from tokred_kernels.nn.lookupvit_block import (
     NORM_EPS,
     LookupViTBlock,
@@ -210,7 +210,7 @@ class LookupViT(nn.Module):
             pixels < 1 or pixels % patch for pixels, patch in zip(size, self.patch_size, strict=True)
         ):
             raise ValueError(
-                f"tokred_kernels.{OP}: img_size must be of sides that patches of {self.patch_size} pixels divide, got "
+                f"tokred_kernels.{OP}: img_size must be of sides that patch_size = {self.patch_size} divides, got "
                 f"{tuple(size)}"
             )
         return tuple(pixels // patch for pixels, patch in zip(size, self.patch_size, strict=True))
@@ -224,7 +224,7 @@ class LookupViT(nn.Module):
         if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != len(lookup_grid):
             raise ValueError(
                 f"tokred_kernels.{OP}: {name} must have {len(lookup_grid)} numbers, as the lookup grid {lookup_grid} "
-                f"has, got {grid}"
+                f"has, got {shown(grid)}"
             )
         for tokens, most in zip(grid, lookup_grid, strict=True):
             check_count(OP, name, tokens, least=1)
@@ -251,7 +251,9 @@ class LookupViT(nn.Module):
 
     def _choices(self, grids: Any) -> tuple[tuple[int, ...], ...]:
         if not isinstance(grids, (tuple, list)) or not grids:
-            raise ValueError(f"tokred_kernels.{OP}: grids must be a list of at least one grid, or None, got {grids}")
+            raise ValueError(
+                f"tokred_kernels.{OP}: grids must be a list of at least one grid, or None, got {shown(grids)}"
+            )
         return tuple(self.compressed_grid(one, self.lookup_grid, "each of grids") for one in grids)
 
 

@@ -11,7 +11,7 @@ from tokred_kernels import backends
 from tokred_kernels.checks import check_floating, check_metric, check_real, check_same_device, prefix_length, shape
 from tokred_kernels.ops.best_match import best_match
 from tokred_kernels.ops.bipartite_match import bipartite_match
-from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
+from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_readable, check_threshold, smallest
 from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.match_map import match_map
 from tokred_kernels.ops.similar_count import similar_count
@@ -82,6 +82,7 @@ def adaptive_bipartite_match(
         )
     if (layer_index is None) == (threshold is None):
         raise ValueError(f"tokred_kernels.{OP}: give layer_index or threshold, got {layer_index=} and {threshold=}")
+    check_readable(OP, "metric", metric)
     prefix = prefix_length(OP, num_prefix, class_token, distill_token)
     longest = metric.shape[-2] if packed is None else max(packed.lengths, default=0)
     partition = every_other(longest, longest, prefix, class_token, distill_token)

@@ -43,8 +43,9 @@ def checker(
     """
     op = schema.name.rpartition(":")[2]
     names = [argument.name for argument in schema.arguments]
-    plain = _Rules(op, names, rules)
-    other = plain if packed is None else _Rules(op, names, {**rules, **packed})
+    required = {argument.name for argument in schema.arguments if str(argument.type) == "Tensor"}
+    plain = _Rules(op, names, required, rules)
+    other = plain if packed is None else _Rules(op, names, required, {**rules, **packed})
     place = names.index(by) if by else 0
 
     def check(*arguments: Any) -> list[Any]:
@@ -54,8 +55,8 @@ def checker(
 
 
 class _Rules:
-    def __init__(self, op: str, names: list[str], rules: Mapping[str, str]) -> None:
-        self.op, self.names = op, names
+    def __init__(self, op: str, names: list[str], required: set[str], rules: Mapping[str, str]) -> None:
+        self.op, self.names, self.required = op, names, required
         self.tensors: list[tuple[str, str, list[list[str]]]] = []
         self.conditions: list[tuple[str, str, Any, bool]] = []
         self.bound: list[tuple[str, Any]] = []
@@ -72,12 +73,15 @@ class _Rules:
 
     def check(self, arguments: tuple[Any, ...]) -> list[Any]:
         values = dict(zip(self.names, arguments, strict=True))
+        missing = next((name for name in self.names if name in self.required and values[name] is None), None)
+        if missing is not None:  # torch passes None for a Tensor
+            raise TypeError(f"tokred_kernels.{self.op}: {missing} must be a torch.Tensor, got NoneType")
         first = next(value for value in arguments if isinstance(value, Tensor))
         self._check_backend(values["backend"], first)
         floats = next((values[name].dtype for name, kind, _ in self.tensors if kind == "float"), None)
         for name, kind, shapes in self.tensors:
             if values[name] is not None:
-                values[name] = self._tensor(name, kind, values[name], shapes, values, first, floats)
+                self._check_tensor(name, kind, values[name], shapes, values, first, floats)
         for name, expression in self.bound:
             values[name] = self._evaluate(expression, values)
         for name, text, condition, reads in self.conditions:
@@ -87,6 +91,9 @@ class _Rules:
             if fault is not None and fault is not True:
                 told = f"satisfy {text} with {_sizes(text, values)}" if fault is False else fault
                 raise ValueError(f"tokred_kernels.{self.op}: {name} must {told}")
+        for name, kind, _ in self.tensors:
+            if kind != "float" and values[name] is not None:
+                values[name] = values[name].contiguous()
         return [values[name] for name in self.names]
 
     def _check_backend(self, backend: str, first: Tensor) -> None:
@@ -97,7 +104,7 @@ class _Rules:
         if reason is not None:
             raise RuntimeError(f"tokred_kernels.{self.op}: backend {backend!r} cannot run this call: {reason}")
 
-    def _tensor(
+    def _check_tensor(
         self,
         name: str,
         kind: str,
@@ -106,7 +113,7 @@ class _Rules:
         values: dict[str, Any],
         first: Tensor,
         floats: torch.dtype | None,
-    ) -> Tensor:
+    ) -> None:
         if value.layout is not torch.strided or value.is_nested:
             raise TypeError(f"tokred_kernels.{self.op}: {name} must be a dense (strided) tensor, got {value.layout}")
         if value.device != first.device:
@@ -123,7 +130,6 @@ class _Rules:
             told = " or ".join(f"({', '.join(one)})" for one in shapes)
             sizes = _sizes(told, values)
             raise ValueError(f"tokred_kernels.{self.op}: {name} must be {told} with {sizes}, got shape {shape(value)}")
-        return value if kind == "float" else value.contiguous()
 
     def _fits(self, value: Tensor, dimensions: list[str], values: dict[str, Any]) -> bool:
         sizes = zip(dimensions, value.shape, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.checks import (
     check_count,
+    check_floating,
     check_metric,
     check_same_device,
     check_tokens,
@@ -70,6 +71,8 @@ def bipartite_merge(
                 f"tokred_kernels.{op}: metric must have x's B and N: metric is {shape(metric)}, x is {shape(x)}"
             )
         check_same_device(op, "metric", metric, "x", x)
+    if size is not None:
+        check_floating(op, "size", size)
     prefix = prefix_length(op, num_prefix, class_token, distill_token)
     partition = every_other(x.shape[1], r, prefix, class_token, distill_token)
     # A metric of another dtype may need another backend: then, too, each op chooses for itself.

@@ -37,6 +37,12 @@ def check_threshold(op: str, threshold: Any) -> float:
     return check_real(op, "threshold", threshold, infinite=True)
 
 
+def check_readable(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if `tensor` has no values, so that nothing can be counted."""
+    if tensor.is_meta:
+        raise ValueError(f"tokred_kernels.{op}: {name} is on meta, and has no values to count; give an int for count")
+
+
 def smallest(counts: Tensor, group: Any = None) -> int:
     """The smallest of the images' counts (B,) int32, over all processes of `group` where there is one.
 

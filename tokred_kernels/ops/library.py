@@ -95,9 +95,16 @@ def register(
     def checked(*arguments: Any) -> Any:
         return direct(*check(*arguments))
 
+    def checked_fake(*arguments: Any) -> Any:
+        devices = {argument.device for argument in arguments if isinstance(argument, torch.Tensor)}
+        if len(devices) > 1:  # the dispatcher prefers "meta", and would return a result without values
+            given = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"tokred_kernels.{name}: all tensors must be on one device, got {given}")
+        return fake(*arguments)
+
     for device in DEVICES:
         LIBRARY.impl(name, checked, device)
-    torch.library.register_fake(f"tokred::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"tokred::{name}", checked_fake, lib=LIBRARY)
     torch.library.register_vmap(f"tokred::{name}", _no_vmap(name), lib=LIBRARY)
     kinds = [str(argument.type) for argument in overload._schema.arguments]
     places = [place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
-from tokred_kernels.checks import check_real, check_same_device, shape
+from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.library import Function, distinct, is_differentiated, once, register
 from tokred_kernels.ops.lookup_gather import (
@@ -67,8 +67,7 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float
 
 
 def _check_lse(q: Tensor, lse: Any) -> None:
-    if not isinstance(lse, Tensor):
-        raise TypeError(f"tokred_kernels.{OP}: lse must be a torch.Tensor, got {type(lse).__name__}")
+    check_floating(OP, "lse", lse)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"tokred_kernels.{OP}: lse must be {tuple(q.shape[:3])} as q is {shape(q)}, got {shape(lse)}")
     accumulator = accumulator_of(q)

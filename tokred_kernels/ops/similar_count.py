@@ -30,5 +30,5 @@ def _fake(score: Tensor, threshold: float, divisor: float, own: bool, backend: s
 _similar_count = register(
     "similar_count(Tensor score, float threshold, float divisor, bool own, str backend) -> Tensor",
     _fake,
-    {"score": "float32 (B, S)"},
+    {"score": "float32 (B, S); B * S <= ROWS"},
 )

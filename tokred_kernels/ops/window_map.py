@@ -64,11 +64,10 @@ _window_map = register(
         "N": "first + grid_height * grid_width",
         **RULES,
         "width": RULES["width"] + " and W == (grid_height // height) * (grid_width // width)",
-        "r": "0 <= r <= W",
+        "r": "0 <= r <= W and (counts is None) == (starts_out is None)",
         "counts": "int32 (B,); entries(counts, 0, W + 1)",
         "starts_out": "int32 (B + 1,); follows(starts_out, N - (height * width - 1) * counts, num_out)",
-        "num_out": "(counts is None) == (starts_out is None) and B * N <= ROWS and"
-        " (counts is not None or num_out == N - r * (height * width - 1))",
+        "num_out": "B * N <= ROWS and (counts is not None or num_out == N - r * (height * width - 1))",
     },
     _implementation,
 )

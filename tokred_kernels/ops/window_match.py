@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.checks import MAX_ROWS, check_choice, check_count, check_tokens, has_too_many, shape
-from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold, smallest
+from tokred_kernels.checks import MAX_ROWS, check_choice, check_count, check_tokens, has_too_many, shape, shown
+from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_readable, check_threshold, smallest
 from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.window_map import window_map
 from tokred_kernels.ops.window_similarity import window_similarity
@@ -68,6 +68,8 @@ def window_match(
     windows = _check(x, window, grid, num_prefix, uneven)
     threshold = check_threshold(OP, threshold)
     count = check_count_mode(OP, count, group)
+    if isinstance(count, str):
+        check_readable(OP, "x", x)
     x = constant(x)
     backend = backends.choose("window_similarity", x)
     score, counts = window_similarity(x, windows, threshold, backend)
@@ -107,7 +109,7 @@ def _check(x: Any, window: Any, grid: Any, num_prefix: Any, uneven: Any) -> Wind
 def check_pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int]:
     """`value` as two whole numbers of at least `least`; raise unless it is that."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"tokred_kernels.{op}: {name} must be a pair (height, width), got {value!r}")
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a pair (height, width), got {shown(value)}")
     height, width = value
     return check_count(op, f"{name} height", height, least), check_count(op, f"{name} width", width, least)
 
