@@ -339,7 +339,7 @@ def _check_slots(op: str, dest: Tensor, num_out: int) -> None:
         )
 
 
-def _checked_views(token_map: TokenMap, **views: Tensor | None) -> list[Tensor]:
+def _checked_views(token_map: TokenMap, **views: Any) -> list[Tensor]:
     """Return `members`, `begin` and `count`, contiguous; raise unless they fit `dest`."""
     for name, view in views.items():
         _check_int32(name, view)
