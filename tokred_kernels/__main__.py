@@ -52,9 +52,9 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     try:
         facts = selfcheck.cache.facts(device)
-        selfcheck.cache.writable_folder()  # before the work, not after it
-        found = selfcheck.check(device, itertools.product(chosen, ops), progress, deep=options.deep)
-        selfcheck.cache.write(facts, found)
+        with selfcheck.cache.lock(facts, lambda: print("waiting for another check on this machine", flush=True)):
+            found = selfcheck.check(device, itertools.product(chosen, ops), progress, deep=options.deep)
+            selfcheck.cache.write(facts, found)
     except (selfcheck.cache.Unusable, ValueError) as error:
         parser.error(str(error))
     results = [verdict.verdict for by_op in found.values() for verdict in by_op.values()]

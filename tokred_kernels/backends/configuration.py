@@ -41,8 +41,8 @@ def gpu_lines(device: torch.device, verdicts: Verdicts) -> list[str]:
         return [f"  not checked yet: the first use does so, or `{selfcheck.COMMAND} --device {device}`"]
     lines = []
     for op in backends.OPS:
-        order = [name for name in ranking(op, verdicts, torch.bfloat16, training=False) if name != "torch"]
-        able = [b for b in order if backends.reason_against(op, b, device, torch.bfloat16) is None]
+        order = ranking(op, verdicts, torch.bfloat16, training=False)
+        able = [b for b in order if b == "torch" or backends.reason_against(op, b, device, torch.bfloat16) is None]
         timed = verdicts.get(able[0], {}).get(op, _NOTHING).times_us
         others = f"the fastest that passed, or within {DRAW - 1:.0%} of it" if timed else "the first that passed"
         lines.append(f"  {op:{_WIDTH}}  auto -> {able[0]}  ({others if len(able) > 1 else 'no other passed'})")

@@ -4,14 +4,14 @@
 `auto` runs a GPU kernel only if it passed. The check runs once for each GPU model and set of versions, in child
 processes; its verdicts are cached in $TOKRED_CACHE_DIR, by default ~/.cache/tokred_kernels.
 
-    verdict.py      what is found out about one op of one backend
+    verdict.py      the verdict on one op of one backend
     cases/          what is computed, and what is right
     memory.py       guard bands and poison around every tensor
     worker.py       the child process: runs the cases
     timing.py       times the candidates
-    supervisor.py   starts workers, limits their time, survives their end
+    supervisor.py   starts workers, limits their time, and replaces those that crash
     cache.py        the file, its key and its lock
-    known_bad.py    kernels that are not even tried
+    known_bad.py    kernels that are not tried
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tokred_kernels.backends.selfcheck.supervisor import Settings, Task
 from tokred_kernels.backends.selfcheck.verdict import UNSUPPORTED, Verdict, Verdicts
 from tokred_kernels.backends.support import MAP_OPS, OPS, reason_against, triton_interprets
 
-COMMAND = "python -m tokred_kernels check"
+COMMAND, INFO = "python -m tokred_kernels check", "python -m tokred_kernels info"
 # The backends that a device's check covers. The reference runs anywhere, and is checked and timed on GPUs like kernels.
 CHECKED = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "triton")}
 # torch's own attention with a bias is a candidate for token attention with sizes, and is not ours to check.
@@ -42,7 +42,8 @@ TRITON_FIRST = frozenset(op for op in OPS if op.startswith(("token_attention", "
 DTYPES = ("float32", "float16", "bfloat16")
 # Seconds for one task. Compiling the Triton kernels of attention takes a minute on a slow CPU core.
 LIMIT, LIMIT_INTERPRETED = 120.0, 300.0
-MOST_WORKERS = 8  # each has a CUDA context of some 500 MB
+MOST_WORKERS = 8
+WORKER_BYTES = 1 << 30  # of the GPU's memory: a CUDA context and the cases
 ESTIMATE = "about 15 s with CUDA kernels, up to 60 s with Triton kernels alone"
 
 _known: dict[int, Verdicts] = {}
@@ -51,8 +52,8 @@ _is_fork = False
 
 
 def _after_fork() -> None:
-    global _is_fork  # noqa: PLW0603
-    _is_fork = True
+    global _is_fork, _lock
+    _is_fork, _lock = True, threading.Lock()  # another thread may have held it
 
 
 if hasattr(os, "register_at_fork"):
@@ -72,18 +73,16 @@ def verdicts(device: torch.device) -> Verdicts:
         return known
     with _lock:
         if index not in _known:
+            if _is_fork:
+                _warn("in a forked process")
+                return _known.setdefault(index, {})
             device = torch.device("cuda", index)
             facts = cache.facts(device)
             found = cache.read(facts)
             if due(device, found):
-                refusal = _refusal()
-                if refusal is not None:
-                    warnings.warn(
-                        f"tokred_kernels: no self-check of the GPU kernels {refusal}; the PyTorch reference runs "
-                        f"instead. Run `{COMMAND}` before",
-                        stacklevel=2,
-                    )
-                    return found  # not kept: the next call may be able to check
+                if torch.cuda.is_current_stream_capturing():
+                    _warn("during CUDA graph capture")
+                    return found  # not kept: a later call can check
                 if not is_off():
                     found = _check_automatically(device, facts)
             _known[index] = found
@@ -173,7 +172,7 @@ def _check_automatically(device: torch.device, facts: dict[str, Any]) -> Verdict
             return found
     except cache.Unusable as error:
         _say(f"{error}; the verdicts last as long as this process")
-        return _check_due(device, facts, {})
+        return _check_due(device, facts, cache.read(facts))
 
 
 def _check_due(device: torch.device, facts: dict[str, Any], found: Verdicts) -> Verdicts:
@@ -181,22 +180,28 @@ def _check_due(device: torch.device, facts: dict[str, Any], found: Verdicts) -> 
         f"checking the kernels on {facts['device']}, once for this GPU, driver and versions ({ESTIMATE}); "
         "set TOKRED_SELFCHECK=0 to skip the check and run the PyTorch reference"
     )
+    known = found
     found = check(device, due(device, found), known=found)
     in_place_of_cuda = due(device, found)
-    return check(device, in_place_of_cuda, known=found) if in_place_of_cuda else found
+    if in_place_of_cuda:
+        found = check(device, in_place_of_cuda, known=found)
+    new = [(b, op, v) for b, ops in found.items() for op, v in ops.items() if op not in known.get(b, {})]
+    failed = [f"{op} on {backend} ({verdict.verdict})" for backend, op, verdict in new if not verdict.is_passed]
+    if failed:
+        _say(f"not used: {', '.join(failed)}; `{INFO}` prints the reasons and what runs instead")
+    return found
 
 
 def _say(text: str) -> None:
     print(f"tokred_kernels: {text}", file=sys.stderr, flush=True)
 
 
-def _refusal() -> str | None:
-    """Return why no check may start now, or None."""
-    if _is_fork:  # CUDA cannot be used there
-        return "in a forked process"
-    if torch.cuda.is_current_stream_capturing():
-        return "during CUDA graph capture"
-    return None
+def _warn(when: str) -> None:
+    warnings.warn(
+        f"tokred_kernels: no self-check of the GPU kernels {when}; the PyTorch reference runs instead. "
+        f"Run `{COMMAND}` before",
+        stacklevel=3,
+    )
 
 
 def _settings(device: torch.device, deep: bool) -> Settings:
@@ -206,7 +211,10 @@ def _settings(device: torch.device, deep: bool) -> Settings:
         seconds = float(named) if named else LIMIT_INTERPRETED if interpreted else LIMIT
     except ValueError:
         seconds = 0.0
-    if not seconds > 0:
+    if not 0 < seconds < float("inf"):
         raise ValueError(f"TOKRED_SELFCHECK_TIMEOUT must be a number of seconds above 0, got {named!r}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Settings(str(device), seconds, min(MOST_WORKERS, cores), deep)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        workers = min(workers, free // WORKER_BYTES)
+    return Settings(str(device), seconds, max(1, min(MOST_WORKERS, workers)), deep)

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from tokred_kernels.backends import native
-from tokred_kernels.backends.selfcheck.verdict import UNKNOWN, Verdict, Verdicts
+from tokred_kernels.backends.selfcheck.verdict import HUNG, UNKNOWN, Verdict, Verdicts
 from tokred_kernels.backends.support import triton_interprets
 from tokred_kernels.files import replace_text
 from tokred_kernels.version import __version__
 
 SCHEMA = 1
+LONGEST_WAIT = 1800.0  # seconds for another process to finish its check
 BACKENDS_FOLDER = Path(__file__).resolve().parents[1]
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 
@@ -54,9 +55,9 @@ def writable_folder() -> Path:
         Unusable: it cannot be created or is not a folder, or nothing can be written there.
     """
     path = folder()
-    if path.exists() and not path.is_dir():
-        raise Unusable(f"the cache folder {path} is a file; set TOKRED_CACHE_DIR to a folder")
     try:
+        if path.exists() and not path.is_dir():
+            raise Unusable(f"the cache folder {path} is a file; set TOKRED_CACHE_DIR to a folder")
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
@@ -72,6 +73,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "hip": torch.version.hip,
         "triton": triton_version(),
         "package": __version__,
+        "interpreter": triton_interprets(),
         "sources": sources(),
     }
     if device.type == "cuda":
@@ -80,7 +82,6 @@ def facts(device: torch.device) -> dict[str, Any]:
     else:
         isa = "" if native.MODULE is None else native.MODULE.cpu.instruction_set()
         found |= {"device": platform.processor() or platform.machine(), "architecture": isa, "driver": ""}
-        found["interpreter"] = triton_interprets()
     return found
 
 
@@ -141,14 +142,15 @@ def read(of: dict[str, Any]) -> Verdicts:
             backend: {op: Verdict.from_json(verdict) for op, verdict in ops.items()}
             for backend, ops in content["verdicts"].items()
         }
-    except (Unusable, OSError, ValueError, KeyError, TypeError, AttributeError):  # a cache that is no use is no cache
+    except (Unusable, OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        # Ignore an unreadable file: it may be half a disk's garbage, or another program's.
         return {}
 
 
 def write(of: dict[str, Any], verdicts: Verdicts) -> None:
     """Add `verdicts` to the file for these facts, in one step, so that no reader sees half of it.
 
-    "unknown" says nothing about a kernel, and is left out.
+    "unknown" says nothing about a kernel and is left out, as is "hung" if the user has set the time limit.
 
     Raises:
         Unusable: the folder cannot be written.
@@ -156,7 +158,8 @@ def write(of: dict[str, Any], verdicts: Verdicts) -> None:
     path = writable_folder() / f"{key(of)}.json"
     merged = read(of)
     for backend, ops in verdicts.items():
-        known = {op: verdict for op, verdict in ops.items() if verdict.verdict != UNKNOWN}
+        unclear = (UNKNOWN, HUNG) if os.environ.get("TOKRED_SELFCHECK_TIMEOUT") else (UNKNOWN,)
+        known = {op: verdict for op, verdict in ops.items() if verdict.verdict not in unclear}
         merged[backend] = merged.get(backend, {}) | known
     content = {"schema": SCHEMA, "facts": of, "verdicts": merged}
     try:
@@ -184,8 +187,8 @@ def lock(of: dict[str, Any], on_wait: Callable[[], None]) -> Iterator[None]:
             held.acquire(timeout=0)
         except filelock.Timeout:
             on_wait()
-            held.acquire()
-    except (OSError, NotImplementedError) as error:  # a network file system without locks
+            held.acquire(timeout=LONGEST_WAIT)
+    except (OSError, NotImplementedError) as error:  # Timeout, or a network file system without locks
         raise Unusable(f"{path} cannot be locked ({error}); set TOKRED_CACHE_DIR") from error
     try:
         yield

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Memory with guard bands, poisoned: writes outside an output and reads of what nobody wrote become visible.
+"""Memory with guard bands and poison, to detect writes outside an output and reads of uninitialized memory.
 
-While `Guarded` is active, tensors that Python code creates with `new_empty`, `empty_like` and their kind lie between
-guard bands, filled with values that no kernel writes. The inputs lie between guard bands too, and must not change.
+While `Guarded` is active, tensors that Python code creates with `new_empty`, `empty_like` and similar functions lie
+between guard bands, and are filled with a byte. The inputs lie between guard bands too, and must not change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 BAND = 1024  # bytes before and after; a multiple of every alignment that kernels ask for
-PATTERN = 0xA5
 
 
 class Guarded:
@@ -22,16 +21,18 @@ class Guarded:
 
     Args:
         device: where tensors are guarded.
-        poison: the byte that fills new integers; floats become NaN. Two runs with different bytes give different
-            results if a kernel reads what nobody wrote.
+        poison: the byte that fills new memory.
+        band: the byte that fills the guard bands. Two runs with different bytes give different results if a kernel
+            reads uninitialized memory, or outside a tensor.
     """
 
     _FUNCTIONS = ("empty", "empty_like", "zeros", "zeros_like")
     _METHODS = ("new_empty", "new_zeros")
 
-    def __init__(self, device: torch.device, poison: int) -> None:
+    def __init__(self, device: torch.device, poison: int, band: int) -> None:
         self._device = device
         self._poison = poison
+        self._band = band
         self._raw: list[tuple[Tensor, int]] = []
         self._inputs: list[tuple[Tensor, Tensor]] = []
         self._originals: dict[tuple[Any, str], Any] = {}
@@ -64,7 +65,7 @@ class Guarded:
         """Return what was written where nothing must be written, or None."""
         for raw, nbytes in self._raw:
             for name, band in (("before", raw[:BAND]), ("after", raw[BAND + nbytes :])):
-                changed = (band != PATTERN).nonzero()
+                changed = (band != self._band).nonzero()
                 if len(changed):
                     at = int(changed[0 if name == "after" else -1])
                     distance = at if name == "after" else BAND - 1 - at
@@ -79,10 +80,10 @@ class Guarded:
         empty = self._originals.get((torch, "empty"), torch.empty)
         nbytes = math.prod(shape) * dtype.itemsize
         raw = empty(BAND + nbytes + BAND, dtype=torch.uint8, device=self._device)
-        raw.fill_(PATTERN)
+        raw.fill_(self._band)
         self._raw.append((raw, nbytes))
         inside = raw[BAND : BAND + nbytes]
-        inside.fill_(0xFF if dtype.is_floating_point else self._poison)
+        inside.fill_(self._poison)
         return inside.view(dtype).view(shape)
 
     def _replacement(self, original: Any, zero: bool) -> Any:

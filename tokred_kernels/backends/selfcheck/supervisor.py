@@ -16,19 +16,22 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokred_kernels.backends.selfcheck.verdict import CRASHED, HUNG, UNKNOWN, Verdict, Verdicts
+from tokred_kernels.backends.selfcheck.verdict import CRASHED, HUNG, PASSED, UNKNOWN, Verdict, Verdicts
 
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds this copy of the package
-# Not `-m`: the worker must run this copy of the package, and nothing from the current folder.
-WORKER = "import sys; sys.path.insert(0, {!r}); from tokred_kernels.backends.selfcheck import worker; worker.main()"
+# Not `-m`: the worker must find what this process finds, and nothing from its current folder.
+WORKER = "import sys; sys.path[:] = {!r}; from tokred_kernels.backends.selfcheck import worker; worker.main()"
+ANSWER = "tokred-selfcheck "  # starts a line that is an answer; imports and compilers may print others
 START_LIMIT = 180.0  # seconds in which a worker must have imported torch and opened the device
 KILL_LIMIT = 10.0  # seconds in which a killed process must be gone; one that the driver holds is left behind
 MOST_STARTS = 2
 STDERR_TAIL = 300  # characters
+MOST_STDERR = 1 << 16  # bytes that are read to find them
 TORCH = "torch"  # not a backend with kernels to check, but a candidate to time
 
 
@@ -72,18 +75,29 @@ def run(
     record = threading.Lock()
     checks: Tasks[Task] = Tasks()
     timings = []
+    parts: Counter[tuple[str, str]] = Counter()  # tasks that are left, by backend and op
     for task in tasks:
-        timings.append(task) if task.times else checks.put(task)
-    failed = set()
+        if task.times:
+            timings.append(task)
+            continue
+        checks.put(task)
+        for backend in task.backends:
+            parts[backend, task.op] += 1
+            found.setdefault(backend, {})[task.op] = _UNFINISHED
 
     def note(task: Task, answer: dict[str, Verdict]) -> None:
         with record:
             for backend, verdict in answer.items():
-                if (backend, task.op) not in failed:  # one part of the cases that fails is enough
-                    found.setdefault(backend, {})[task.op] = verdict
-                if not verdict.is_passed:
-                    failed.add((backend, task.op))
                 progress(task, backend, verdict)
+                parts[backend, task.op] -= not task.times
+                before = found.get(backend, {}).get(task.op, _UNFINISHED)
+                if task.times:  # a failure of the timing itself says nothing about the kernel
+                    counts = verdict.verdict != UNKNOWN
+                else:  # it passes with its last part, and fails with any
+                    counts = not verdict.is_passed or parts[backend, task.op] == 0
+                    counts = counts and before in (_UNFINISHED, Verdict(PASSED))
+                if counts:
+                    found.setdefault(backend, {})[task.op] = verdict
 
     slow: Tasks[Task] = Tasks()
     workers = [_Worker(settings) for _ in range(max(1, min(settings.workers, checks.qsize())))]
@@ -107,12 +121,15 @@ def run(
     return found
 
 
+_UNFINISHED = Verdict(UNKNOWN, "the check did not finish")
+
+
 def _has_passed(verdicts: dict[str, Verdict], op: str) -> bool:
     return op in verdicts and verdicts[op].is_passed
 
 
 def _work(worker: _Worker, tasks: Tasks[Task], note: Note, slow: Tasks[Task] | None) -> None:
-    """Run tasks until none is left; those over the time limit go to `slow`, if that is given."""
+    """Run tasks until none is left; those without a clear answer go to `slow`, if that is given."""
     while not worker.is_closed:
         try:
             task = tasks.get_nowait()
@@ -127,17 +144,16 @@ def _work(worker: _Worker, tasks: Tasks[Task], note: Note, slow: Tasks[Task] | N
         try:
             answer = worker.run(task)
         except TimeoutError as error:
-            worker.stop()
-            if slow is not None:
-                slow.put(task)
-                continue
             answer = {worker.at or task.backends[0]: Verdict(HUNG, str(error))}
-        except _Gone as error:
-            worker.stop()
+        except Exception as error:  # _Gone, or an answer that is none: the kernel is not trusted
             answer = {worker.at or task.backends[0]: Verdict(CRASHED, str(error))}
-        if not worker.is_closed:
+        if any(verdict.verdict in (HUNG, CRASHED) for verdict in answer.values()):
+            worker.stop()
+        if slow is not None and any(verdict.verdict in (HUNG, UNKNOWN) for verdict in answer.values()):
+            slow.put(task)
+        elif not worker.is_closed:
             note(task, answer)
-            # What a worker could not answer because it lost the device, or died, is for another.
+            # What the worker could not answer because it died is for another.
             tasks.put(task._replace(backends=tuple(name for name in task.backends if name not in answer)))
 
 
@@ -160,13 +176,15 @@ class _Worker:
     def make_ready(self) -> str | None:
         """Start the process unless it runs, at the second try if need be; return why it does not start, or None."""
         for _ in range(MOST_STARTS):
+            if self.is_closed:
+                return "the check was interrupted"
             if self._cannot_start is not None or (self._process is not None and self._process.poll() is None):
                 break
             self.stop()
             try:
                 self._start()
                 return None
-            except (_Gone, TimeoutError, OSError) as error:
+            except Exception as error:  # of the system, or of the worker's imports
                 failure = f"the worker process did not start: {error}"
                 self.stop()
         else:
@@ -190,7 +208,6 @@ class _Worker:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILL_LIMIT)
-            self._stderr.close()
 
     def close(self) -> None:
         """End the process, and start no other."""
@@ -199,18 +216,25 @@ class _Worker:
 
     def _start(self) -> None:
         environment = os.environ | {"TOKRED_SELFCHECK": "0", "TOKRED_BACKEND": "auto", "PYTHONSAFEPATH": "1"}
-        self._stderr = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (closed in `stop`)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the last reference)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
-        command = [sys.executable, "-c", WORKER.format(str(ROOT))]
-        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
+        command = [sys.executable, "-c", WORKER.format([*filter(None, sys.path), str(ROOT)])]
+        process = subprocess.Popen(command, text=True, errors="replace", env=environment, **pipes)
+        self._process = process
+        if self.is_closed:  # between the first look and now
+            self.stop()
+            raise _Gone("the check was interrupted")
         self._lines = queue.Queue()
-        threading.Thread(target=_read, args=(self._process, self._lines), daemon=True).start()
-        self._send({"device": self._settings.device, "deep": self._settings.deep})
+        threading.Thread(target=_read, args=(process, self._lines), daemon=True).start()
+        self._send(self._settings._asdict())
         self._receive(START_LIMIT)
 
     def _send(self, message: dict[str, Any]) -> None:
+        process = self._process
         try:
-            print(json.dumps(message), file=self._process.stdin, flush=True)  # type: ignore[union-attr]
+            if process is None:
+                raise _Gone("the process was ended")
+            print(json.dumps(message), file=process.stdin, flush=True)
         except OSError as error:
             raise _Gone(self._how_it_ended()) from error
 
@@ -232,14 +256,15 @@ class _Worker:
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         except ValueError:
             how = f"signal {-status}"
-        self._stderr.seek(0)
-        said = " ".join(self._stderr.read().split())[-STDERR_TAIL:]
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - MOST_STDERR))
+        said = " ".join(self._stderr.read().decode(errors="replace").split())[-STDERR_TAIL:]
         return f"the process ended with {how}" + (f": {said}" if said else "")
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-    """Pass on the lines of the worker's output, then None."""
+    """Pass on the answers among the lines of the worker's output, then None."""
     with process.stdout as output:  # type: ignore[union-attr]
         for line in output:
-            lines.put(line)
+            if line.startswith(ANSWER):
+                lines.put(line.removeprefix(ANSWER))
     lines.put(None)

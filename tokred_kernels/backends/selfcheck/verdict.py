@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the self-check finds out about one op of one backend."""
+"""The verdict of the self-check on one op of one backend."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Verdict:
         times = value["times_us"]
         if value["verdict"] not in VERDICTS or not isinstance(value["reason"], (str, type(None))):
             raise ValueError(f"not a verdict: {value!r}")
-        if not isinstance(times, dict) or not all(isinstance(time, (int, float)) for time in times.values()):
-            raise ValueError(f"times_us must map shapes to numbers, got {times!r}")
+        if not isinstance(times, dict) or not all(type(t) in (int, float) and 0 <= t < 1e12 for t in times.values()):
+            raise ValueError(f"times_us must map shapes to microseconds, got {times!r}")
         return cls(value["verdict"], value["reason"], {str(name): float(time) for name, time in times.items()})
 
 

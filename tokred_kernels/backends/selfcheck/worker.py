@@ -6,12 +6,13 @@ The supervisor starts it; see there.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import torch
@@ -20,12 +21,15 @@ from torch import Tensor
 from tokred_kernels.backends.selfcheck import timing
 from tokred_kernels.backends.selfcheck.cases import Case, cases, reference_call, sdpa_call
 from tokred_kernels.backends.selfcheck.memory import Guarded
+from tokred_kernels.backends.selfcheck.supervisor import ANSWER
 from tokred_kernels.backends.selfcheck.verdict import CRASHED, PASSED, UNKNOWN, WRONG, Verdict
 from tokred_kernels.backends.support import implementation, triton_interprets
 
-# One byte for each run. Results must not depend on it.
-POISONS = (0x5A, 0xC3, 0x3C)
+# For each run, the byte that fills new memory and that of the guard bands. As floats they are NaN, 1e36 and a moderate
+# number: NaN hides where a maximum drops it, and a number where it is multiplied by 0. Results must not depend on them.
+POISONS = ((0xFF, 0x7B), (0x7B, 0xFF), (0x5A, 0xA5))
 POISONS_INTERPRETED = POISONS[:2]
+GRACE = 60.0  # seconds
 # Parts of messages that say that the device is short of something, not that a kernel is wrong.
 SHORTAGES = ("out of memory", "busy or unavailable", "devices are busy", "can't allocate memory")
 
@@ -39,21 +43,23 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     settings = json.loads(sys.stdin.readline())
     device = torch.device(settings["device"])
+    torch.set_num_threads(1 if device.type == "cuda" else 2)  # 2, so that the work of a C++ kernel is split
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.synchronize()
-    else:
-        torch.set_num_threads(2)  # so that work is split
     _answer(answers, {})
     for line in sys.stdin:
         task = json.loads(line)
+        # Ends this process even if C code holds the interpreter's lock, after the supervisor would have done so.
+        faulthandler.dump_traceback_later(settings["seconds"] + GRACE, exit=True)
         found: dict[str, Verdict] = {}
-        runs: dict[str, dict[str, Callable[[], None]]] = {}
+        runs: dict[str, dict[str, timing.Run]] = {}
+        inputs = timing.inputs(task["op"], device) if task["times"] else {}
         for backend in task["backends"]:
             _answer(answers, {"at": backend})
             try:
                 if task["times"]:
-                    runs[backend] = timing.prepare(task["op"], _call(backend, task["op"]), device)
+                    runs[backend] = timing.prepare(_call(backend, task["op"]), inputs)
                     found[backend] = Verdict(PASSED)
                 else:
                     found[backend] = check(backend, task["op"], device, settings["deep"], task["dtype"])
@@ -77,10 +83,14 @@ def check(backend: str, op: str, device: torch.device, deep: bool = False, dtype
         if fault is not None:
             return Verdict(WRONG, f"{case.name}: {fault}")
         number += 1
+    if device.type == "cuda":  # what the timing will compile, while others compile too
+        timing.compile_inputs(call, timing.inputs(op, device, dtype))
     return Verdict(PASSED) if number else Verdict(UNKNOWN, f"the self-check has no case of {op}")
 
 
-def check_case(case: Case, call: Call, device: torch.device, poisons: tuple[int, ...], captures: bool) -> str | None:
+def check_case(
+    case: Case, call: Call, device: torch.device, poisons: Sequence[tuple[int, int]], captures: bool
+) -> str | None:
     """Run a case several times, in guarded memory, and return what is wrong with the results, or None."""
     ways = [("", _plainly, poison) for poison in poisons]
     if device.type == "cuda":
@@ -89,7 +99,7 @@ def check_case(case: Case, call: Call, device: torch.device, poisons: tuple[int,
             ways.append((" in a CUDA graph", _in_a_graph, poisons[0]))
     first: tuple[Tensor, ...] | None = None
     for name, way, poison in ways:
-        with Guarded(device, poison) as guarded:
+        with Guarded(device, *poison) as guarded:
             results = way(call, guarded.place(case.arguments))
             fault = guarded.fault()
             outputs = tuple(result.cpu() for result in results)
@@ -143,7 +153,8 @@ def _in_a_graph(call: Call, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call(arguments)
-    graph.replay()
+    for _ in range(2):  # the second time finds what the first has left behind
+        graph.replay()
     torch.cuda.synchronize()
     return results
 
@@ -172,4 +183,4 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _answer(answers: TextIO, message: dict[str, Any]) -> None:
-    print(json.dumps(message), file=answers, flush=True)
+    print(ANSWER + json.dumps(message), file=answers, flush=True)
