@@ -177,7 +177,7 @@ def test_tokens_that_are_dropped_leave_no_grid():
 
 def test_maps_that_are_not_kept():
     segmenter = LinearSegmenter(patch(make(), "tome", r=3, trace=False), CLASSES)
-    with pytest.raises(RuntimeError, match="patch it with trace=True"):
+    with pytest.raises(AttributeError, match="patch it with trace=True"):
         segmenter(images())
 
 

@@ -167,11 +167,11 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Raise NotImplementedError inside torch.func.grad and the like, else call torch's."""
+        """Raise NotImplementedError inside a transform of torch.func, such as grad or jvp, else call torch's."""
         if _transform_level is not None and _transform_level() is not None:
             raise NotImplementedError(
                 "tokred_kernels: torch.func cannot differentiate the kernels; use "
-                'tokred_kernels.use_backend("reference") around the call, or torch.autograd.grad'
+                'tokred_kernels.use_backend("reference") around the call, or torch.autograd.grad for gradients'
             )
         return super().apply(*args)
 

@@ -99,7 +99,7 @@ class PatchedSelfAttention(Patched):
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks."""
+    """Return whether a call of the module runs hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -124,7 +124,7 @@ class PatchedPreNormBlock(ReducingBlock):
         """See `reduced`.
 
         Raises:
-            RuntimeError: there is no state, so the block was not called by its model.
+            RuntimeError: the block was called without the state that its model passes on.
         """
         if state is None:
             raise RuntimeError(

@@ -115,8 +115,8 @@ class PatchedAttention(OfFamily):
         """Attend, x (B, N, C).
 
         Returns:
-            The same shape; None, where hooks on transformers' own attention find weights; the keys (B, H, N, d) as
-            queries meet them: a view, or rotated; and their importance, where it was asked for.
+            The same shape; None in the place where transformers returns the weights; the keys (B, H, N, d) as queries
+            meet them: a view, or rotated; and their importance if requested.
         """
         layout, layers = self.family.layout, (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (by_heads(layer(x), self.head_dim).transpose(1, 2) for layer in layers)
