@@ -318,7 +318,7 @@ Q = (2, 3, 9, 4)
         (
             lambda q: tk.token_attention(q, q, q, importance="cls"),
             ValueError,
-            "importance must be None or one of 'class', 'mean', 'last', got 'cls'",
+            "importance must be one of class, mean, last, got 'cls'",
         ),
         (lambda q: tk.token_attention(q, q, q, importance=True), ValueError, "importance must be .*got True"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Check the arguments of registered ops that are called through the dispatcher, by one rule for each argument.
+"""Check the arguments of registered ops called through the dispatcher, by one rule for each argument.
 
 The public functions check their arguments and call kernels directly. `torch.ops.tokred.*` can be called with anything,
 and kernels take raw addresses, so the registered implementations check what memory safety needs.
