@@ -7,8 +7,8 @@ and kernels take raw addresses, so the registered implementations check what mem
 A rule for a tensor is "dtype (dimensions)", with alternatives by rank: "float (B, N, D) or (B, H, N, D)". Dtypes:
 "float", the one floating dtype of the call, any strides; "dense", the same, made contiguous; "sums", the dtype that its
 sums are kept in; or "int32" and "float32". All but "float" are made contiguous. A capital letter is a dimension, bound
-at its first occurrence; everything else in a rule is a Python expression of dimensions and arguments. After ";" follows a
-condition on the tensor's entries, which is checked on the CPU only: a GPU would have to be waited for.
+at its first occurrence; everything else in a rule is a Python expression of dimensions and arguments. A condition on
+the tensor's entries can follow after ";". It is checked on the CPU only: a GPU would have to be waited for.
 
 A rule for another argument is a condition. The rule of a capital letter binds it.
 
