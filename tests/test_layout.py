@@ -22,7 +22,7 @@ BUILT_ON = {
     "random_bipartite_match": ("bipartite_match",),
     "window_match": ("window_similarity", "window_map"),
 }
-NOT_OPS = {"__init__", "library", "counts"}
+NOT_OPS = {"__init__", "arguments", "library", "counts"}
 NOT_KERNELS = {"dispatch", "pages"}
 # Registered beside the op whose gradient it is; the reference's gradients are autograd's.
 GRADIENTS = {

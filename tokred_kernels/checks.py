@@ -148,7 +148,7 @@ def prefix_length(op: str, num_prefix: int | None, class_token: bool, distill_to
     """Return the number of protected leading tokens if `num_prefix` gives it, None if ToMe's two flags do.
 
     Raises:
-        TypeError: a flag is no bool, or `num_prefix` no int.
+        TypeError: a flag is not a bool, or `num_prefix` is not an int.
         ValueError: `num_prefix` is negative, or given together with a flag.
     """
     if type(class_token) is not bool or type(distill_token) is not bool:

@@ -29,8 +29,8 @@ class Packing(NamedTuple):
         """The packing of images of these lengths.
 
         Raises:
-            TypeError: `lengths` is no tuple of ints, or `device` names none.
-            ValueError: a negative length, or too many rows in all.
+            TypeError: `lengths` is not a tuple of ints.
+            ValueError: a negative length, too many rows in all, or an unknown `device`.
         """
         check_lengths("Packing.of", "lengths", lengths)
         try:

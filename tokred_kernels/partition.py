@@ -64,7 +64,7 @@ RULES = {
     "r": "0 <= r <= num_src - protected_src and (r == 0 or protected_dst < num_dst)",
 }
 NO_LISTS = {"sources": "None", "destinations": "None"}  # for an op without these arguments
-# The same for packed images, the longest of which has N tokens: even and odd tokens, each image by itself.
+# The same for packed images: N is the length of the longest, and each image is split into even and odd tokens.
 PACKED_RULES = {
     "stride": "stride == 2 and first == 0 and sources is None and destinations is None",
     "num_src": "0 <= num_src - num_dst <= 1",

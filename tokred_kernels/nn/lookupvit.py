@@ -210,8 +210,8 @@ class LookupViT(nn.Module):
             pixels < 1 or pixels % patch for pixels, patch in zip(size, self.patch_size, strict=True)
         ):
             raise ValueError(
-                f"tokred_kernels.{OP}: img_size must be of sides that patch_size = {self.patch_size} divides, got "
-                f"{tuple(size)}"
+                f"tokred_kernels.{OP}: img_size must be of sides that patches of {self.patch_size} pixels divide, got "
+                f"{tuple(size)}; give another img_size or patch_size"
             )
         return tuple(pixels // patch for pixels, patch in zip(size, self.patch_size, strict=True))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks of what reaches a registered op through the dispatcher: rules, one for each argument.
+"""Check the arguments of registered ops called through the dispatcher, by one rule for each argument.
 
 The public functions check their arguments and call kernels directly. `torch.ops.tokred.*` can be called with anything,
 and kernels take raw addresses, so the registered implementations check what memory safety needs.
@@ -7,8 +7,8 @@ and kernels take raw addresses, so the registered implementations check what mem
 A rule for a tensor is "dtype (dimensions)", with alternatives by rank: "float (B, N, D) or (B, H, N, D)". Dtypes:
 "float", the one floating dtype of the call, any strides; "dense", the same, made contiguous; "sums", the dtype that its
 sums are kept in; or "int32" and "float32". All but "float" are made contiguous. A capital letter is a dimension, bound
-where it first occurs; everything else in a rule is a Python expression of dimensions and arguments. After ";" follows a
-condition on the tensor's entries, which is checked on the CPU only: a GPU would have to be waited for.
+at its first occurrence; everything else in a rule is a Python expression of dimensions and arguments. A condition on
+the tensor's entries can follow after ";". It is checked on the CPU only: a GPU would have to be waited for.
 
 A rule for another argument is a condition. The rule of a capital letter binds it.
 
@@ -89,8 +89,8 @@ class _Rules:
                 continue
             fault = self._evaluate(condition, values)
             if fault is not None and fault is not True:
-                told = f"satisfy {text} with {_sizes(text, values)}" if fault is False else fault
-                raise ValueError(f"tokred_kernels.{self.op}: {name} must {told}")
+                wording = f"satisfy {text} with {_sizes(text, values)}" if fault is False else fault
+                raise ValueError(f"tokred_kernels.{self.op}: {name} must {wording}")
         for name, kind, _ in self.tensors:
             if kind != "float" and values[name] is not None:
                 values[name] = values[name].contiguous()
@@ -123,13 +123,15 @@ class _Rules:
         else:
             wanted = _FIXED.get(kind) or floats
         if value.dtype != wanted or (kind == "float" and wanted not in FLOATING):
-            told = f"{wanted}" if wanted in (*FLOATING, torch.int32) else "a floating dtype"
-            raise TypeError(f"tokred_kernels.{self.op}: {name} must have {told}, got {value.dtype}")
+            wording = f"{wanted}" if wanted in (*FLOATING, torch.int32) else "a floating dtype"
+            raise TypeError(f"tokred_kernels.{self.op}: {name} must have {wording}, got {value.dtype}")
         dimensions = next((one for one in shapes if len(one) == value.dim()), None)
         if dimensions is None or not self._fits(value, dimensions, values):
-            told = " or ".join(f"({', '.join(one)})" for one in shapes)
-            sizes = _sizes(told, values)
-            raise ValueError(f"tokred_kernels.{self.op}: {name} must be {told} with {sizes}, got shape {shape(value)}")
+            wording = " or ".join(f"({', '.join(one)})" for one in shapes)
+            sizes = _sizes(wording, values)
+            raise ValueError(
+                f"tokred_kernels.{self.op}: {name} must be {wording} with {sizes}, got shape {shape(value)}"
+            )
 
     def _fits(self, value: Tensor, dimensions: list[str], values: dict[str, Any]) -> bool:
         sizes = zip(dimensions, value.shape, strict=True)
@@ -214,7 +216,7 @@ def _ranks(rank: Tensor, protected: int, sources: Tensor) -> str | None:
 
 
 def _partners(partner: Tensor, starts: Tensor) -> str | None:
-    """Each image's partners are destinations of its own: its odd tokens."""
+    """Each image's partners are odd tokens of the same image."""
     limit = (starts.long().diff() // 2).clamp(min=1)
     if bool(((partner >= 0) & (partner < limit[:, None])).all()):
         return None

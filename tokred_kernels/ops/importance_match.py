@@ -48,8 +48,8 @@ def importance_match(
         return TokenMap.identity(batch, tokens, metric.device), metric.new_empty((batch, 0)).float()
     if num_kept <= first:
         raise ValueError(
-            f"tokred_kernels.{OP}: num_kept must be at least num_prefix + 1 = {first + 1}, for {tokens - num_kept} of "
-            f"{tokens} tokens must join one that is not protected, got {num_kept}"
+            f"tokred_kernels.{OP}: num_kept must be at least {first + 1}, for {tokens - num_kept} of {tokens} tokens "
+            f"must join one that num_prefix or class_token does not protect, got {num_kept}"
         )
     metric = constant(metric)
     partition = prefix_and_rest(tokens, num_kept, first)

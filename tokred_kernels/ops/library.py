@@ -35,7 +35,9 @@ _CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_
 
 
 def nobody_listens(*tensors: Any, but_the_profiler: bool = False) -> bool:
-    """Whether an eager call on these tensors may skip the dispatcher; `but_the_profiler` may miss it. None is skipped.
+    """Return whether an eager call on these tensors can skip the dispatcher, ignoring those that are None.
+
+    With `but_the_profiler`, the profiler can miss the call.
 
     The dispatcher is needed by compilers, tensor subclasses, modes (flop counters, fake tensors), transforms and the
     profiler, and it gives memory to tensors that have none (negated views, zero tensors). Without them it only costs
