@@ -157,13 +157,14 @@ void bind_ops(py::module_ m) {
         });
   m.def("window_map",
         [](const py::tuple& window_values, Address score, int64_t images, int32_t r, Address counts, Address starts_out,
-           Address dest, Address members, Address begin, Address count, Address stream) {
+           Address dest, Address members, Address begin, Address count, int64_t num_slots, Address stream) {
           tokred::WindowMapArgs a{};
           a.windows = windows(window_values);
           a.score = pointer<float>(score), a.images = images, a.r = r;
           a.counts = pointer<int32_t>(counts), a.starts_out = pointer<int32_t>(starts_out);
           a.dest = pointer<int32_t>(dest), a.members = pointer<int32_t>(members);
           a.begin = pointer<int32_t>(begin), a.count = pointer<int32_t>(count);
+          a.num_slots = num_slots;
           py::gil_scoped_release without_gil;
           Device::window_map(a, stream);
         });

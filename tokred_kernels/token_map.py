@@ -106,7 +106,7 @@ class TokenMap:
         packed: Packing | None = None,
         packed_in: Packing | None = None,
     ) -> TokenMap:
-        """Return a map of contiguous tensors that a kernel has written, or of what a tracer uses instead: no checks."""
+        """Return a map of contiguous tensors from a kernel, or of a tracer's proxies, without checks."""
         token_map = cls.__new__(cls)
         token_map._set(dest, num_out, members, begin, count, packed, packed_in)
         return token_map

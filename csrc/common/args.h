@@ -138,6 +138,7 @@ struct WindowMapArgs {
   int32_t* members;
   int32_t* begin;
   int32_t* count;
+  int64_t num_slots;  // of begin and count; the CPU checks starts_out against it
 };
 
 struct InvertArgs {

@@ -67,7 +67,7 @@ void offset_slots(int32_t* dest, int64_t tokens, int32_t first_slot) {
 void throw_bad_index(const char* argument, int64_t index, int64_t lowest, int64_t end) {
   throw std::runtime_error(std::string(argument) + " must hold values from " + std::to_string(lowest) + " to " +
                            std::to_string(end - 1) + ", got " + std::to_string(index) +
-                           "; do not change the tensors of a token map in place");
+                           " (was the tensor changed in place?)");
 }
 
 void check_slots(const char* argument, const int32_t* slots, int64_t number, int64_t num_out) {

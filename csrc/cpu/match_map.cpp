@@ -38,11 +38,21 @@ void match_map(const MatchMapArgs& a) {
   for_each(a.images, all_tokens > kSerialTokens, [&](int64_t b) {
     const int64_t first_row = a.starts_in ? a.starts_in[b] : b * a.tokens;
     const int64_t tokens = a.starts_in ? a.starts_in[b + 1] - first_row : a.tokens;
+    if (first_row < 0 || first_row > all_tokens) throw_bad_index("starts_in", first_row, 0, all_tokens + 1);
+    if (tokens < 0 || tokens > all_tokens - first_row) {
+      throw_bad_index("starts_in", first_row + tokens, first_row, all_tokens + 1);
+    }
     Partition p = a.starts_in ? of_tokens(a.partition, tokens) : a.partition;
+    if (p.num_src > sources) throw_bad_index("starts_in", first_row + tokens, first_row, first_row + 2 * sources + 1);
     if (a.counts) p.r = a.counts[b];
+    if (p.r < 0 || p.r > p.num_src) throw_bad_index("counts", p.r, 0, p.num_src + 1);
     const int64_t first_slot = a.starts_out ? a.starts_out[b] : b * num_slots(p);
+    if (a.starts_out && (first_slot < 0 || first_slot > a.num_out - num_slots(p))) {
+      throw_bad_index("starts_out", first_slot, 0, a.num_out - num_slots(p) + 1);
+    }
     int32_t* dest = a.dest + first_row;
     dest_of_ranks(p, b, tokens, a.partner + b * sources, a.rank + b * sources, dest);
+    check_slots("partner or rank", dest, tokens, num_slots(p));
     invert_image(dest, first_row, tokens, num_slots(p), a.members + first_row, a.begin + first_slot,
                  a.count + first_slot);
     if (a.starts_out) offset_slots(dest, tokens, static_cast<int32_t>(first_slot));

@@ -51,8 +51,12 @@ void window_map(const WindowMapArgs& a) {
     thread_local std::vector<int32_t> rank;
     keys.resize(2 * windows), rank.resize(windows);
     const int32_t r = a.counts ? a.counts[b] : a.r;
+    if (r < 0 || r > windows) throw_bad_index("counts", r, 0, windows + 1);
     const int64_t slots = tokens - r * gone;
     const int64_t first_slot = a.starts_out ? a.starts_out[b] : b * slots;
+    if (first_slot < 0 || first_slot > a.num_slots - slots) {
+      throw_bad_index("starts_out", first_slot, 0, a.num_slots - slots + 1);
+    }
     int32_t* dest = a.dest + b * tokens;
     rank_windows(a.score + b * windows, windows, r, keys, rank);
     dest_of_windows(w, rank, r, dest);

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,8 @@ def test_out_of_memory_raises_with_the_name_of_the_op(op, outcomes):
     assert status == 0, stderr
     raised = json.loads(errors)
     assert any(error.startswith(f"RuntimeError: tokred_kernels.{op}: out of memory") for error in raised), raised
-    ours = [error for error in raised if "DefaultCPUAllocator" not in error]
-    assert all(error.startswith(f"RuntimeError: tokred_kernels.{op}: ") for error in ours), raised
+    others = [error for error in raised if "DefaultCPUAllocator" not in error]  # window_match runs two ops
+    assert all(re.match(r"RuntimeError: tokred_kernels\.\w+: out of memory", error) for error in others), raised
 
 
 def test_exceptions_are_caught_in_every_parallel_region():

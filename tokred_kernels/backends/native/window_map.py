@@ -27,6 +27,7 @@ def window_map(
     begin, count = dest.new_empty(slots), dest.new_empty(slots)
     kernels(score).window_map(
         *(tuple(windows), score.data_ptr(), images, r, address(counts), address(starts_out)),
-        *(dest.data_ptr(), members.data_ptr(), begin.data_ptr(), count.data_ptr(), stream(score)),
+        *(dest.data_ptr(), members.data_ptr(), begin.data_ptr(), count.data_ptr()),
+        *(begin.numel(), stream(score)),
     )
     return dest, members, begin, count
