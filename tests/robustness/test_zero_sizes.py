@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every CPU op without images, tokens, slots or channels; `make sanitize` reports null pointers that kernels pass."""
+"""Every CPU op without images, tokens, slots or channels; `make sanitize` reports null pointers that kernels use."""
 
 import itertools
 
