@@ -44,7 +44,8 @@ template <class T, int kElements>
 __device__ __forceinline__ Vector<T, kElements> finish(const Acc<T> (&values)[kElements], bool divide, Acc<T> total) {
   Vector<T, kElements> v;
 #pragma unroll
-  for (int e = 0; e < kElements; ++e) v.element[e] = narrow<T>(!divide ? values[e] : total == 0 ? Acc<T>(0) : values[e] / total);
+  for (int e = 0; e < kElements; ++e)
+    v.element[e] = narrow<T>(!divide ? values[e] : total == 0 ? Acc<T>(0) : values[e] / total);
   return v;
 }
 
