@@ -109,6 +109,8 @@ def check_real(op: str, name: str, value: Any, *, infinite: bool = False, above:
         number = float(value)
     except OverflowError as error:
         raise ValueError(f"tokred_kernels.{op}: {name} must fit a float, got {shown(value)}") from error
+    if is_compiling():  # the number may be symbolic, and a comparison would become a guard
+        return number
     wanted = "a number" if infinite else "finite" if above is None else f"above {above}, and finite"
     if math.isnan(number) or (not infinite and math.isinf(number)) or (above is not None and number <= above):
         got = "NaN" if math.isnan(number) else value

@@ -201,18 +201,21 @@ def test_no_check_if_it_is_turned_off(gpu, capsys, monkeypatch):
     assert not gpu and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("state", ["captured", "forked"])
-def test_no_check_where_it_is_not_safe(gpu, monkeypatch, state):
-    if state == "captured":
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    else:
-        monkeypatch.setattr(selfcheck, "_is_fork", True)
-    with pytest.warns(UserWarning, match="python -m tokred_kernels check"):
+def test_no_check_during_graph_capture(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.warns(UserWarning, match="during CUDA graph capture.*python -m tokred_kernels check"):
         assert selfcheck.verdicts(GPU) == {}
     assert not gpu and not selfcheck.is_known(GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(selfcheck, "_is_fork", False)
     assert selfcheck.verdicts(GPU) and len(gpu) == 1  # later, the check runs
+
+
+def test_no_check_in_a_forked_process(gpu, monkeypatch):
+    monkeypatch.setattr(selfcheck, "_is_fork", True)
+    monkeypatch.setattr(selfcheck.cache, "facts", None)  # CUDA must not be asked there
+    with pytest.warns(UserWarning, match="in a forked process"):
+        assert selfcheck.verdicts(GPU) == {}
+    assert selfcheck.verdicts(GPU) == {} and not gpu  # and not at every call
 
 
 def test_a_fork_is_noticed():
@@ -257,7 +260,7 @@ def test_patch_prepares_the_kernels(gpu, monkeypatch):
         backends.prepare(Model())
 
 
-def test_triton_is_due_only_where_cuda_does_not_serve(monkeypatch):
+def test_triton_is_due_only_if_cuda_has_no_correct_kernel(monkeypatch):
     def able(op, backend, device, dtype):
         return None if backend != "cuda" or "attention" not in op else "no kernel"
 

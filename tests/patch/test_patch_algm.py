@@ -367,7 +367,7 @@ def test_hooks_see_the_state():
         ({"window": 2}, TypeError, r"window must be a pair \(height, width\), got 2"),
         ({"window": (2, 2.0)}, TypeError, "window width must be an int"),
         ({"window": (4, 2), "uneven": "refuse"}, ValueError, "window must divide the grid"),
-        ({"uneven": "pad"}, ValueError, 'uneven must be "keep" or "refuse", got \'pad\''),
+        ({"uneven": "pad"}, ValueError, "uneven must be one of keep, refuse, got 'pad'"),
         ({"count": "all"}, ValueError, 'count must be "batch", "image" or an int, got \'all\''),
         ({"count": 2.0}, TypeError, "count must be an int, got float"),
         ({"count": None}, TypeError, "count must be an int, got NoneType"),

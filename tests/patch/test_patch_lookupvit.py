@@ -182,7 +182,7 @@ def test_patch_refuses_other_settings():
         ({"grid": (7, 2)}, ValueError, r"grid must be at most the lookup grid \(6, 6\)"),
         ({"grid": (2, 2, 2)}, ValueError, "grid must have 2 numbers"),
         ({"grid": GRID, "grids": [(7, 7)]}, ValueError, "each of grids must be at most"),
-        ({"grid": GRID, "lookup_ratio": 0}, ValueError, "lookup_ratio must be above 0, got 0"),
+        ({"grid": GRID, "lookup_ratio": 0}, ValueError, "lookup_ratio must be above 0"),
         ({"grid": GRID, "scatter_proj": 1}, TypeError, "scatter_proj must be True or False, got 1"),
     ],
     ids=str,

@@ -69,6 +69,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
         batch, tokens, channels = values.shape
+        if channels == 0:  # embedding_bag sometimes refuses rows without elements
+            return values.new_zeros(*offsets.shape, channels)
         rows = values.reshape(batch * tokens, channels)  # not flatten, for which gradients in batches have no rule
         summed, *_ = torch.embedding_bag(rows, order, offsets.flatten())
         return summed.view(*offsets.shape, channels)
