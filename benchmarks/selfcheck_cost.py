@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import machine
 from tokred_kernels.backends import support
-from tokred_kernels.backends.selfcheck import DTYPES, MOST_WORKERS, TRITON_FIRST, supervisor, timing, worker
+from tokred_kernels.backends.selfcheck import DTYPES, LOOKUP_OPS, MOST_WORKERS, TRITON_FIRST, supervisor, timing, worker
 from tokred_kernels.backends.selfcheck.cases import cases, timing_cases
 from tokred_kernels.backends.selfcheck.memory import Guarded
 from tokred_kernels.files import replace_json
@@ -151,15 +151,16 @@ def main() -> None:
     torch.set_num_threads(1)
     start = start_seconds()
     checks = {op: check_seconds(op) * GPU_RUNS for op in support.OPS}
-    serial = start + sum(map(inputs_seconds, support.OPS))
+    ops = [op for op in support.OPS if op not in LOOKUP_OPS]  # those are checked when one is first used
+    serial = start + sum(map(inputs_seconds, ops))
     compiled = compile_seconds()
     by_triton = {
         op: [part["seconds"] + checks[op] / len(parts) for part in parts.values()] for op, parts in compiled.items()
     }
-    by_cuda = [checks[op] for op in support.OPS if op not in support.NO_CUDA_OPS]
-    reference = list(checks.values())
-    alone = [seconds for parts in by_triton.values() for seconds in parts]
-    with_cuda = [seconds for op in support.OPS if op in TRITON_FIRST for seconds in by_triton[op]]
+    by_cuda = [checks[op] for op in ops if op not in support.NO_CUDA_OPS]
+    reference = [checks[op] for op in ops]
+    alone = [seconds for op in ops for seconds in by_triton[op]]
+    with_cuda = [seconds for op in ops if op in TRITON_FIRST for seconds in by_triton[op]]
     estimates = {
         f"{workers} workers": {
             "CUDA build": round(serial + makespan([*by_cuda, *with_cuda, *reference], workers), 1),

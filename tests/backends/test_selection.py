@@ -72,8 +72,8 @@ def checked(monkeypatch):
     monkeypatch.setattr(backends, "SELF_CHECKED", {"cpu"})
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr("tokred_kernels.backends.selection.FIXED_ORDER", ("cpu", "triton", "torch", "reference"))
-    monkeypatch.setattr(selfcheck, "verdicts", lambda device: found)
-    monkeypatch.setattr(selfcheck, "is_known", lambda device: True)
+    monkeypatch.setattr(selfcheck, "verdicts", lambda device, op: found)
+    monkeypatch.setattr(selfcheck, "is_known", lambda device, op: True)
     return found
 
 
@@ -175,7 +175,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(selfcheck.cache, "facts", lambda device: {"device": "A GPU", "torch": torch.__version__})
     monkeypatch.setattr(selfcheck, "check", lambda *_, **__: runs.append(1) or everything)
-    monkeypatch.setattr(selfcheck, "due", lambda device, found: [] if found else [("cuda", "merge")])
+    monkeypatch.setattr(selfcheck, "due", lambda device, found, op: [] if found else [("cuda", "merge")])
     return runs
 
 
@@ -205,7 +205,7 @@ def test_no_check_during_graph_capture(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.warns(UserWarning, match="during CUDA graph capture.*python -m tokred_kernels check"):
         assert selfcheck.verdicts(GPU) == {}
-    assert not gpu and not selfcheck.is_known(GPU)
+    assert not gpu and not selfcheck.is_known(GPU, "merge")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert selfcheck.verdicts(GPU) and len(gpu) == 1  # later, the check runs
 
@@ -266,14 +266,27 @@ def test_triton_is_due_only_if_cuda_has_no_correct_kernel(monkeypatch):
 
     monkeypatch.setattr(selfcheck, "reason_against", able)
     pairs = selfcheck.due(GPU, {})
-    assert {op for backend, op in pairs if backend == "triton"} == set(selfcheck.TRITON_FIRST)
+    assert {op for backend, op in pairs if backend == "triton"} == {"token_attention", "token_attention_backward"}
     assert ("cuda", "merge") in pairs and ("cuda", "token_attention") not in pairs
     found = {backend: {op: passed() for b, op in pairs if b == backend} for backend in selfcheck.CHECKED["cuda"]}
     assert selfcheck.due(GPU, found) == []
     found["cuda"]["merge"] = Verdict(WRONG, "off")
     assert selfcheck.due(GPU, found) == [("triton", "merge")]
     monkeypatch.setattr(selfcheck, "reason_against", lambda op, b, *_: "no CUDA" if b == "cuda" else None)
-    assert {op for backend, op in selfcheck.due(GPU, {}) if backend == "triton"} == set(backends.OPS)
+    rest = set(backends.OPS) - selfcheck.LOOKUP_OPS
+    assert {op for backend, op in selfcheck.due(GPU, {}) if backend == "triton"} == rest
+    # Those of lookup attention are due when one is first used.
+    pairs = selfcheck.due(GPU, {}, "lookup_gather")
+    assert {op for backend, op in pairs if backend == "triton"} == {op for _, op in pairs} == selfcheck.LOOKUP_OPS
+
+
+def test_lookup_ops_have_a_check_of_their_own(gpu, monkeypatch):
+    monkeypatch.setattr(selfcheck, "due", lambda device, found, op: [("cuda", op)])
+    selfcheck.verdicts(GPU, "merge"), selfcheck.verdicts(GPU, "unmerge")
+    assert len(gpu) == 2  # the pretended check leaves the same due, and so runs again for Triton in place of CUDA
+    before = len(gpu)
+    selfcheck.verdicts(GPU, "lookup_gather"), selfcheck.verdicts(GPU, "lookup_scatter")
+    assert len(gpu) == 2 * before
 
 
 def test_known_bad_kernels_are_not_tried(monkeypatch):

@@ -225,7 +225,7 @@ def check(device, kernels, known):
     time.sleep(float(go))
     return real_check(cpu, [("cpu", "compose")], known=known)
 selfcheck.check = check
-selfcheck.due = lambda device, found: [] if found else [("cpu", "compose")]
+selfcheck.due = lambda device, found, op: [] if found else [("cpu", "compose")]
 selfcheck.cache.facts = lambda device: real_facts(cpu)
 torch.cuda.is_current_stream_capturing = lambda: False
 open(ready, "w").close()

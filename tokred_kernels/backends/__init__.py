@@ -177,14 +177,14 @@ def _choose(
     chosen = _chosen.get(key)
     if chosen is None:
         chosen = _decide(*key)
-        if device_is_known(tensor.device):  # else a later call may choose better
+        if device_is_known(tensor.device, op):  # else a later call may choose better
             _chosen[key] = chosen
     return chosen
 
 
-def device_is_known(device: torch.device) -> bool:
-    """Return whether the kernels for a device need no self-check, or have had it."""
-    return device.type not in SELF_CHECKED or selfcheck.is_known(device)
+def device_is_known(device: torch.device, op: str) -> bool:
+    """Return whether the kernels of `op` for a device need no self-check, or have had it."""
+    return device.type not in SELF_CHECKED or selfcheck.is_known(device, op)
 
 
 def _decide(
@@ -231,5 +231,5 @@ def _decide_automatically(
 def candidates(op: str, device: torch.device, dtype: torch.dtype, training: bool) -> tuple[str, ...]:
     """Return the backends that `auto` tries, in order."""
     if device.type in SELF_CHECKED:
-        return ranking(op, selfcheck.verdicts(device), dtype, training)
+        return ranking(op, selfcheck.verdicts(device, op), dtype, training)
     return ("cpu", "reference") if device.type == "cpu" else ("reference",)

@@ -37,8 +37,9 @@ COMMAND, INFO = "python -m tokred_kernels check", "python -m tokred_kernels info
 CHECKED = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "triton")}
 # torch's own attention with a bias is a candidate for token attention with sizes, and is not ours to check.
 TIMED_ONLY = {"token_attention": ("torch",), "token_attention_backward": ("torch",)}
+LOOKUP_OPS = frozenset(op for op in OPS if op.startswith("lookup_"))
 # Ops that are tiles of matrix products, which Triton has on the matrix units and CUDA not.
-TRITON_FIRST = frozenset(op for op in OPS if op.startswith(("token_attention", "lookup_")))
+TRITON_FIRST = LOOKUP_OPS | {"token_attention", "token_attention_backward"}
 DTYPES = ("float32", "float16", "bfloat16")
 # Seconds for one task. Compiling the Triton kernels of attention takes a minute on a slow CPU core.
 LIMIT, LIMIT_INTERPRETED = 120.0, 300.0
@@ -46,7 +47,7 @@ MOST_WORKERS = 8
 WORKER_BYTES = 1 << 30  # of the GPU's memory: a CUDA context and the cases
 ESTIMATE = "about 15 s with CUDA kernels, up to 60 s with Triton kernels alone"
 
-_known: dict[int, Verdicts] = {}
+_known: dict[tuple[int, bool], Verdicts] = {}  # by GPU, and whether it includes the lookup ops
 _lock = threading.Lock()
 _is_fork = False
 
@@ -60,44 +61,53 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def verdicts(device: torch.device) -> Verdicts:
+def verdicts(device: torch.device, op: str = "") -> Verdicts:
     """Return the verdicts for a GPU, by backend and op; run the self-check first if they are not known.
+
+    The lookup ops are checked when `op` is one of them: few models have them, and their kernels compile for long.
 
     Verdicts come from this process's memory, then from the cache, then from a check. There is no check if
     TOKRED_SELFCHECK=0, in a forked process, or while the current stream is captured in a CUDA graph: what is not known
     then stays out of the result, and is not used.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    known = _known.get(index)
+    key = _key(device, op)
+    known = _known.get(key)
     if known is not None:
         return known
     with _lock:
-        if index not in _known:
+        if key not in _known:
             if _is_fork:
                 _warn("in a forked process")
-                return _known.setdefault(index, {})
-            device = torch.device("cuda", index)
+                return _known.setdefault(key, {})
+            device = torch.device("cuda", key[0])
             facts = cache.facts(device)
             found = cache.read(facts)
-            if due(device, found):
+            if due(device, found, op):
                 if torch.cuda.is_current_stream_capturing():
                     _warn("during CUDA graph capture")
                     return found  # not kept: a later call can check
                 if not is_off():
-                    found = _check_automatically(device, facts)
-            _known[index] = found
-    return _known[index]
+                    found = _check_automatically(device, facts, op)
+            _known[key] = found
+    return _known[key]
 
 
 def cached(device: torch.device) -> Verdicts:
     """Return what is known about a device without running anything."""
-    index = device.index or 0
-    return _known[index] if device.type == "cuda" and index in _known else cache.read(cache.facts(device))
+    found = cache.read(cache.facts(device))
+    for key, known in _known.items():
+        if key[0] == (device.index or 0):
+            found = {backend: found.get(backend, {}) | known.get(backend, {}) for backend in {**found, **known}}
+    return found
 
 
-def is_known(device: torch.device) -> bool:
-    """Return whether this process has the verdicts for a GPU."""
-    return (torch.cuda.current_device() if device.index is None else device.index) in _known
+def is_known(device: torch.device, op: str) -> bool:
+    """Return whether this process has the verdicts for a GPU that `op` needs."""
+    return _key(device, op) in _known
+
+
+def _key(device: torch.device, op: str) -> tuple[int, bool]:
+    return torch.cuda.current_device() if device.index is None else device.index, op in LOOKUP_OPS
 
 
 def is_off() -> bool:
@@ -144,45 +154,47 @@ def check(
     return supervisor.run(tasks, _settings(device, deep), progress, found)
 
 
-def due(device: torch.device, found: Verdicts) -> list[tuple[str, str]]:
-    """Return the pairs of backend and op that `auto` needs a verdict for, apart from those in `found`.
+def due(device: torch.device, found: Verdicts, op: str = "") -> list[tuple[str, str]]:
+    """Return the pairs of backend and op that `auto` needs a verdict for to run `op`, apart from those in `found`.
 
     Compiling Triton kernels takes most of the time of a check. So for ops that CUDA does well, Triton is checked only
     if CUDA has no kernel, or a wrong one; `python -m tokred_kernels check` checks everything.
     """
     pairs = []
-    for op, backend in itertools.product(OPS, CHECKED["cuda"]):
-        if op in found.get(backend, {}) or reason_against(op, backend, device, torch.float32) is not None:
+    names = [name for name in OPS if (name in LOOKUP_OPS) == (op in LOOKUP_OPS)]
+    for name, backend in itertools.product(names, CHECKED["cuda"]):
+        if name in found.get(backend, {}) or reason_against(name, backend, device, torch.float32) is not None:
             continue
-        by_cuda = found.get("cuda", {}).get(op)
-        expected = reason_against(op, "cuda", device, torch.float32) is None if by_cuda is None else by_cuda.is_passed
-        if backend != "triton" or op in TRITON_FIRST or not expected:
-            pairs.append((backend, op))
+        by_cuda = found.get("cuda", {}).get(name)
+        expected = reason_against(name, "cuda", device, torch.float32) is None if by_cuda is None else by_cuda.is_passed
+        if backend != "triton" or name in TRITON_FIRST or not expected:
+            pairs.append((backend, name))
     return pairs
 
 
-def _check_automatically(device: torch.device, facts: dict[str, Any]) -> Verdicts:
+def _check_automatically(device: torch.device, facts: dict[str, Any], op: str) -> Verdicts:
     """Check what the cache lacks, while other processes of this machine wait; without a cache, check everything."""
     try:
         with cache.lock(facts, lambda: _say(f"waiting for another process, which checks the kernels on {device}")):
             found = cache.read(facts)
-            if due(device, found):
-                found = _check_due(device, facts, found)
+            if due(device, found, op):
+                found = _check_due(device, facts, found, op)
                 cache.write(facts, found)
             return found
     except cache.Unusable as error:
         _say(f"{error}; the verdicts last as long as this process")
-        return _check_due(device, facts, cache.read(facts))
+        return _check_due(device, facts, cache.read(facts), op)
 
 
-def _check_due(device: torch.device, facts: dict[str, Any], found: Verdicts) -> Verdicts:
+def _check_due(device: torch.device, facts: dict[str, Any], found: Verdicts, op: str) -> Verdicts:
+    which = "kernels of lookup attention" if op in LOOKUP_OPS else "kernels"
     _say(
-        f"checking the kernels on {facts['device']}, once for this GPU, driver and versions ({ESTIMATE}); "
+        f"checking the {which} on {facts['device']}, once for this GPU, driver and versions ({ESTIMATE}); "
         "set TOKRED_SELFCHECK=0 to skip the check and run the PyTorch reference"
     )
     known = found
-    found = check(device, due(device, found), known=found)
-    in_place_of_cuda = due(device, found)
+    found = check(device, due(device, found, op), known=found)
+    in_place_of_cuda = due(device, found, op)
     if in_place_of_cuda:
         found = check(device, in_place_of_cuda, known=found)
     new = [(b, op, v) for b, ops in found.items() for op, v in ops.items() if op not in known.get(b, {})]
