@@ -159,11 +159,13 @@ def main() -> None:
     }
     by_cuda = [checks[op] for op in ops if op not in support.NO_CUDA_OPS]
     reference = [checks[op] for op in ops]
-    alone = [seconds for op in ops for seconds in by_triton[op]]
-    with_cuda = [seconds for op in ops if op in TRITON_FIRST for seconds in by_triton[op]]
+    # The supervisor starts with what takes longest.
+    by_length = sorted(ops, key=lambda op: (op in TRITON_FIRST, op.endswith("_backward")), reverse=True)
+    alone = [seconds for op in by_length for seconds in by_triton[op]]
+    with_cuda = [seconds for op in by_length if op in TRITON_FIRST for seconds in by_triton[op]]
     estimates = {
         f"{workers} workers": {
-            "CUDA build": round(serial + makespan([*by_cuda, *with_cuda, *reference], workers), 1),
+            "CUDA build": round(serial + makespan([*with_cuda, *by_cuda, *reference], workers), 1),
             "Triton alone": round(serial + makespan([*alone, *reference], workers), 1),
         }
         for workers in (2, 4, MOST_WORKERS)

@@ -148,10 +148,16 @@ def check(
             tasks += [Task(op, (backend,), dtype=dtype) for dtype in DTYPES]
         else:
             tasks.append(Task(op, (backend,)))
+    tasks.sort(key=_takes_long, reverse=True)
     if device.type == "cuda":
         for op in dict.fromkeys(task.op for task in tasks):
             tasks.append(Task(op, (*CHECKED["cuda"], *TIMED_ONLY.get(op, ())), times=True))
     return supervisor.run(tasks, _settings(device, deep), progress, found)
+
+
+def _takes_long(task: Task) -> tuple[bool, bool]:
+    """Order tasks so that the longest start first: those that compile attention, gradients before the rest."""
+    return task.backends == ("triton",) and task.op in TRITON_FIRST, task.op.endswith("_backward")
 
 
 def due(device: torch.device, found: Verdicts, op: str = "") -> list[tuple[str, str]]:
