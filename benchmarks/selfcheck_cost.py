@@ -140,6 +140,29 @@ def makespan(tasks: list[float], workers: int) -> float:
     return max(free)
 
 
+def estimated(parts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the seconds of a first use by number of workers, from the measured parts."""
+    checks, ops = parts["checks"], [op for op in support.OPS if op not in LOOKUP_OPS]  # those have a check of their own
+    serial = parts["start"] + sum(parts["inputs"][op] for op in ops)
+    by_triton = {
+        op: [part["seconds"] + checks[op] / len(by_dtype) for part in by_dtype.values()]
+        for op, by_dtype in parts["compilations"].items()
+    }
+    by_cuda = [checks[op] for op in ops if op not in support.NO_CUDA_OPS]
+    reference = [checks[op] for op in ops]
+    # The supervisor starts with what takes longest.
+    by_length = sorted(ops, key=lambda op: (op in TRITON_FIRST, op.endswith("_backward")), reverse=True)
+    alone = [seconds for op in by_length for seconds in by_triton[op]]
+    with_cuda = [seconds for op in by_length if op in TRITON_FIRST for seconds in by_triton[op]]
+    return {
+        f"{workers} workers": {
+            "CUDA build": round(serial + makespan([*with_cuda, *by_cuda, *reference], workers), 1),
+            "Triton alone": round(serial + makespan([*alone, *reference], workers), 1),
+        }
+        for workers in (2, 4, MOST_WORKERS)
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="PATH", help="record the parts and the estimates there")
@@ -151,32 +174,14 @@ def main() -> None:
     torch.set_num_threads(1)
     start = start_seconds()
     checks = {op: check_seconds(op) * GPU_RUNS for op in support.OPS}
-    ops = [op for op in support.OPS if op not in LOOKUP_OPS]  # those are checked when one is first used
-    serial = start + sum(map(inputs_seconds, ops))
-    compiled = compile_seconds()
-    by_triton = {
-        op: [part["seconds"] + checks[op] / len(parts) for part in parts.values()] for op, parts in compiled.items()
-    }
-    by_cuda = [checks[op] for op in ops if op not in support.NO_CUDA_OPS]
-    reference = [checks[op] for op in ops]
-    # The supervisor starts with what takes longest.
-    by_length = sorted(ops, key=lambda op: (op in TRITON_FIRST, op.endswith("_backward")), reverse=True)
-    alone = [seconds for op in by_length for seconds in by_triton[op]]
-    with_cuda = [seconds for op in by_length if op in TRITON_FIRST for seconds in by_triton[op]]
-    estimates = {
-        f"{workers} workers": {
-            "CUDA build": round(serial + makespan([*with_cuda, *by_cuda, *reference], workers), 1),
-            "Triton alone": round(serial + makespan([*alone, *reference], workers), 1),
-        }
-        for workers in (2, 4, MOST_WORKERS)
-    }
     parts = {
-        "start": round(start, 2),
-        "inputs": round(serial - start, 2),
-        "checks": {op: round(s, 2) for op, s in checks.items()},
-        "compilations": compiled,
+        "start": start,
+        "inputs": {op: inputs_seconds(op) for op in support.OPS},
+        "checks": checks,
+        "compilations": compile_seconds(),
     }
-    kernels = sum(part["kernels"] for by_dtype in compiled.values() for part in by_dtype.values())
+    estimates = estimated(parts)
+    kernels = sum(part["kernels"] for by_dtype in parts["compilations"].values() for part in by_dtype.values())
     print(f"{kernels} Triton kernels; seconds at the first use: {json.dumps(estimates, indent=1)}")
     if options.json:
         replace_json(options.json, {"machine": machine.describe(), "seconds": parts, "estimates": estimates})
