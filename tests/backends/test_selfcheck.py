@@ -88,7 +88,7 @@ def test_the_cpu_kernels_pass(tmp_path):
     run = command(PACKAGE.parent, "check", "--device", "cpu", "--backend", "cpu", TOKRED_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
     assert len(re.findall(r"^\w+ +cpu +passed$", run.stdout, re.MULTILINE)) == len(backends.OPS), run.stdout
-    assert time.monotonic() - start < 60, "30 s on two idle cores; the tests beside this one take their share"
+    assert time.monotonic() - start < 60, "30 s on two idle cores; other tests run at the same time"
 
 
 @pytest.mark.slow

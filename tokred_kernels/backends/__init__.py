@@ -96,7 +96,7 @@ def choose(op: str, tensor: Tensor, *, unfit: tuple[str, ...] = (), training: bo
         op: a registered op.
         tensor: its first input.
         unfit: backends whose kernels do not take this shape. `auto` skips them; requested by name, they raise.
-        training: whether a gradient will be computed, so that the kernel for it must have passed the self-check too.
+        training: if True, the gradient's kernel must have passed the self-check as well.
 
     Raises:
         RuntimeError: the backend requested cannot run the call; with the reason and those that can.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which kernels exist, where they can run, and the function that runs one."""
+"""The kernels that exist, the devices that can run them, and the function that runs one."""
 
 from __future__ import annotations
 

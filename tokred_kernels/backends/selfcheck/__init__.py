@@ -45,7 +45,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 LIMIT, LIMIT_INTERPRETED = 120.0, 300.0
 MOST_WORKERS = 8
 WORKER_BYTES = 1 << 30  # of the GPU's memory: a CUDA context and the cases
-ESTIMATE = "about 15 s with CUDA kernels, up to 60 s with Triton kernels alone"
+ESTIMATE = "20 s to a minute"  # docs/gpu_verification.md has the parts
 
 _known: dict[tuple[int, bool], Verdicts] = {}  # by GPU, and whether it includes the lookup ops
 _lock = threading.Lock()
@@ -66,7 +66,7 @@ def verdicts(device: torch.device, op: str = "") -> Verdicts:
 
     The lookup ops are checked when `op` is one of them: few models have them, and their kernels compile for long.
 
-    Verdicts come from this process's memory, then from the cache, then from a check. There is no check if
+    Verdicts come from this process's memory, then from the cache, then from a check. No check runs if
     TOKRED_SELFCHECK=0, in a forked process, or while the current stream is captured in a CUDA graph: what is not known
     then stays out of the result, and is not used.
     """

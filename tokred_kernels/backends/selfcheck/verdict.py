@@ -28,7 +28,7 @@ class Verdict:
 
     @property
     def is_passed(self) -> bool:
-        """Whether the kernel may be used."""
+        """True if the kernel can be used."""
         return self.verdict == PASSED
 
     @classmethod
