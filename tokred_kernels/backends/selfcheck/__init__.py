@@ -45,7 +45,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 LIMIT, LIMIT_INTERPRETED = 120.0, 300.0
 MOST_WORKERS = 8
 WORKER_BYTES = 1 << 30  # of the GPU's memory: a CUDA context and the cases
-ESTIMATE = "20 s to a minute"  # docs/gpu_verification.md has the parts
+ESTIMATE = "15 s to a minute"  # docs/gpu_verification.md has the parts
 
 _known: dict[tuple[int, bool], Verdicts] = {}  # by GPU, and whether it includes the lookup ops
 _lock = threading.Lock()

@@ -21,7 +21,7 @@ CHANNELS = (8, 33, 64, 72)
 # Kinds of token maps; see `Draw.dest`.
 MAPS = ("spread", "few", "one", "dropped")
 # Combinations for which Triton compiles anew, for each dtype.
-MOST_COMPILED = 3
+MOST_COMPILED = 2
 TIMED_DTYPES = (torch.float32, torch.bfloat16)
 
 
