@@ -20,7 +20,7 @@ from benchmarks.inputs import Inputs, every_other_source, windows
 from benchmarks.proofs import Disagreement, best_cosines, prove_adaptive_count, prove_choice, prove_windows
 from benchmarks.providers import BASELINES, YARDSTICKS, Provider
 from tokred_kernels.backends.reference.compose import compose
-from tokred_kernels.backends.reference.invert import invert
+from tokred_kernels.backends.reference.to_csr import to_csr
 from tokred_kernels.partition import Partition, every_kth, prefix_and_rest
 
 SEED = 20  # of the draws of random matching, so that every provider draws alike
@@ -93,7 +93,7 @@ def _rebuilt(case: Case, chosen: Any) -> tk.TokenMap:
             token_map = tk.TokenMap.from_dest(chosen.dest, chosen.num_out)
         except ValueError as error:
             raise Disagreement(str(error)) from None
-        expected = invert(chosen.dest, chosen.num_out)
+        expected = to_csr(chosen.dest, chosen.num_out)
         if not all(torch.equal(got, right) for got, right in zip(chosen.views(), expected, strict=True)):
             raise Disagreement("the map's two views differ")
         return token_map
@@ -144,7 +144,7 @@ def _listed(sources: Tensor, destinations: Tensor, r: int) -> Partition:
 
 def _check_values(case: Case, provider: Provider, inputs: Inputs, output: Any, token_map: tk.TokenMap) -> None:
     got = _values(case, output)
-    if case.op in ("then", "invert"):
+    if case.op in ("then", "to_csr"):
         expected = _expected_whole(case, inputs, isinstance(output, Tensor))
         pairs = zip(got, expected, strict=True)
         if not all(torch.equal(a.to(b.dtype), b) for a, b in pairs):
@@ -172,8 +172,8 @@ def _values(case: Case, output: Any) -> tuple[Tensor, ...]:
 
 
 def _expected_whole(case: Case, inputs: Inputs, dense: bool) -> tuple[Tensor, ...]:
-    if case.op == "invert":
-        return invert(inputs.token_map.dest, inputs.token_map.num_out)
+    if case.op == "to_csr":
+        return to_csr(inputs.token_map.dest, inputs.token_map.num_out)
     composed = compose(inputs.token_map.dest, inputs.second_map.dest)
     return (tk.TokenMap(composed, inputs.second_map.num_out).source() if dense else composed,)
 

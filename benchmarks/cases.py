@@ -50,7 +50,7 @@ class Case:
     """One op at one shape.
 
     Attributes:
-        op: the op's name; "then" is TokenMap.then, "invert" the making of a map's second view, "window_merge" a
+        op: the op's name; "then" is TokenMap.then, "to_csr" the making of a map's second view, "window_merge" a
             window_match followed by merge_wavg.
         model: what the shape comes from.
         shape: (B, N, C).
@@ -127,7 +127,7 @@ class Case:
         if self.op.endswith("_match"):
             heads = f"{self.heads}, " if self.heads else ""
             shape = f"({batch}, {heads}{tokens}, {self.metric_dim})"
-        elif self.op in ("then", "invert"):
+        elif self.op in ("then", "to_csr"):
             shape = f"({batch}, {tokens})"
         else:
             shape = f"({batch}, {tokens}, {channels})"
@@ -253,7 +253,7 @@ CPU_CASES = (
     ),
     Case("then", "deit_small", DEIT_S, 16, "cpu", quick=True, targets=AT_LEAST_50),
     Case("then", "vit_large_384", VIT_L_384, 23, "cpu", quick=True, targets=AT_LEAST_50),
-    Case("invert", "deit_small", DEIT_S, 16, "cpu", quick=True),
+    Case("to_csr", "deit_small", DEIT_S, 16, "cpu", quick=True),
 )
 
 DEIT_S_64 = (64, 197, 384)
@@ -360,7 +360,7 @@ CUDA_CASES = (
     ),
     Case("lookup_gather", "lookupvit_base", LOOKUP_16, 100, "cuda", BF16, heads=12),
     Case("then", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
-    Case("invert", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
+    Case("to_csr", "deit_small", DEIT_S_64, 16, "cuda", quick=True),
 )
 
 CASES = CPU_CASES + CUDA_CASES

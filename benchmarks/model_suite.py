@@ -129,7 +129,7 @@ def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) 
         width = anatomy(model).parts[0].head_width
         for number in tokens:
             q = tensor.new_empty(0, 1, int(number), width)
-            by_torch = backends.torch_attends(ATTENTION, q, plain=False)
+            by_torch = backends.use_sdpa(ATTENTION, q, plain=False)
             attends.append("torch" if by_torch else backends.choose(ATTENTION, q))
         return served | {ATTENTION: "+".join(dict.fromkeys(attends))}
 

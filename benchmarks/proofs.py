@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference.best_match import best_destination, inverse_norm, tokens
+from tokred_kernels.backends.reference.rank_candidates import best_destination, inverse_norm, tokens
 from tokred_kernels.partition import Partition
 from tokred_kernels.windows import Windows
 

@@ -40,15 +40,15 @@ KERNEL_OPS = {
     "bipartite_merge": ("bipartite_match", "merge"),
     "window_match": ("window_similarity", "window_map"),
     "window_merge": ("window_similarity", "window_map", "merge"),
-    "adaptive_bipartite_match": ("best_match", "similar_count", "match_map"),
+    "adaptive_bipartite_match": ("rank_candidates", "count_above_threshold", "build_match_map"),
     "grid_bipartite_match": ("bipartite_match",),
-    "importance_match": ("best_match", "match_map"),
+    "importance_match": ("rank_candidates", "build_match_map"),
     "keep_topk": ("keep_topk", "merge"),
     "token_attention": ("token_attention",),
     "lookup_gather": ("lookup_gather",),
     "lookup_scatter": ("lookup_gather", "lookup_scatter"),
     "then": ("compose",),
-    "invert": ("invert",),
+    "to_csr": ("to_csr",),
 }
 BACKWARD_OPS = {
     "merge": ("merge_backward",),
@@ -133,7 +133,7 @@ def ours(case: Case) -> Callable[[Inputs], Any]:
         "grid_bipartite_match": lambda i: tk.grid_bipartite_match(i.metric, r, grid=grid, stride=window),
         "importance_match": lambda i: tk.importance_match(i.metric, kept, class_token=True),
         "then": lambda i: i.token_map.then(i.second_map),
-        "invert": lambda i: tk.TokenMap._trusted(i.token_map.dest, i.token_map.num_out).views(),
+        "to_csr": lambda i: tk.TokenMap._trusted(i.token_map.dest, i.token_map.num_out).views(),
     }[case.op]
 
 

@@ -70,7 +70,7 @@ def least_bytes(case: Case) -> int:
     elif case.op == "then":  # a map of N tokens into `out`, followed by one of `out` tokens
         return dest + INDEX * batch * out + dest
     else:
-        return views  # invert
+        return views  # to_csr
     return forward + backward if case.training else forward
 
 

@@ -21,14 +21,14 @@ namespace {
 
 struct Cpu {
   static std::size_t match_workspace_bytes(const tokred::MatchArgs&) { return 0; }
-  static std::size_t best_match_workspace_bytes(const tokred::BestMatchArgs&) { return 0; }
+  static std::size_t rank_candidates_workspace_bytes(const tokred::BestMatchArgs&) { return 0; }
   TOKRED_CPU_OP(bipartite_match, MatchArgs)
-  TOKRED_CPU_OP(best_match, BestMatchArgs)
-  TOKRED_CPU_OP(match_map, MatchMapArgs)
-  TOKRED_CPU_OP(similar_count, SimilarCountArgs)
+  TOKRED_CPU_OP(rank_candidates, BestMatchArgs)
+  TOKRED_CPU_OP(build_match_map, MatchMapArgs)
+  TOKRED_CPU_OP(count_above_threshold, SimilarCountArgs)
   TOKRED_CPU_OP(window_similarity, WindowSimilarityArgs)
   TOKRED_CPU_OP(window_map, WindowMapArgs)
-  TOKRED_CPU_OP(invert, InvertArgs)
+  TOKRED_CPU_OP(to_csr, ToCsrArgs)
   TOKRED_CPU_OP(compose, ComposeArgs)
   TOKRED_CPU_OP(merge, MergeArgs)
   TOKRED_CPU_OP(merge_backward, MergeBackwardArgs)
@@ -42,18 +42,20 @@ struct Cuda {
   static std::size_t match_workspace_bytes(const tokred::MatchArgs& a) {
     return tokred::cuda::match_workspace_bytes(a);
   }
-  static std::size_t best_match_workspace_bytes(const tokred::BestMatchArgs& a) {
-    return tokred::cuda::best_match_workspace_bytes(a);
+  static std::size_t rank_candidates_workspace_bytes(const tokred::BestMatchArgs& a) {
+    return tokred::cuda::rank_candidates_workspace_bytes(a);
   }
   static void bipartite_match(const tokred::MatchArgs& a, Address s) { tokred::cuda::bipartite_match(a, on(s)); }
-  static void best_match(const tokred::BestMatchArgs& a, Address s) { tokred::cuda::best_match(a, on(s)); }
-  static void match_map(const tokred::MatchMapArgs& a, Address s) { tokred::cuda::match_map(a, on(s)); }
-  static void similar_count(const tokred::SimilarCountArgs& a, Address s) { tokred::cuda::similar_count(a, on(s)); }
+  static void rank_candidates(const tokred::BestMatchArgs& a, Address s) { tokred::cuda::rank_candidates(a, on(s)); }
+  static void build_match_map(const tokred::MatchMapArgs& a, Address s) { tokred::cuda::build_match_map(a, on(s)); }
+  static void count_above_threshold(const tokred::SimilarCountArgs& a, Address s) {
+    tokred::cuda::count_above_threshold(a, on(s));
+  }
   static void window_similarity(const tokred::WindowSimilarityArgs& a, Address s) {
     tokred::cuda::window_similarity(a, on(s));
   }
   static void window_map(const tokred::WindowMapArgs& a, Address s) { tokred::cuda::window_map(a, on(s)); }
-  static void invert(const tokred::InvertArgs& a, Address s) { tokred::cuda::invert(a, on(s)); }
+  static void to_csr(const tokred::ToCsrArgs& a, Address s) { tokred::cuda::to_csr(a, on(s)); }
   static void compose(const tokred::ComposeArgs& a, Address s) { tokred::cuda::compose(a, on(s)); }
   static void merge(const tokred::MergeArgs& a, Address s) { tokred::cuda::merge(a, on(s)); }
   static void merge_backward(const tokred::MergeBackwardArgs& a, Address s) { tokred::cuda::merge_backward(a, on(s)); }
@@ -99,8 +101,8 @@ void bind_ops(py::module_ m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("match_workspace_bytes",
         [](const py::tuple& problem) { return Device::match_workspace_bytes(match_args<tokred::MatchArgs>(problem)); });
-  m.def("best_match_workspace_bytes", [](const py::tuple& problem) {
-    return Device::best_match_workspace_bytes(match_args<tokred::BestMatchArgs>(problem));
+  m.def("rank_candidates_workspace_bytes", [](const py::tuple& problem) {
+    return Device::rank_candidates_workspace_bytes(match_args<tokred::BestMatchArgs>(problem));
   });
   m.def("bipartite_match", [](const py::tuple& problem, Address dest, Address members, Address begin, Address count,
                               Address workspace, Address stream) {
@@ -111,17 +113,17 @@ void bind_ops(py::module_ m) {
     py::gil_scoped_release without_gil;
     Device::bipartite_match(a, stream);
   });
-  m.def("best_match",
+  m.def("rank_candidates",
         [](const py::tuple& problem, Address score, Address partner, Address rank, Address workspace, Address stream) {
           auto a = match_args<tokred::BestMatchArgs>(problem);
           a.score = pointer<float>(score), a.partner = pointer<int32_t>(partner), a.rank = pointer<int32_t>(rank);
           a.workspace = pointer(workspace);
           py::gil_scoped_release without_gil;
-          Device::best_match(a, stream);
+          Device::rank_candidates(a, stream);
         });
-  m.def("match_map", [](const py::tuple& partition_values, Address partner, Address rank, int64_t images,
-                        int64_t tokens, Address counts, Address starts_in, Address starts_out, int64_t num_out,
-                        Address dest, Address members, Address begin, Address count, Address stream) {
+  m.def("build_match_map", [](const py::tuple& partition_values, Address partner, Address rank, int64_t images,
+                              int64_t tokens, Address counts, Address starts_in, Address starts_out, int64_t num_out,
+                              Address dest, Address members, Address begin, Address count, Address stream) {
     Reader r(partition_values);
     tokred::MatchMapArgs a{};
     a.partition = partition(r);
@@ -132,15 +134,15 @@ void bind_ops(py::module_ m) {
     a.dest = pointer<int32_t>(dest), a.members = pointer<int32_t>(members);
     a.begin = pointer<int32_t>(begin), a.count = pointer<int32_t>(count);
     py::gil_scoped_release without_gil;
-    Device::match_map(a, stream);
+    Device::build_match_map(a, stream);
   });
   m.def(
-      "similar_count",
+      "count_above_threshold",
       [](Address score, int64_t images, int64_t sources, double threshold, double divisor, int32_t own, Address moments,
          Address counts, Address stream) {
-        Device::similar_count({pointer<float>(score), images, sources, threshold, divisor, own,
-                               pointer<double>(moments), pointer<int32_t>(counts)},
-                              stream);
+        Device::count_above_threshold({pointer<float>(score), images, sources, threshold, divisor, own,
+                                       pointer<double>(moments), pointer<int32_t>(counts)},
+                                      stream);
       },
       release());
   m.def("window_similarity",
@@ -169,10 +171,10 @@ void bind_ops(py::module_ m) {
           Device::window_map(a, stream);
         });
   m.def(
-      "invert",
+      "to_csr",
       [](Address dest, int64_t images, int64_t tokens, int64_t num_out, Address members, Address begin, Address count,
          Address stream) {
-        Device::invert({pointer<int32_t>(dest), images, tokens, num_out, pointer<int32_t>(members),
+        Device::to_csr({pointer<int32_t>(dest), images, tokens, num_out, pointer<int32_t>(members),
                         pointer<int32_t>(begin), pointer<int32_t>(count)},
                        stream);
       },

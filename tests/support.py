@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tokred_kernels import partition as partitions
-from tokred_kernels.backends.reference import best_match as reference
-from tokred_kernels.backends.reference.match_map import dest_of_ranks
+from tokred_kernels.backends.reference import rank_candidates as reference
+from tokred_kernels.backends.reference.build_match_map import dest_of_ranks
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -180,9 +180,9 @@ def matches(metric, count):
     for partition in partitions:
         if partition is None or metric.shape[-2] != count:
             continue
-        _, partner, rank = same("best_match", metric, partition)
+        _, partner, rank = same("rank_candidates", metric, partition)
         for r in {0, 1, partition.r // 2, partition.r}:
-            same("match_map", partner, rank, partition._replace(r=r), count)
+            same("build_match_map", partner, rank, partition._replace(r=r), count)
 
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -190,16 +190,16 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         matches(tokens((3, count, channels), dtype), count)
         matches(tokens((2, count, 2 * channels), dtype)[..., :channels], count)
         heads = torch.randint(-1, 2, (2, 4, count, channels)).to(dtype)
-        same("best_match", heads, every_other(count, 1, 0, False, False))
+        same("rank_candidates", heads, every_other(count, 1, 0, False, False))
 
         lengths = (3, count, 0, count // 2)
         counts = [max((length - 1) // 4, 0) for length in (0, *lengths[1:])]
         packed = starts(length - r for length, r in zip(lengths, counts)), sum(lengths) - sum(counts)
         for flags in ((False, False), (True, False), (True, True)):
             partition = every_other(count, count, None, *flags)
-            _, partner, rank = same("best_match", tokens((sum(lengths), 4), dtype), partition, starts(lengths))
+            _, partner, rank = same("rank_candidates", tokens((sum(lengths), 4), dtype), partition, starts(lengths))
             joining = torch.tensor(counts).int()
-            same("match_map", partner, rank, partition, sum(lengths), joining, starts(lengths), *packed)
+            same("build_match_map", partner, rank, partition, sum(lengths), joining, starts(lengths), *packed)
 
     for windows in (Windows(1, 8, 8, 2, 2), Windows(0, 7, 9, 3, 2), Windows(2, 1, 5, 1, 5), Windows(5, 20, 3, 2, 1)):
         for channels in (0, 5, 70):
@@ -223,7 +223,7 @@ for shape in ((3, 100), (2, 1), (1, 20000), (4, 7)):
     score[score < 0] = float("-inf")
     for threshold, divisor in ((0.5, 0), (float("-inf"), 0), (0, 1), (0, 2.5)):
         for own in (True, False):
-            same("similar_count", score, threshold, divisor, own)
+            same("count_above_threshold", score, threshold, divisor, own)
 """
 
 

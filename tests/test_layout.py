@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tokred_kernels"
 # Ops that call another op's kernel with other arguments, and that op.
 BUILT_ON = {
-    "adaptive_bipartite_match": ("best_match", "similar_count", "match_map"),
+    "adaptive_bipartite_match": ("rank_candidates", "count_above_threshold", "build_match_map"),
     "bipartite_merge": ("bipartite_match", "merge"),
     "grid_bipartite_match": ("bipartite_match",),
-    "importance_match": ("best_match", "match_map"),
+    "importance_match": ("rank_candidates", "build_match_map"),
     "kth_bipartite_match": ("bipartite_match",),
     "merge_wavg": ("merge",),
     "random_bipartite_match": ("bipartite_match",),
@@ -32,7 +32,7 @@ GRADIENTS = {
     "lookup_scatter_backward",
 }
 # Two whole-number kernels that share a file, and are tested with the token map.
-MAP_OPS = {"invert", "compose"}
+MAP_OPS = {"to_csr", "compose"}
 
 
 def names(folder, suffix):

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import tokred_kernels as tk
 from tokred_kernels import backends
-from tokred_kernels.backends.reference.invert import invert as reference_invert
+from tokred_kernels.backends.reference.to_csr import to_csr as reference_to_csr
 
 
 def test_source_equals_the_authors_dense_matrix():
@@ -23,7 +23,7 @@ def test_source_equals_the_authors_dense_matrix():
 @pytest.mark.parametrize("dropped", [0.0, 0.4, 1.0])
 def test_members_begin_and_count(tokens, slots, dropped):
     token_map = random_map(3, tokens, slots, dropped=dropped)
-    for got, want in zip(token_map.views(), reference_invert(token_map.dest, slots), strict=True):
+    for got, want in zip(token_map.views(), reference_to_csr(token_map.dest, slots), strict=True):
         assert torch.equal(got, want)
     members, begin, count = (view.tolist() for view in token_map.views())
     dest = token_map.dest.tolist()
@@ -262,7 +262,7 @@ def test_maps_on_the_gpu_equal_those_on_the_cpu(which):
     both = first.then(second)
     dest = backends.implementation(which, "compose")(first.dest.cuda(), second.dest.cuda())
     assert torch.equal(dest.cpu(), both.dest)
-    for got, want in zip(backends.implementation(which, "invert")(dest, 60), both.views(), strict=True):
+    for got, want in zip(backends.implementation(which, "to_csr")(dest, 60), both.views(), strict=True):
         assert torch.equal(got.cpu(), want)
 
 
@@ -385,7 +385,7 @@ ALONG = {
     "unmerge": (lambda m: tk.unmerge(torch.randn(3, 4, 5), m), ["dest"]),
     "unmerge large": (lambda m: tk.unmerge(torch.randn(3, 4, 9000), m), ["dest"]),
     "compose": (lambda m: m.then(tk.TokenMap.identity(3, 4)), ["dest"]),
-    "invert": (lambda m: tk.TokenMap._trusted(m.dest, 4).views(), ["dest"]),
+    "to_csr": (lambda m: tk.TokenMap._trusted(m.dest, 4).views(), ["dest"]),
     "merge_backward": (lambda m: tk.merge(torch.randn(3, 9, 5, requires_grad=True), m).sum().backward(), ["dest"]),
 }
 
@@ -424,7 +424,7 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("change", REPLACED)
-@pytest.mark.parametrize("op", [op for op in ALONG if op != "invert"])  # which takes any map
+@pytest.mark.parametrize("op", [op for op in ALONG if op != "to_csr"])  # which takes any map
 def test_the_kernels_raise_for_a_map_whose_tensors_were_replaced(op, change):
     name = op.partition(" ")[0]
     for field in ALONG[op][1]:
@@ -434,7 +434,7 @@ def test_the_kernels_raise_for_a_map_whose_tensors_were_replaced(op, change):
         with tk.use_backend("cpu"):
             error = raised(op, token_map)
         assert error is not None
-        assert re.match(rf"tokred_kernels\.({name}|merge|invert): |TokenMap.then: ", error), error
+        assert re.match(rf"tokred_kernels\.({name}|merge|to_csr): |TokenMap.then: ", error), error
 
 
 def test_slots_that_int32_cannot_hold_are_refused():
@@ -469,7 +469,7 @@ def test_a_tracer_rebuilds_maps_of_proxies():
 @pytest.mark.parametrize("compiling", [False, True])
 def test_views_made_during_graph_capture_are_not_kept(compiling, monkeypatch):
     # Without a GPU: a CPU map that says it is on one, while its stream is captured.
-    monkeypatch.setattr("tokred_kernels.token_map.invert", reference_invert)
+    monkeypatch.setattr("tokred_kernels.token_map.to_csr", reference_to_csr)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
@@ -486,7 +486,7 @@ def test_views_made_during_graph_capture_are_not_kept(compiling, monkeypatch):
 @pytest.mark.gpu
 def test_views_made_during_graph_capture_are_right_afterwards():
     token_map = random_map(2, 9, 4, device="cuda")
-    expected = reference_invert(token_map.dest, 4)
+    expected = reference_to_csr(token_map.dest, 4)
     graph = torch.cuda.CUDAGraph()
     with tk.use_backend("reference"), torch.cuda.graph(graph):
         captured = token_map.views()

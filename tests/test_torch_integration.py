@@ -40,7 +40,7 @@ def samples():
             (y, total, x, y, weight, total, *common, "mean", True, True, "cpu"),
         )
         yield OPS.merge_backward.default, (y, None, x, y, None, None, *common, "amax", True, False, "cpu")
-        yield OPS.invert.default, (dest, 3, "cpu")
+        yield OPS.to_csr.default, (dest, 3, "cpu")
         yield OPS.compose.default, (dest, random_map(batch, 3, 2).dest, "cpu")
         yield from selector_samples(x, arithmetic[2:-1])
         yield from attention_samples(batch, tokens, channels)
@@ -53,15 +53,15 @@ def selector_samples(x, numbers):
     lengths = tuple(max(tokens - b, 0) for b in range(batch))
     packed = tk.Packing.of(lengths, x.device)
     longest = (None, None, *numbers)
-    score, partner, rank = OPS.best_match.default(x, *longest, None, "cpu")
-    yield OPS.best_match.default, (x, *longest, None, "cpu")
-    yield OPS.best_match.default, (torch.randn(packed.rows, channels), *longest, packed.cu_seqlens, "cpu")
-    yield OPS.match_map.default, (partner, rank, *longest, tokens, None, None, None, tokens - numbers[-1], "cpu")
+    score, partner, rank = OPS.rank_candidates.default(x, *longest, None, "cpu")
+    yield OPS.rank_candidates.default, (x, *longest, None, "cpu")
+    yield OPS.rank_candidates.default, (torch.randn(packed.rows, channels), *longest, packed.cu_seqlens, "cpu")
+    yield OPS.build_match_map.default, (partner, rank, *longest, tokens, None, None, None, tokens - numbers[-1], "cpu")
     counts = torch.full((batch,), min(1, tokens // 2), dtype=torch.int32)
     after = tk.Packing.of(tuple(tokens - n for n in counts.tolist()), x.device)
     packing = counts, None, after.cu_seqlens, after.rows
-    yield OPS.match_map.default, (partner, rank, *longest, tokens, *packing, "cpu")
-    yield OPS.similar_count.default, (score, 0.1, 0.0, False, "cpu")
+    yield OPS.build_match_map.default, (partner, rank, *longest, tokens, *packing, "cpu")
+    yield OPS.count_above_threshold.default, (score, 0.1, 0.0, False, "cpu")
     windows = (0, 1, tokens, 1, max(tokens // 3, 1))
     number = 0 if batch == 0 else tokens // windows[-1]
     yield OPS.window_similarity.default, (x, *windows, 0.1, "cpu")
@@ -314,7 +314,7 @@ def test_modes_see_every_op():
         out = tk.bipartite_merge(x.detach(), 3)
         tk.unmerge(tk.merge(x, token_map), token_map.then(out.token_map.identity(2, 6))).sum().backward()
     ours = {name for name in listener.seen if name.startswith("tokred")}
-    expected = ("bipartite_merge", "merge", "merge_backward", "unmerge", "compose", "invert")
+    expected = ("bipartite_merge", "merge", "merge_backward", "unmerge", "compose", "to_csr")
     assert ours == {f"tokred.{name}.default" for name in expected}
 
 

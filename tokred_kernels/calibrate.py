@@ -228,7 +228,7 @@ def calibrate_thresholds(
     )
 
 
-def _check_model(model: Any) -> models.Anatomy:
+def _check_model(model: Any) -> models.ModelSpec:
     """What `model`, one that `patch` takes and that is not patched, is made of."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")

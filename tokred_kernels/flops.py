@@ -90,7 +90,7 @@ def image_size(model: Any) -> tuple[int, int]:
 
 
 def made_of(model: Any) -> Any:
-    """The blocks and other parts of a vision transformer, `patch.models.Anatomy`, patched or not; raises as `count`."""
+    """Return the `ModelSpec` of a vision transformer, patched or not; raise as `count` does."""
     _check_module("made_of", model)
     from tokred_kernels.patch import MARK, models  # noqa: PLC0415  (the patches count by this module)
 
@@ -115,7 +115,7 @@ def counter(**settings: Any) -> FlopCounterMode:
     known = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         torch.ops.tokred.bipartite_match: _match,
-        torch.ops.tokred.best_match: _best_match,
+        torch.ops.tokred.rank_candidates: _rank_candidates,
         torch.ops.tokred.token_attention: _token_attention,
         torch.ops.tokred.token_attention_backward: _token_attention_backward,
         torch.ops.tokred.lookup_gather: _lookup,
@@ -135,7 +135,7 @@ def _match(metric: Any, sources: Any, destinations: Any, first: int, stride: int
     return 2 * metric[0] * num_src * num_dst * metric[-1]
 
 
-def _best_match(metric: Any, sources: Any, destinations: Any, *others: Any, **more: Any) -> int:
+def _rank_candidates(metric: Any, sources: Any, destinations: Any, *others: Any, **more: Any) -> int:
     *numbers, cu_seqlens, _ = others
     if cu_seqlens is None:
         return _match(metric.shape, sources, destinations, *numbers)
@@ -161,7 +161,7 @@ def _lookup(q: Any, k: Any, *_: Any, **__: Any) -> int:
 
 
 # The counter hands over tensors, not their shapes: how long packed images are stands in one.
-_best_match._get_raw = True  # type: ignore[attr-defined]
+_rank_candidates._get_raw = True  # type: ignore[attr-defined]
 _token_attention._get_raw = True  # type: ignore[attr-defined]
 _token_attention_backward._get_raw = True  # type: ignore[attr-defined]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tokred_kernels.records import changed
+from tokred_kernels.namedtuples import namedtuple_replace
 
 
 class Partition(NamedTuple):
@@ -37,7 +37,7 @@ class Partition(NamedTuple):
 
     def of_tokens(self, tokens: int) -> Partition:
         """The same split into even and odd, of so many tokens: for images of several lengths."""
-        return changed(self, num_src=(tokens + 1) // 2, num_dst=tokens // 2)
+        return namedtuple_replace(self, num_src=(tokens + 1) // 2, num_dst=tokens // 2)
 
     def num_out(self) -> int:
         """N', the number of slots."""

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from tokred_kernels.checks import MAX_ROWS, check_count, shape
 from tokred_kernels.ops.compose import compose
-from tokred_kernels.ops.invert import invert
-from tokred_kernels.ops.library import nobody_listens
+from tokred_kernels.ops.library import can_bypass_dispatcher
+from tokred_kernels.ops.to_csr import to_csr
 from tokred_kernels.packing import Packing
 
 
@@ -195,7 +195,7 @@ class TokenMap:
             return self._members, self._begin, self._count
         dest = self.dest if self.packed is None else self.dest.view(1, -1)
         with _outside_inference_mode():
-            members, begin, count = invert(dest, self.num_out)
+            members, begin, count = to_csr(dest, self.num_out)
         views = members, begin.view(self.out_shape), count.view(self.out_shape)
         if not _is_captured(dest):
             self._members, self._begin, self._count = views
@@ -357,7 +357,7 @@ def _checked_views(token_map: TokenMap, **views: Any) -> list[Tensor]:
 
 def _is_readable(tensor: Tensor) -> bool:
     """Return whether the entries can be read at no cost: on the CPU, and nothing is being traced."""
-    return tensor.is_cpu and nobody_listens(tensor)
+    return tensor.is_cpu and can_bypass_dispatcher(tensor)
 
 
 def _outside_inference_mode() -> AbstractContextManager[Any]:

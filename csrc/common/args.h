@@ -70,7 +70,7 @@ struct BestMatchArgs : MatchProblem {
   float* score;      // (B, num_src): the highest cosine
   int32_t* partner;  // (B, num_src): the number of the destination that has it, the lowest of equals
   int32_t* rank;     // (B, num_src): the place among the sources that may join, by descending score, ties by number
-  void* workspace;   // bytes as best_match_workspace_bytes says, or null where that is 0
+  void* workspace;   // bytes as rank_candidates_workspace_bytes says, or null where that is 0
 };
 
 // The map of a match, r of whose sources join. Where r is 0 every token keeps its place.
@@ -141,7 +141,7 @@ struct WindowMapArgs {
   int64_t num_slots;  // of begin and count; the CPU checks starts_out against it
 };
 
-struct InvertArgs {
+struct ToCsrArgs {
   const int32_t* dest;  // (B, N)
   int64_t images, tokens, num_out;
   int32_t* members;

@@ -11,7 +11,7 @@ void bipartite_match(const MatchArgs& a) {
     int32_t* dest = a.dest + first_row;
     rank_sources(p, match, match.rank);
     dest_of_ranks(p, image.number, a.tokens, match.partner, match.rank, dest);
-    invert_image(dest, first_row, a.tokens, num_out, a.members + first_row, a.begin + image.number * num_out,
+    to_csr_image(dest, first_row, a.tokens, num_out, a.members + first_row, a.begin + image.number * num_out,
                  a.count + image.number * num_out);
   });
 }

@@ -15,7 +15,7 @@
 // Every op that is compiled once per instruction set, with what it takes: those that have AMX tiles,
 #define TOKRED_TILE_KERNELS(F)                            \
   F(bipartite_match, MatchArgs)                           \
-  F(best_match, BestMatchArgs)                            \
+  F(rank_candidates, BestMatchArgs)                       \
   F(token_attention, TokenAttentionArgs)                  \
   F(token_attention_backward, TokenAttentionBackwardArgs) \
   F(lookup_gather, LookupGatherArgs)                      \

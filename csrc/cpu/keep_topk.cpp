@@ -33,7 +33,7 @@ void keep_topk(const KeepTopkArgs& a) {
     for (int32_t n = 0; n < a.first; ++n) dest[n] = n;
     std::fill(dest + a.first, dest + a.tokens, a.fuse ? a.first + a.k : -1);
     for (int32_t place = 0; place < a.k; ++place) dest[a.first + candidate_index(sorted[place])] = a.first + place;
-    invert_image(dest, b * a.tokens, a.tokens, slots, a.members + b * a.tokens, a.begin + b * slots,
+    to_csr_image(dest, b * a.tokens, a.tokens, slots, a.members + b * a.tokens, a.begin + b * slots,
                  a.count + b * slots);
   });
 }

@@ -41,7 +41,7 @@ const uint64_t* sort_candidates(uint64_t* keys, int64_t number, uint64_t* spare)
   return from;
 }
 
-void invert_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
+void to_csr_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
                   int32_t* begin, int32_t* count) {
   const int32_t row = static_cast<int32_t>(first_row);
   std::fill(count, count + num_out, 0);
@@ -76,10 +76,10 @@ void check_slots(const char* argument, const int32_t* slots, int64_t number, int
   if (highest >= num_out) throw_bad_index(argument, highest, -1, num_out);
 }
 
-void invert(const InvertArgs& a) {
+void to_csr(const ToCsrArgs& a) {
   check_slots("dest", a.dest, a.images * a.tokens, a.num_out);
   for_each(a.images, a.images * a.tokens > kSerialTokens, [&](int64_t b) {
-    invert_image(a.dest + b * a.tokens, b * a.tokens, a.tokens, a.num_out, a.members + b * a.tokens,
+    to_csr_image(a.dest + b * a.tokens, b * a.tokens, a.tokens, a.num_out, a.members + b * a.tokens,
                  a.begin + b * a.num_out, a.count + b * a.num_out);
   });
 }

@@ -20,7 +20,7 @@ void dest_of_ranks(const Partition& partition, int64_t image, int64_t tokens, co
 
 // From dest (N) of an image whose tokens start at row `first_row`: its part of members (N), begin (N') and count (N'),
 // by counting.
-void invert_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
+void to_csr_image(const int32_t* dest, int64_t first_row, int64_t tokens, int64_t num_out, int32_t* members,
                   int32_t* begin, int32_t* count);
 
 // Throws an error that names an argument with an invalid index: TokenMap validates its tensors once, and they can

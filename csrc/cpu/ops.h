@@ -10,12 +10,12 @@
 namespace tokred::cpu {
 
 void bipartite_match(const MatchArgs& args);
-void best_match(const BestMatchArgs& args);
-void match_map(const MatchMapArgs& args);
-void similar_count(const SimilarCountArgs& args);
+void rank_candidates(const BestMatchArgs& args);
+void build_match_map(const MatchMapArgs& args);
+void count_above_threshold(const SimilarCountArgs& args);
 void window_similarity(const WindowSimilarityArgs& args);
 void window_map(const WindowMapArgs& args);
-void invert(const InvertArgs& args);
+void to_csr(const ToCsrArgs& args);
 void compose(const ComposeArgs& args);
 void merge(const MergeArgs& args);
 void merge_backward(const MergeBackwardArgs& args);

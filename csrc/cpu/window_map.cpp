@@ -60,7 +60,7 @@ void window_map(const WindowMapArgs& a) {
     int32_t* dest = a.dest + b * tokens;
     rank_windows(a.score + b * windows, windows, r, keys, rank);
     dest_of_windows(w, rank, r, dest);
-    invert_image(dest, b * tokens, tokens, slots, a.members + b * tokens, a.begin + first_slot, a.count + first_slot);
+    to_csr_image(dest, b * tokens, tokens, slots, a.members + b * tokens, a.begin + first_slot, a.count + first_slot);
     if (a.starts_out) offset_slots(dest, tokens, static_cast<int32_t>(first_slot));
   });
 }

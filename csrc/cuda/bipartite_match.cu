@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Bipartite matching. Images of ViT size take one launch, an image a block, from metric to finished map. Larger ones
-// take three: those of best_match, and that of match_map.
+// take three: those of rank_candidates, and that of build_match_map.
 #include "map_build.cuh"
 #include "match_image.cuh"
 #include "ops.h"
@@ -25,7 +25,7 @@ struct FinishMap {
     write_dest<kMatchThreads>(p, image, tokens, rank, matched.best, 0, dest);
     const int64_t row0 = image * tokens, slot0 = image * num_out;
     for (int t = threadIdx.x; t < tokens; t += kMatchThreads) args.dest[row0 + t] = dest[t];
-    invert_image<kMatchThreads>(dest, tokens, num_out, static_cast<int32_t>(row0), 0, cursor, args.members + row0,
+    to_csr_image<kMatchThreads>(dest, tokens, num_out, static_cast<int32_t>(row0), 0, cursor, args.members + row0,
                                 args.begin + slot0, args.count + slot0);
   }
 };
@@ -52,7 +52,7 @@ void bipartite_match(const MatchArgs& args, cudaStream_t stream) {
     best.rank =
         reinterpret_cast<int32_t*>(static_cast<char*>(args.workspace) + candidate_bytes(c, args.images, num_src));
     best.partner = best.rank + args.images * num_src;
-    tiled_best_match(kName, best, c, stream);
+    tiled_rank_candidates(kName, best, c, stream);
 
     MatchMapArgs map{};
     map.partner = best.partner, map.rank = best.rank;

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "lookup.cuh"
-#include "rows.cuh"
+#include "row_copy.cuh"
 
 namespace tokred::cuda {
 

@@ -59,7 +59,7 @@ __device__ __forceinline__ void write_dest(const Partition& p, int64_t image, in
 // result. `row0` is the image's first row, `slot0` what dest calls its first slot. `cursor` has num_out entries in
 // shared memory; it counts, then points at where the slot's next member goes.
 template <int kThreads>
-__device__ __forceinline__ void invert_image(const int32_t* dest, int32_t tokens, int32_t num_out, int32_t row0,
+__device__ __forceinline__ void to_csr_image(const int32_t* dest, int32_t tokens, int32_t num_out, int32_t row0,
                                              int32_t slot0, int32_t* cursor, int32_t* members, int32_t* begin,
                                              int32_t* count) {
   const int32_t thread = threadIdx.x;

@@ -24,7 +24,7 @@ __host__ __device__ __forceinline__ int32_t parts_of(int64_t slots) {
 // by slot, stable, so that it has one result. `row0` is the image's first row, `slot0` what dest calls its first slot,
 // `cursors` are kPartCursors numbers of shared memory. Each warp has a range of the tokens: the ranges in order, and
 // inside a warp the lanes, keep tokens ascending.
-__device__ __forceinline__ void invert_part(const int32_t* dest, int32_t tokens, int32_t num_out, int32_t part,
+__device__ __forceinline__ void to_csr_part(const int32_t* dest, int32_t tokens, int32_t num_out, int32_t part,
                                             int32_t row0, int32_t slot0, int32_t* cursors, int32_t* members,
                                             int32_t* begin, int32_t* count) {
   constexpr int32_t kDropped = INT32_MAX;

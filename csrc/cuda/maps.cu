@@ -10,12 +10,12 @@
 namespace tokred::cuda {
 namespace {
 
-constexpr const char* kInvert = "invert";
+constexpr const char* kToCsr = "to_csr";
 constexpr const char* kCompose = "compose";
 
-__global__ void __launch_bounds__(kPartThreads) invert_images(const __grid_constant__ InvertArgs args, int32_t parts) {
+__global__ void __launch_bounds__(kPartThreads) to_csr_images(const __grid_constant__ ToCsrArgs args, int32_t parts) {
   const int64_t image = blockIdx.x / parts, row0 = image * args.tokens, slot0 = image * args.num_out;
-  invert_part(args.dest + row0, static_cast<int32_t>(args.tokens), static_cast<int32_t>(args.num_out),
+  to_csr_part(args.dest + row0, static_cast<int32_t>(args.tokens), static_cast<int32_t>(args.num_out),
               static_cast<int32_t>(blockIdx.x % parts), static_cast<int32_t>(row0), 0,
               reinterpret_cast<int32_t*>(dynamic_shared()), args.members + row0, args.begin + slot0,
               args.count + slot0);
@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kRowThreads) compose_tokens(const __grid_const
 
 }  // namespace
 
-void invert(const InvertArgs& args, cudaStream_t stream) {
+void to_csr(const ToCsrArgs& args, cudaStream_t stream) {
   if (args.images == 0 || (args.tokens == 0 && args.num_out == 0)) return;
   const int32_t parts = parts_of(args.num_out);
-  launch(kInvert, invert_images, args.images * parts, kPartThreads, kPartCursors * static_cast<int>(sizeof(int32_t)),
+  launch(kToCsr, to_csr_images, args.images * parts, kPartThreads, kPartCursors * static_cast<int>(sizeof(int32_t)),
          stream, args, parts);
 }
 

@@ -3,7 +3,7 @@
 // atomics and every sum has one order. Most slots have one member, and are copies; the few long ones are shared out
 // over the warps of the block.
 #include "ops.h"
-#include "rows.cuh"
+#include "row_copy.cuh"
 
 namespace tokred::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // The gradients of merge. Those of sums and means are a gather: a group of lanes owns a token and reads its slot's
 // gradient. That of the maximum is owned by the slot, which has to count the members that share each maximum.
 #include "ops.h"
-#include "rows.cuh"
+#include "row_copy.cuh"
 
 namespace tokred::cuda {
 namespace {

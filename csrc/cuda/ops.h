@@ -18,15 +18,15 @@ std::string why_unusable(const std::string& architectures);
 // Device bytes that bipartite_match wants as args.workspace; 0 where one launch does it all.
 std::size_t match_workspace_bytes(const MatchArgs& args);
 void bipartite_match(const MatchArgs& args, cudaStream_t stream);
-// The same for best_match.
-std::size_t best_match_workspace_bytes(const BestMatchArgs& args);
-void best_match(const BestMatchArgs& args, cudaStream_t stream);
-void match_map(const MatchMapArgs& args, cudaStream_t stream);
-void similar_count(const SimilarCountArgs& args, cudaStream_t stream);
+// The same for rank_candidates.
+std::size_t rank_candidates_workspace_bytes(const BestMatchArgs& args);
+void rank_candidates(const BestMatchArgs& args, cudaStream_t stream);
+void build_match_map(const MatchMapArgs& args, cudaStream_t stream);
+void count_above_threshold(const SimilarCountArgs& args, cudaStream_t stream);
 void window_similarity(const WindowSimilarityArgs& args, cudaStream_t stream);
 void window_map(const WindowMapArgs& args, cudaStream_t stream);
 void keep_topk(const KeepTopkArgs& args, cudaStream_t stream);
-void invert(const InvertArgs& args, cudaStream_t stream);
+void to_csr(const ToCsrArgs& args, cudaStream_t stream);
 void compose(const ComposeArgs& args, cudaStream_t stream);
 void merge(const MergeArgs& args, cudaStream_t stream);
 void merge_backward(const MergeBackwardArgs& args, cudaStream_t stream);

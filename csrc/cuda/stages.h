@@ -8,9 +8,9 @@
 
 namespace tokred::cuda {
 
-// best_match of images too large for one launch: two launches, the candidates in args.workspace. args.score may be
+// rank_candidates of images too large for one launch: two launches, the candidates in args.workspace. args.score may be
 // null.
-void tiled_best_match(const char* op, const BestMatchArgs& args, const MatchConfig& c, cudaStream_t stream);
+void tiled_rank_candidates(const char* op, const BestMatchArgs& args, const MatchConfig& c, cudaStream_t stream);
 
 void build_match_map(const char* op, const MatchMapArgs& args, cudaStream_t stream);
 

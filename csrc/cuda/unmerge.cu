@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Unmerge: every token reads the row of its slot.
 #include "ops.h"
-#include "rows.cuh"
+#include "row_copy.cuh"
 
 namespace tokred::cuda {
 namespace {

@@ -93,8 +93,8 @@ def select():
     # Selectors may leave integer maps to another backend, so these are called by name.
     for op, arguments in {
         "compose": (dest, kept),
-        "invert": (dest, 14),
-        "match_map": (partner, rank, every_other(17, 3, None, False, False), 17),
+        "to_csr": (dest, 14),
+        "build_match_map": (partner, rank, every_other(17, 3, None, False, False), 17),
     }.items():
         backends.implementation("reference", op)(*arguments)
     tk.importance_match(x, 9)

@@ -114,11 +114,11 @@ def test_integer_ops_follow_the_verdicts(checked):
     checked["cpu"] = {"window_similarity": passed()}
     assert backends.companion("window_map", "cpu", X) == "reference"
     with tk.use_backend("cpu"):
-        assert backends.companion("window_map", "cpu", X) == backends.best("invert", dest) == "cpu"
+        assert backends.companion("window_map", "cpu", X) == backends.best("to_csr", dest) == "cpu"
     with tk.use_backend("reference"):
-        assert backends.best("invert", dest) == "reference"
+        assert backends.best("to_csr", dest) == "reference"
     with tk.use_backend("cuda"):  # cannot run on this tensor
-        assert backends.best("invert", dest) in ("cpu", "reference")
+        assert backends.best("to_csr", dest) in ("cpu", "reference")
 
 
 def test_wide_heads_pass_over_kernels_that_do_not_take_them(checked):
@@ -143,7 +143,7 @@ def test_torch_attends_if_it_is_faster(checked):
     checked["torch"] = {}
     assert backends.choose("token_attention", q) == "reference"
     if not backends.native.WIDE_VECTORS:  # SDPA, not the reference, which stores all weights
-        assert backends.torch_attends("token_attention", q, plain=False)
+        assert backends.use_sdpa("token_attention", q, plain=False)
 
 
 def test_a_compiled_call_follows_the_verdicts(checked, fresh_dynamo):

@@ -60,7 +60,7 @@ def test_planted_faults_are_found_and_cost_no_other_op(copy):
     plant(copy, "unmerge", "    return x", f"    {outside}\n    return x")
     plant(copy, "keep_topk", "    return dest", "    __import__('os').abort()\n    return dest")
     plant(copy, "compose", "    return dest", "    while True:\n        pass\n    return dest")
-    plant(copy, "similar_count", "from torch import Tensor", "from torch import Tensor, NoSuchThing")
+    plant(copy, "count_above_threshold", "from torch import Tensor", "from torch import Tensor, NoSuchThing")
     noise = "score.add_(__import__('torch').rand(score.shape) * 1e-7)"
     plant(copy, "window_similarity", "    return score", f"    {noise}\n    return score")
     arguments = "check", "--device", "cpu", "--backend", "cpu", "--json"
@@ -73,7 +73,7 @@ def test_planted_faults_are_found_and_cost_no_other_op(copy):
         "unmerge": (WRONG, "wrote outside a tensor"),
         "keep_topk": (CRASHED, "SIGABRT"),
         "compose": (HUNG, "20 s"),
-        "similar_count": (CRASHED, "ImportError: cannot import name 'NoSuchThing'"),
+        "count_above_threshold": (CRASHED, "ImportError: cannot import name 'NoSuchThing'"),
         "window_similarity": (WRONG, "not the same result again"),
     }
     for op, verdict in found["cpu"].items():

@@ -74,7 +74,7 @@ def test_match_of_a_vit(device, tokens, heads, dtype, prefix):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mean_over_heads_in_a_launch_of_its_own_is_the_same(device, dtype, monkeypatch):
-    from tokred_kernels.backends.triton import best_match as module
+    from tokred_kernels.backends.triton import rank_candidates as module
 
     keys = torch.randn(2, 21, 3, 16, device=device).to(dtype).transpose(1, 2)
     expected = tk.bipartite_match(keys, 7)

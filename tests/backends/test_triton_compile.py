@@ -108,7 +108,7 @@ def _all_cases(target):
 def _match_cases(dtypes):
     """Of the match, the one kernel with products that has the same configs everywhere."""
     from tokred_kernels.backends.triton import configs
-    from tokred_kernels.backends.triton.best_match import match_kernel
+    from tokred_kernels.backends.triton.rank_candidates import match_kernel
 
     for dtype in dtypes:
         largest = max(config.block_channels for config in configs.MATCH_CONFIGS[dtype].values())
@@ -134,11 +134,11 @@ def _match_cases(dtypes):
 def _cases(dtypes):
     """Of what has no products: float16 is loaded and stored as bfloat16 is, and is not compiled."""
     from tokred_kernels.backends.triton import configs
-    from tokred_kernels.backends.triton.best_match import mean_kernel
     from tokred_kernels.backends.triton.bipartite_match import select_kernel
     from tokred_kernels.backends.triton.keep_topk import topk_kernel
     from tokred_kernels.backends.triton.merge import merge_kernel
     from tokred_kernels.backends.triton.merge_backward import amax_backward_kernel, merge_backward_kernel
+    from tokred_kernels.backends.triton.rank_candidates import mean_kernel
     from tokred_kernels.backends.triton.unmerge import unmerge_kernel
     from tokred_kernels.backends.triton.window_similarity import window_kernel
 
@@ -206,13 +206,13 @@ def _cases(dtypes):
 
 def _map_cases():
     """Kernels that make maps: every mode, at its one config."""
-    from tokred_kernels.backends.triton.best_match import rank_kernel
+    from tokred_kernels.backends.triton.build_match_map import dest_kernel
     from tokred_kernels.backends.triton.compose import compose_kernel
     from tokred_kernels.backends.triton.configs import RANK_CONFIG, SCAN_CONFIG
-    from tokred_kernels.backends.triton.invert import members_kernel, sorted_members_kernel
+    from tokred_kernels.backends.triton.count_above_threshold import moments_kernel, similar_kernel
     from tokred_kernels.backends.triton.keep_topk import topk_kernel
-    from tokred_kernels.backends.triton.match_map import dest_kernel
-    from tokred_kernels.backends.triton.similar_count import moments_kernel, similar_kernel
+    from tokred_kernels.backends.triton.rank_candidates import rank_kernel
+    from tokred_kernels.backends.triton.to_csr import members_kernel, sorted_members_kernel
     from tokred_kernels.backends.triton.window_map import window_map_kernel
 
     given = dict.fromkeys(("partner", "rank", "dest", "members", "begin", "count", "keys"), "*i32")

@@ -19,7 +19,7 @@ from tokred_kernels import backends
 
 FILES = (
     "test_triton.py",
-    "test_triton_best_match.py",
+    "test_triton_rank_candidates.py",
     "test_triton_keep_topk.py",
     "test_triton_lookup.py",
     "test_triton_maps.py",

@@ -10,7 +10,7 @@ import torch
 
 import tokred_kernels as tk
 from tokred_kernels import Packing, backends
-from tokred_kernels.backends.reference.best_match import NO_RANK
+from tokred_kernels.backends.reference.rank_candidates import NO_RANK
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
 from tokred_kernels.windows import Windows
 
@@ -44,30 +44,30 @@ def assert_equals_others(op, *arguments):
 @pytest.fixture
 def large_blocks(monkeypatch):
     """Large blocks, because the interpreter takes about as long for a large tile as for a small one."""
-    from tokred_kernels.backends.triton import best_match, invert
+    from tokred_kernels.backends.triton import rank_candidates, to_csr
     from tokred_kernels.backends.triton.configs import SelectConfig
 
-    for module in (best_match, invert):
+    for module in (rank_candidates, to_csr):
         monkeypatch.setattr(module, "RANK_CONFIG", SelectConfig(1024, 256, 4))
 
 
 @pytest.fixture
 def small_scans(monkeypatch):
     """Blocks so small that a scan over one image takes several."""
-    from tokred_kernels.backends.triton import match_map, similar_count, window_map
+    from tokred_kernels.backends.triton import build_match_map, count_above_threshold, window_map
     from tokred_kernels.backends.triton.configs import SelectConfig
 
-    for module in (match_map, similar_count, window_map):
+    for module in (build_match_map, count_above_threshold, window_map):
         monkeypatch.setattr(module, "SCAN_CONFIG", SelectConfig(32, 8, 1))
 
 
 @pytest.fixture(params=["counted", "sorted"])
 def sorting(request, monkeypatch):
     """Both ways to collect members, at any size."""
-    from tokred_kernels.backends.triton import invert
+    from tokred_kernels.backends.triton import to_csr
 
     if request.param == "sorted":
-        monkeypatch.setattr(invert, "COUNTED_PAIRS", -1)
+        monkeypatch.setattr(to_csr, "COUNTED_PAIRS", -1)
 
 
 def test_every_op_has_a_triton_kernel_of_its_own():
@@ -81,35 +81,35 @@ def test_every_op_has_a_triton_kernel_of_its_own():
 # Sizes around a block and a chunk; many tokens in few slots, empty slots, and more slots than tokens.
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 16, 127, 128, 129, 300])
 @pytest.mark.parametrize("num_out", [1, 3, 128, 257])
-def test_invert(device, sorting, tokens, num_out):
+def test_to_csr(device, sorting, tokens, num_out):
     dest = torch.randint(-1, num_out, (3, tokens), dtype=torch.int32, device=device)
     if tokens:
         dest[1] = num_out - 1  # all in one slot, the others empty
         dest[2] = -1  # all dropped
-    assert_equals_others("invert", dest, num_out)
-    assert_equals_others("invert", dest[:1], num_out)
+    assert_equals_others("to_csr", dest, num_out)
+    assert_equals_others("to_csr", dest[:1], num_out)
 
 
-def test_invert_of_thousands(device, sorting, large_blocks):
+def test_to_csr_of_thousands(device, sorting, large_blocks):
     dest = torch.randint(-1, 3000, (1, 5000), dtype=torch.int32, device=device)
     dest[0, 1000:3000] = 17
-    assert_equals_others("invert", dest, 3000)
+    assert_equals_others("to_csr", dest, 3000)
 
 
 def test_large_maps_are_sorted(device, large_blocks):
-    from tokred_kernels.backends.triton.invert import COUNTED_PAIRS
+    from tokred_kernels.backends.triton.to_csr import COUNTED_PAIRS
 
     tokens, num_out = 20_000, 10_000
     assert tokens * (tokens + num_out) > COUNTED_PAIRS
-    assert_equals_others("invert", torch.randint(-1, num_out, (1, tokens), dtype=torch.int32, device=device), num_out)
+    assert_equals_others("to_csr", torch.randint(-1, num_out, (1, tokens), dtype=torch.int32, device=device), num_out)
 
 
-def test_invert_reads_strided_maps_and_nothing(device, sorting):
+def test_to_csr_reads_strided_maps_and_nothing(device, sorting):
     dest = torch.randint(-1, 9, (40, 2), dtype=torch.int32, device=device).t()
-    assert_equals_others("invert", dest, 9)
-    assert_equals_others("invert", torch.full((2, 40), -1, dtype=torch.int32, device=device), 0)
-    assert_equals_others("invert", torch.empty(0, 5, dtype=torch.int32, device=device), 3)
-    assert_equals_others("invert", torch.empty(2, 0, dtype=torch.int32, device=device), 0)
+    assert_equals_others("to_csr", dest, 9)
+    assert_equals_others("to_csr", torch.full((2, 40), -1, dtype=torch.int32, device=device), 0)
+    assert_equals_others("to_csr", torch.empty(0, 5, dtype=torch.int32, device=device), 3)
+    assert_equals_others("to_csr", torch.empty(2, 0, dtype=torch.int32, device=device), 0)
 
 
 @pytest.mark.parametrize("tokens,middle", [(0, 4), (1, 1), (3, 2), (1025, 700)])
@@ -134,7 +134,7 @@ PARTITIONS = {
 
 
 def random_ranks(images, partition, device):
-    """Partners and ranks as `best_match` returns them; all sources of the last image have the same partner."""
+    """Partners and ranks as `rank_candidates` returns them; all sources of the last image have the same partner."""
     partner = torch.randint(partition.protected_dst, partition.num_dst, (images, partition.num_src))
     partner[-1] = partition.num_dst - 1
     lead = partition.protected_src
@@ -145,34 +145,34 @@ def random_ranks(images, partition, device):
 
 @pytest.mark.parametrize("name", PARTITIONS)
 @pytest.mark.parametrize("tokens", [8, 13, 198])
-def test_match_map(device, sorting, name, tokens):
+def test_build_match_map(device, sorting, name, tokens):
     partition = PARTITIONS[name](tokens)
     partner, rank = random_ranks(2, partition, device)
     most = partition.num_src - partition.protected_src
     for r in {most // 2, most} if tokens > 100 else sorted({0, 1, most // 2, most - 1, most}):
-        assert_equals_others("match_map", partner, rank, partition._replace(r=r), tokens)
+        assert_equals_others("build_match_map", partner, rank, partition._replace(r=r), tokens)
 
 
 @pytest.mark.parametrize("name", ["class token", "every 3rd"])  # unmerged sources by index, and by rank
-def test_match_map_of_more_sources_than_a_block(device, name, small_scans):
+def test_build_match_map_of_more_sources_than_a_block(device, name, small_scans):
     partition = PARTITIONS[name](300)
-    assert_equals_others("match_map", *random_ranks(2, partition, device), partition._replace(r=70), 300)
+    assert_equals_others("build_match_map", *random_ranks(2, partition, device), partition._replace(r=70), 300)
 
 
 @pytest.mark.parametrize("left_out", [0, 7])
-def test_match_map_of_lists(device, sorting, left_out):
+def test_build_match_map_of_lists(device, sorting, left_out):
     order = torch.stack([torch.randperm(60) for _ in range(3)]).int().to(device)
     for by_index in (False, True):
         lists = order[:, left_out:30].contiguous(), order[:, 30:].contiguous()
         partition = Partition(0, 1, 30 - left_out, 30, 0, 0, by_index, 0, *lists)
         partner, rank = random_ranks(3, partition, device)
         for r in (0, 1, 15, 30 - left_out):
-            assert_equals_others("match_map", partner, rank, partition._replace(r=r), 60)
+            assert_equals_others("build_match_map", partner, rank, partition._replace(r=r), 60)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("lengths", [(13, 13, 13), (8, 0, 13, 1, 2, 3), (0, 301, 40, 1), (0,)], ids=str)
-def test_match_map_of_packed_images(device, sorting, lengths, prefix):
+def test_build_match_map_of_packed_images(device, sorting, lengths, prefix):
     partition = Partition(0, 2, 0, 0, (prefix + 1) // 2, prefix // 2, prefix > 0, 0).of_tokens(max(lengths))
     partner = torch.zeros(len(lengths), partition.num_src, dtype=torch.int32)
     rank, most = torch.full_like(partner, NO_RANK), []
@@ -186,15 +186,15 @@ def test_match_map_of_packed_images(device, sorting, lengths, prefix):
         left = torch.tensor(lengths) - counts
         out = Packing.of(tuple(left.tolist()), torch.device(device)).cu_seqlens
         arguments = counts.to(device), Packing.of(lengths, torch.device(device)).cu_seqlens, out, int(left.sum())
-        assert_equals_others("match_map", partner, rank, partition, sum(lengths), *arguments)
+        assert_equals_others("build_match_map", partner, rank, partition, sum(lengths), *arguments)
         if len(set(lengths)) == 1 and lengths[0]:
             arguments = arguments[0], None, *arguments[2:]
-            assert_equals_others("match_map", partner, rank, partition, lengths[0], *arguments)
+            assert_equals_others("build_match_map", partner, rank, partition, lengths[0], *arguments)
 
 
 def test_maps_of_no_images(device):
     nothing = torch.empty(0, 3, dtype=torch.int32, device=device)
-    assert_equals_others("match_map", nothing, nothing, every_other(6, 3, 0, False, False), 6)
+    assert_equals_others("build_match_map", nothing, nothing, every_other(6, 3, 0, False, False), 6)
     score, windows = torch.empty(0, 4, device=device), Windows(1, 4, 4, 2, 2)
     assert_equals_others("window_map", score, windows, 2)
     counts, starts = nothing[:, 0], torch.zeros(1, dtype=torch.int32, device=device)
@@ -227,27 +227,27 @@ def test_window_map(device, windows, small_scans):
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 98, 5000])
-def test_similar_count(device, size):
+def test_count_above_threshold(device, size):
     score = torch.randn(5, size, device=device)
     score[:, 4::5] = -math.inf
     score[1] = score[1].round()
     score[2, 1:] = -math.inf  # one score at most
     score[3] = 0.1  # all equal
     for threshold in (-1e300, -1.0, 0.1, 0.5, 1e300, -math.inf, math.inf):
-        assert_equals_others("similar_count", score, threshold, 0.0, False)
+        assert_equals_others("count_above_threshold", score, threshold, 0.0, False)
     for own in (False, True):
         for divisor in (1.0, 11.5, 1e-9, 1e9):
-            assert_equals_others("similar_count", score, 0.0, divisor, own)
-            assert_equals_others("similar_count", score[[0, 1, 3]], 0.0, divisor, own)
+            assert_equals_others("count_above_threshold", score, 0.0, divisor, own)
+            assert_equals_others("count_above_threshold", score[[0, 1, 3]], 0.0, divisor, own)
 
 
-def test_similar_count_of_scores_that_float32_cannot_tell_apart(device):
+def test_count_above_threshold_of_scores_that_float32_cannot_tell_apart(device):
     score = (1 - torch.arange(1000, device=device)[None] * 2.0**-24).expand(2, -1)
     for own in (False, True):
-        assert assert_equals_others("similar_count", score, 0.0, 1.0, own).tolist() == [211, 211]
+        assert assert_equals_others("count_above_threshold", score, 0.0, 1.0, own).tolist() == [211, 211]
 
 
-def test_similar_count_divides_by_a_float64(device):
+def test_count_above_threshold_divides_by_a_float64(device):
     divisor, rounded = 0.1, torch.tensor(0.1).double()
     score = torch.randn(1, 1000)
     score[0, 0] = 0.0
@@ -257,14 +257,14 @@ def test_similar_count_divides_by_a_float64(device):
         mean, std = score.double().mean(), score.double().std()
         score[0, 0] = mean + std * (1 / divisor + 1 / rounded) / 2
     assert mean + std / rounded < score[0, 0].double() < mean + std / divisor
-    assert_equals_others("similar_count", score.to(device), 0.0, divisor, True)
+    assert_equals_others("count_above_threshold", score.to(device), 0.0, divisor, True)
 
 
-def test_similar_count_of_more_images_than_a_block_and_of_none(device, small_scans):
+def test_count_above_threshold_of_more_images_than_a_block_and_of_none(device, small_scans):
     score = torch.randn(70, 80, device=device)
-    assert_equals_others("similar_count", score, 0.0, 2.0, False)
-    assert_equals_others("similar_count", score[:0], 0.0, 2.0, False)
-    assert_equals_others("similar_count", score.t()[:, ::2], 0.0, 2.0, True)
+    assert_equals_others("count_above_threshold", score, 0.0, 2.0, False)
+    assert_equals_others("count_above_threshold", score[:0], 0.0, 2.0, False)
+    assert_equals_others("count_above_threshold", score.t()[:, ::2], 0.0, 2.0, True)
 
 
 def test_a_whole_match_above_the_limit_of_one_program(device, large_blocks):

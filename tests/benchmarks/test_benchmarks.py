@@ -88,9 +88,9 @@ def test_every_kernel_op_is_run_by_a_case():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_has_providers(case):
     case = dataclasses.replace(case, device="cpu")  # nothing is drawn or run
-    assert (providers.chain(case) is None) == (case.op == "invert")
+    assert (providers.chain(case) is None) == (case.op == "to_csr")
     names = [provider.name for provider in providers.providers(case, ["reference"], compile_chain=False)]
-    assert names[-1] == "reference" and len(names) >= 2 - (case.op == "invert")
+    assert names[-1] == "reference" and len(names) >= 2 - (case.op == "to_csr")
 
 
 def test_a_target_over_the_reference_brings_it_in(tiny):

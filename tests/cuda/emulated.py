@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokred_kernels.backends.reference import invert
+from tokred_kernels.backends.reference import to_csr
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = Path(__file__).resolve().parent / "emulation"
@@ -30,8 +30,15 @@ FLAGS = [
     *("-g1", "-fsanitize=address,alignment,shift,signed-integer-overflow", "-fno-sanitize-recover=all"),
 ]
 OPS = (  # in the order of driver.cpp
-    *("bipartite_match", "best_match", "match_map", "similar_count", "window_similarity", "window_map"),
-    *("keep_topk", "invert", "compose", "merge", "merge_backward", "unmerge"),
+    *(
+        "bipartite_match",
+        "rank_candidates",
+        "build_match_map",
+        "count_above_threshold",
+        "window_similarity",
+        "window_map",
+    ),
+    *("keep_topk", "to_csr", "compose", "merge", "merge_backward", "unmerge"),
     *("lookup_gather", "lookup_gather_backward", "lookup_scatter", "lookup_scatter_backward"),
     *("match_config", "order", "row_config", "window_config"),
 )
@@ -152,7 +159,7 @@ def poisoned(*sizes):
 
 def assert_map(got, dest, num_out):
     names = ("dest", "members", "begin", "count")
-    for name, ours, expected in zip(names, got, (dest, *invert.invert(dest, num_out)), strict=True):
+    for name, ours, expected in zip(names, got, (dest, *to_csr.to_csr(dest, num_out)), strict=True):
         assert ours.flatten().tolist() == expected.flatten().tolist(), name
 
 

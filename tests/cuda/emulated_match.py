@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Calls of the emulated bipartite_match and best_match, and comparisons with the reference backend."""
+"""Calls of the emulated bipartite_match and rank_candidates, and comparisons with the reference backend."""
 
 import torch
 from emulated import DTYPES, assert_map, flat, poisoned
 
-from tokred_kernels.backends.reference import best_match, bipartite_match
+from tokred_kernels.backends.reference import bipartite_match, rank_candidates
 from tokred_kernels.partition import Partition
 
 STREAMING_SHARED = 82_000  # enough to stream any metric, too little for most to stay
@@ -41,13 +41,13 @@ def emulated_best(emulator, metric, p, cu_seqlens=None, **options):
     score = torch.full((images * p.num_src,), torch.nan)
     partner, rank = poisoned(images * p.num_src, images * p.num_src)
     buffers = [flat(metric), cu_seqlens, *lists_of(p), score, partner, rank]
-    emulator.call("best_match", problem, buffers, **options)
+    emulator.call("rank_candidates", problem, buffers, **options)
     return tuple(t.view(images, p.num_src) for t in (score, partner, rank))
 
 
 def check_best(emulator, metric, p, cu_seqlens=None, **options):
     squeezed = metric[:, 0] if metric.dim() == 4 and metric.shape[1] == 1 else metric
-    expected = best_match.best_match(squeezed, p, cu_seqlens)
+    expected = rank_candidates.rank_candidates(squeezed, p, cu_seqlens)
     got = emulated_best(emulator, metric, p, cu_seqlens, **options)
     for name, ours, theirs in zip(("score", "partner", "rank"), got, expected, strict=True):
         assert ours.tolist() == theirs.tolist(), name

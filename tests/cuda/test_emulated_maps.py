@@ -5,8 +5,8 @@ import pytest
 import torch
 from emulated import assert_map, poisoned, starts
 
-from tokred_kernels.backends.reference import compose, match_map, similar_count
-from tokred_kernels.backends.reference.best_match import NO_RANK
+from tokred_kernels.backends.reference import build_match_map, compose, count_above_threshold
+from tokred_kernels.backends.reference.rank_candidates import NO_RANK
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
 
 
@@ -14,16 +14,16 @@ from tokred_kernels.partition import Partition, every_kth, every_other, prefix_a
 # of a block.
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 1023, 1024, 1025, 4100])
 @pytest.mark.parametrize("num_out", [1, 3, 255, 256, 257, 1300])
-def test_invert(emulator, tokens, num_out):
+def test_to_csr(emulator, tokens, num_out):
     dest = torch.randint(-1, num_out, (3, tokens), dtype=torch.int32)
     outputs = [torch.full((size,), -7, dtype=torch.int32) for size in (3 * tokens, 3 * num_out, 3 * num_out)]
-    emulator.call("invert", (3, tokens, num_out), [dest.flatten().clone(), *outputs], reverse=tokens % 2 == 1)
+    emulator.call("to_csr", (3, tokens, num_out), [dest.flatten().clone(), *outputs], reverse=tokens % 2 == 1)
     assert_map((dest, *outputs), dest, num_out)
 
 
-def test_invert_without_tokens(emulator):
+def test_to_csr_without_tokens(emulator):
     outputs = [torch.full((size,), -7, dtype=torch.int32) for size in (0, 6, 6)]
-    emulator.call("invert", (2, 0, 3), [torch.zeros(0, dtype=torch.int32), *outputs])
+    emulator.call("to_csr", (2, 0, 3), [torch.zeros(0, dtype=torch.int32), *outputs])
     assert outputs[2].tolist() == [0] * 6
 
 
@@ -55,7 +55,7 @@ PARTITIONS = {
 
 
 def random_ranks(images, p):
-    """Partners and ranks as best_match might give them, in any order; few partners, so that slots have many members."""
+    """Random ranks, and partners of few tokens, so that slots have many members."""
     end = p.protected_dst + (p.num_dst - p.protected_dst + 3) // 4
     partner = torch.randint(p.protected_dst, end, (images, p.num_src))
     lead = p.protected_src
@@ -77,15 +77,15 @@ def emulated_map(emulator, partner, rank, p, tokens, counts=None, lengths=None, 
     outputs = poisoned(rows, rows, slots, slots)
     lists = [None if t is None else t.flatten() for t in (p.sources, p.destinations)]
     buffers = [partner.flatten(), rank.flatten(), *lists, counts, starts_in, starts_out, *outputs]
-    emulator.call("match_map", (images, tokens, num_out, *map(int, p.numbers())), buffers, **options)
-    expected = match_map.match_map(partner, rank, p, tokens, counts, starts_in, starts_out, num_out)
+    emulator.call("build_match_map", (images, tokens, num_out, *map(int, p.numbers())), buffers, **options)
+    expected = build_match_map.build_match_map(partner, rank, p, tokens, counts, starts_in, starts_out, num_out)
     for name, ours, theirs in zip(("dest", "members", "begin", "count"), outputs, expected, strict=True):
         assert ours.tolist() == theirs.flatten().tolist(), name
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
 @pytest.mark.parametrize("tokens", [7, 12, 13, 198, 1301])
-def test_match_map_at_any_r(emulator, name, tokens):
+def test_build_match_map_at_any_r(emulator, name, tokens):
     p = PARTITIONS[name](tokens)
     partner, rank = random_ranks(2, p)
     most = p.num_src - p.protected_src
@@ -94,7 +94,7 @@ def test_match_map_at_any_r(emulator, name, tokens):
 
 
 @pytest.mark.parametrize("r", [0, 1, 20, 30])
-def test_match_map_of_lists(emulator, r):
+def test_build_match_map_of_lists(emulator, r):
     order = torch.stack([torch.randperm(50) for _ in range(3)]).int()
     p = Partition(0, 1, 30, 20, 0, 0, r % 2 == 1, r, order[:, :30].contiguous(), order[:, 30:].contiguous())
     emulated_map(emulator, *random_ranks(3, p), p, 50)
@@ -117,7 +117,7 @@ def packed_ranks(lengths, prefix):
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("lengths", [(13, 13, 13), (8, 0, 13, 1, 2, 3), (0, 1301, 40, 1), (0,)], ids=str)
-def test_match_map_of_packed_images(emulator, lengths, prefix):
+def test_build_match_map_of_packed_images(emulator, lengths, prefix):
     p, partner, rank, most = packed_ranks(lengths, prefix)
     for counts in (torch.zeros_like(most), most, most // 2, (torch.rand(len(most)) * (most + 1)).int()):
         if len(set(lengths)) == 1 and lengths[0]:
@@ -125,16 +125,16 @@ def test_match_map_of_packed_images(emulator, lengths, prefix):
         emulated_map(emulator, partner, rank, p, sum(lengths), counts, lengths, reverse=True)
 
 
-def test_invert_without_slots(emulator):
+def test_to_csr_without_slots(emulator):
     outputs = poisoned(80, 0, 0)
     dest = torch.full((80,), -1, dtype=torch.int32)
-    emulator.call("invert", (2, 40, 0), [dest, *outputs])
+    emulator.call("to_csr", (2, 40, 0), [dest, *outputs])
     assert outputs[0].tolist() == [-1] * 80
 
 
 @pytest.mark.parametrize("tokens", [3, 1025, 4096, 16_384])
 @pytest.mark.parametrize("images", [1, 2])
-def test_match_map_of_lists_of_any_size(emulator, images, tokens):
+def test_build_match_map_of_lists_of_any_size(emulator, images, tokens):
     num_dst = tokens // 4 + 1
     order = torch.stack([torch.randperm(tokens) for _ in range(images)]).int()
     lists = order[:, num_dst:].contiguous(), order[:, :num_dst].contiguous()
@@ -145,7 +145,7 @@ def test_match_map_of_lists_of_any_size(emulator, images, tokens):
 # All tokens alike: whoever joins, joins one slot; by blocks that have it whole, and that have none of it.
 @pytest.mark.parametrize("name", PARTITIONS)
 @pytest.mark.parametrize("tokens", [1301, 5003])
-def test_match_map_with_a_slot_of_thousands(emulator, name, tokens):
+def test_build_match_map_with_a_slot_of_thousands(emulator, name, tokens):
     p = PARTITIONS[name](tokens)
     rank = torch.cat([torch.full((p.protected_src,), NO_RANK), torch.arange(p.num_src - p.protected_src)])
     rank = rank.int().expand(2, -1).contiguous()
@@ -160,7 +160,7 @@ def test_match_map_with_a_slot_of_thousands(emulator, name, tokens):
 DEST_OUTSIDE = 33_500
 
 
-def test_match_map_of_more_tokens_than_fit_into_shared_memory(emulator):
+def test_build_match_map_of_more_tokens_than_fit_into_shared_memory(emulator):
     p = every_other(1301, 1301, 1, False, False)
     partner, rank = random_ranks(2, p)
     few = DEST_OUTSIDE
@@ -169,7 +169,7 @@ def test_match_map_of_more_tokens_than_fit_into_shared_memory(emulator):
     emulated_map(emulator, partner, rank, p._replace(r=0), 1301, counts, shared_limit=few)
 
 
-def test_match_map_of_nothing(emulator):
+def test_build_match_map_of_nothing(emulator):
     p = every_other(6, 6, 0, False, False)
     nothing = torch.empty(0, 3, dtype=torch.int32)
     emulated_map(emulator, nothing, nothing, p, 6)
@@ -181,27 +181,29 @@ def emulated_count(emulator, score, threshold=0.0, divisor=0.0, own=False, **opt
     (counts,) = poisoned(images)
     numbers = torch.tensor([threshold, divisor], dtype=torch.float64)
     moments = torch.full((2 * images,), torch.nan, dtype=torch.float64) if divisor else None
-    emulator.call("similar_count", (images, sources, own), [score.flatten(), numbers, moments, counts], **options)
+    emulator.call(
+        "count_above_threshold", (images, sources, own), [score.flatten(), numbers, moments, counts], **options
+    )
     return counts
 
 
 @pytest.mark.parametrize(("images", "sources"), [(1, 1), (3, 2), (2, 98), (5, 257), (2, 3000)])
-def test_similar_count(emulator, images, sources):
+def test_count_above_threshold(emulator, images, sources):
     score = torch.randn(images, sources)
     score[:, ::5] = -torch.inf
     score[0] = score[0].round()
     for reverse, threshold in enumerate((-torch.inf, -1.0, 0.1, 0.5, torch.inf)):
-        expected = similar_count.similar_count(score, threshold, 0.0, False)
+        expected = count_above_threshold.count_above_threshold(score, threshold, 0.0, False)
         assert torch.equal(emulated_count(emulator, score, threshold, reverse=reverse % 2 == 1), expected)
     for own in (False, True):
         for divisor in (1.0, 3.0, 12.0):
-            expected = similar_count.similar_count(score, 0.0, divisor, own)
+            expected = count_above_threshold.count_above_threshold(score, 0.0, divisor, own)
             assert torch.equal(emulated_count(emulator, score, 0.0, divisor, own), expected)
 
 
-def test_similar_count_of_more_images_than_a_block_has_threads(emulator):
+def test_count_above_threshold_of_more_images_than_a_block_has_threads(emulator):
     score = torch.randn(300, 2)
-    expected = similar_count.similar_count(score, 0.0, 2.0, False)
+    expected = count_above_threshold.count_above_threshold(score, 0.0, 2.0, False)
     assert torch.equal(emulated_count(emulator, score, 0.0, 2.0), expected)
 
 
@@ -219,6 +221,6 @@ def test_fewer_than_two_scores_have_no_threshold(emulator, present):
     assert emulated_count(emulator, score, 0.0, 2.0, False).tolist() == [0, 0, 0]
 
 
-def test_similar_count_of_nothing(emulator):
+def test_count_above_threshold_of_nothing(emulator):
     assert emulated_count(emulator, torch.empty(0, 3), 0.0, 1.0).tolist() == []
     assert emulated_count(emulator, torch.empty(2, 0), 0.5).tolist() == [0, 0]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from emulated import DTYPES, all_floats, flat, floats, whole_numbers
 
-from tokred_kernels.backends.reference import invert, merge, unmerge
+from tokred_kernels.backends.reference import merge, to_csr, unmerge
 
 REDUCES = {"sum": 0, "mean": 1, "amax": 2}
 
@@ -14,7 +14,7 @@ def random_map(images, tokens, num_out, long_slot=False):
     dest = torch.randint(-1, num_out, (images, tokens), dtype=torch.int32)
     if long_slot:
         dest[0, : tokens // 2] = num_out - 1
-    return dest, invert.invert(dest, num_out)
+    return dest, to_csr.to_csr(dest, num_out)
 
 
 def emulated_merge(emulator, x, weight, views, reduce, want_sum=True, **options):
@@ -167,7 +167,7 @@ def test_amax_backward_with_nan(emulator):
     x = torch.tensor([[[1.0, torch.nan], [2.0, 1.0], [2.0, torch.nan], [torch.nan, 5.0], [0.0, 0.0]]])
     y = merge.merge(x, None, dest, 2, "amax", False)[0]
     grad, _ = emulated_backward(
-        emulator, torch.ones(1, 2, 2), None, x, y, None, None, dest, invert.invert(dest, 2), "amax"
+        emulator, torch.ones(1, 2, 2), None, x, y, None, None, dest, to_csr.to_csr(dest, 2), "amax"
     )
     assert grad.tolist() == [[[0, 0.5], [0.5, 0], [0.5, 0.5], [1, 1], [0, 0]]]
 

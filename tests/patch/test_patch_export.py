@@ -189,7 +189,7 @@ def test_onnx_runtime_gives_the_same(settings, method, tmp_path):
 
 
 def test_the_exported_order_is_the_eager_one():
-    from tokred_kernels.backends.reference.best_match import ranks
+    from tokred_kernels.backends.reference.rank_candidates import ranks
 
     class Order(nn.Module):
         def forward(self, scores):

@@ -41,7 +41,7 @@ def bipartite_match(size):
     return lambda: tk.bipartite_match(metric, 2)
 
 
-def best_match(size):
+def rank_candidates(size):
     metric = many_channels(size)
     return lambda: tk.adaptive_bipartite_match(metric, threshold=0.5)
 
@@ -87,7 +87,7 @@ def lookup_scatter_backward(size):
     return backward_of(tk.lookup_scatter(q, k, v, torch.zeros(2, 1, 4)))
 
 
-OPS = (keep_topk, bipartite_match, best_match, window_similarity, window_map, token_attention)
+OPS = (keep_topk, bipartite_match, rank_candidates, window_similarity, window_map, token_attention)
 OPS += (token_attention_backward, lookup_gather, lookup_gather_backward, lookup_scatter, lookup_scatter_backward)
 
 

@@ -32,7 +32,7 @@ def outcomes():
 @pytest.mark.parametrize(
     "op",
     [
-        *("keep_topk", "bipartite_match", "best_match", "window_similarity", "window_map"),
+        *("keep_topk", "bipartite_match", "rank_candidates", "window_similarity", "window_map"),
         *("token_attention", "token_attention_backward", "lookup_gather", "lookup_gather_backward"),
         *("lookup_scatter", "lookup_scatter_backward"),
     ],

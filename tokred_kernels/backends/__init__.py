@@ -38,9 +38,9 @@ __all__ = [
     "implementation",
     "prepare",
     "reason_against",
-    "torch_attends",
     "triton_interprets",
     "use_backend",
+    "use_sdpa",
 ]
 
 AUTO = "auto"
@@ -133,7 +133,7 @@ def companion(op: str, backend: str, tensor: Tensor) -> str:
     return backend if reason_against(op, backend, tensor.device, tensor.dtype) is None else best(op, tensor)
 
 
-def torch_attends(
+def use_sdpa(
     op: str, tensor: Tensor, *, plain: bool, eager: bool = True, unfit: tuple[str, ...] = (), training: bool = False
 ) -> bool:
     """Return whether torch's own fused attention runs the call: `plain`, or with a bias on keys.

@@ -18,11 +18,11 @@ from tokred_kernels.backends import native
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 OPS = (
     "bipartite_match",
-    "best_match",
-    "match_map",
+    "rank_candidates",
+    "build_match_map",
     "window_similarity",
     "window_map",
-    "similar_count",
+    "count_above_threshold",
     "merge",
     "merge_backward",
     "unmerge",
@@ -33,11 +33,11 @@ OPS = (
     "lookup_gather_backward",
     "lookup_scatter",
     "lookup_scatter_backward",
-    "invert",
+    "to_csr",
     "compose",
 )
 # Ops on scores and integers: the dtype of the tokens does not matter.
-MAP_OPS = frozenset(("match_map", "window_map", "similar_count", "keep_topk", "invert", "compose"))
+MAP_OPS = frozenset(("build_match_map", "window_map", "count_above_threshold", "keep_topk", "to_csr", "compose"))
 # Registered ops that run the kernels of other ops, and need all of them.
 COMPOUNDS = {"bipartite_merge": ("bipartite_match", "merge")}
 # The op whose kernel computes the gradient.

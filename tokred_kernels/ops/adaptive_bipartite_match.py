@@ -9,15 +9,15 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.checks import check_floating, check_metric, check_real, check_same_device, prefix_length, shape
-from tokred_kernels.ops.best_match import best_match
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.ops.bipartite_match import bipartite_match
+from tokred_kernels.ops.build_match_map import build_match_map
+from tokred_kernels.ops.count_above_threshold import count_above_threshold
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_readable, check_threshold, smallest
 from tokred_kernels.ops.library import constant
-from tokred_kernels.ops.match_map import match_map
-from tokred_kernels.ops.similar_count import similar_count
+from tokred_kernels.ops.rank_candidates import rank_candidates
 from tokred_kernels.packing import Packing, check_packing
 from tokred_kernels.partition import every_other
-from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 OP = "adaptive_bipartite_match"
@@ -89,15 +89,15 @@ def adaptive_bipartite_match(
     if partition is None:
         return _identity(metric, packed, count)
     metric = constant(metric)
-    backend = backends.choose("best_match", metric)
-    score, partner, rank = best_match(metric, partition, backend, None if packed is None else packed.cu_seqlens)
-    counts = similar_count(score, given, divisor, count == IMAGE, backend)
+    backend = backends.choose("rank_candidates", metric)
+    score, partner, rank = rank_candidates(metric, partition, backend, None if packed is None else packed.cu_seqlens)
+    counts = count_above_threshold(score, given, divisor, count == IMAGE, backend)
     if count == IMAGE:
-        return match_map(partner, rank, partition, metric.shape[-2], backend, counts, packed)
-    partition = changed(partition, r=smallest(counts, group))
+        return build_match_map(partner, rank, partition, metric.shape[-2], backend, counts, packed)
+    partition = namedtuple_replace(partition, r=smallest(counts, group))
     if partition.r == 0:
         return _identity(metric, packed, count)
-    return match_map(partner, rank, partition, metric.shape[-2], backend)
+    return build_match_map(partner, rank, partition, metric.shape[-2], backend)
 
 
 def _check_metric(metric: Any, packed: Packing | None, count: Any) -> None:

@@ -29,7 +29,7 @@ from tokred_kernels.checks import FLOATING, MAX_ROWS, shape
 
 NO_RANK = torch.iinfo(torch.int32).max
 # Ops that a backend without a kernel for them leaves to the reference, with the same arguments.
-BY_REFERENCE = ("match_map", "window_map", "similar_count")
+BY_REFERENCE = ("build_match_map", "window_map", "count_above_threshold")
 _FIXED = {"int32": torch.int32, "float32": torch.float32}
 _TENSOR = re.compile(r"(\w+) (\([^;]*\))(?:; (.*))?")
 

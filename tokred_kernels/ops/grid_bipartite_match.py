@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels.checks import check_count, check_flag, check_generator, check_metric
 from tokred_kernels.ops.bipartite_match import match
-from tokred_kernels.ops.library import nobody_listens
+from tokred_kernels.ops.library import can_bypass_dispatcher
 from tokred_kernels.ops.window_match import check_pair
 from tokred_kernels.partition import Partition
 from tokred_kernels.token_map import TokenMap
@@ -105,7 +105,7 @@ def match_cells(
         # Only plain tensors are kept: the stand-ins of a compiler or a mode must not outlive it, and those of a CUDA
         # graph hold nothing before its first replay.
         captured = metric.is_cuda and torch.cuda.is_current_stream_capturing()
-        kept = nobody_listens(metric) and not captured
+        kept = can_bypass_dispatcher(metric) and not captured
         sources, destinations = (_kept_split if kept else _fixed_split)(*geometry, metric.device)
     lists = sources.expand(batch, -1).contiguous(), destinations.expand(batch, -1).contiguous()
     return match(metric, Partition(first, 1, sources.numel(), cells, 0, 0, False, r, *lists))

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.checks import check_count, check_metric, prefix_length
-from tokred_kernels.ops.best_match import best_match
+from tokred_kernels.ops.build_match_map import build_match_map
 from tokred_kernels.ops.library import constant
-from tokred_kernels.ops.match_map import match_map
+from tokred_kernels.ops.rank_candidates import rank_candidates
 from tokred_kernels.partition import prefix_and_rest
 from tokred_kernels.token_map import TokenMap
 
@@ -53,6 +53,6 @@ def importance_match(
         )
     metric = constant(metric)
     partition = prefix_and_rest(tokens, num_kept, first)
-    backend = backends.choose("best_match", metric)
-    score, partner, rank = best_match(metric, partition, backend)
-    return match_map(partner, rank, partition, tokens, backend), score
+    backend = backends.choose("rank_candidates", metric)
+    score, partner, rank = rank_candidates(metric, partition, backend)
+    return build_match_map(partner, rank, partition, tokens, backend), score

@@ -2,8 +2,8 @@
 """Registering ops with torch: one schema, one implementation that hands over to a backend, one fake kernel.
 
 `Library.define` and `impl` cost far less a call than `torch.library.custom_op`, so they are used here, and even those
-only where somebody listens (see `nobody_listens`). Autograd stands above the registered ops, in one autograd.Function
-an op, whose cost is paid only when a gradient is asked for.
+only if something intercepts calls (see `can_bypass_dispatcher`). Autograd is above the registered ops, in one
+autograd.Function per op, whose cost is paid only when a gradient is asked for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_batched, _is_tracing)
 
 
-def nobody_listens(*tensors: Any, but_the_profiler: bool = False) -> bool:
+def can_bypass_dispatcher(*tensors: Any, but_the_profiler: bool = False) -> bool:
     """Return whether an eager call on these tensors can skip the dispatcher, ignoring those that are None.
 
     With `but_the_profiler`, the profiler can miss the call.
@@ -114,13 +114,13 @@ def register(
     tensors_of: Any = itemgetter(slice(len(places)) if leading else places[0], *([] if leading else places[1:]))
 
     def call(*arguments: Any) -> Any:
-        if is_compiling() or not nobody_listens(*tensors_of(arguments)):
+        if is_compiling() or not can_bypass_dispatcher(*tensors_of(arguments)):
             return overload(*arguments)
         return direct(*arguments)
 
     # Gradients may come in batches, and either of two may; ops of whole numbers get none, and need not ask.
     def call_floats(*arguments: Any) -> Any:
-        if is_compiling() or not nobody_listens(*tensors_of(arguments)):
+        if is_compiling() or not can_bypass_dispatcher(*tensors_of(arguments)):
             return overload(*arguments)
         first, second = arguments[:2]
         if _is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second)):
@@ -194,7 +194,7 @@ class _Once(torch.autograd.Function):
         )
 
 
-def once(op: str, gradient: torch.Tensor | None, anchor: torch.Tensor) -> torch.Tensor | None:
+def forbid_double_backward(op: str, gradient: torch.Tensor | None, anchor: torch.Tensor) -> torch.Tensor | None:
     """`gradient`, made to raise a clear error if it is differentiated again (by way of `anchor`, the one that came)."""
     if gradient is None or not torch.is_grad_enabled():
         return gradient

@@ -17,10 +17,10 @@ from tokred_kernels.dtypes import accumulator_of, autocasted
 from tokred_kernels.ops.library import (
     Function,
     anchor_of,
+    can_bypass_dispatcher,
     distinct,
+    forbid_double_backward,
     is_differentiated,
-    nobody_listens,
-    once,
     register,
     with_memory,
 )
@@ -69,7 +69,7 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
     if differentiated:
-        alone = nobody_listens(q, k, v, but_the_profiler=True)
+        alone = can_bypass_dispatcher(q, k, v, but_the_profiler=True)
         carries = backend in TAKES_OVER and alone and q.requires_grad and k.requires_grad
         out, lse, *carried = _LookupGather.apply(*distinct(q, k, v), scale, backend, carries)
         if carried:
@@ -158,7 +158,7 @@ class _LookupGather(Function):
                 kernel = backends.implementation(ctx.backend, "lookup_gather_backward")
                 grads = kernel(*with_memory(grad_out), *arguments[1:], scattered=with_memory(scatter_v, scatter_grad))
         needs = zip(map(heads_first, grads), ctx.needs_input_grad[:3], strict=True)
-        return (*(once(OP, g, anchor) if need else None for g, need in needs), None, None, None)
+        return (*(forbid_double_backward(OP, g, anchor) if need else None for g, need in needs), None, None, None)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:

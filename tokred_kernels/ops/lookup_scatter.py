@@ -13,7 +13,7 @@ from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import Function, distinct, is_differentiated, once, register
+from tokred_kernels.ops.library import Function, distinct, forbid_double_backward, is_differentiated, register
 from tokred_kernels.ops.lookup_gather import (
     LOOKUP_RULES,
     TAKES_OVER,
@@ -101,8 +101,10 @@ class _LookupScatter(Function):
             of_weights = [t if need else None for t, need in zip((v, grad_out.transpose(1, 2)), needs[:2], strict=True)]
         else:
             pairs = zip(map(heads_first, grads), needs[:2], strict=True)
-            of_weights = [once(OP, g, grad_out) if need else None for g, need in pairs]
-        rest = (once(OP, g, grad_out) if need else None for g, need in zip(own, needs[2:], strict=True))
+            of_weights = [forbid_double_backward(OP, g, grad_out) if need else None for g, need in pairs]
+        rest = (
+            forbid_double_backward(OP, g, grad_out) if need else None for g, need in zip(own, needs[2:], strict=True)
+        )
         return (*of_weights, *rest, None, None, None)
 
 

@@ -12,7 +12,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
 from tokred_kernels.checks import check_choice, check_floating, check_same_device, check_tokens, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import Function, is_differentiated, once, register
+from tokred_kernels.ops.library import Function, forbid_double_backward, is_differentiated, register
 from tokred_kernels.token_map import TokenMap
 
 REDUCES = ("mean", "sum", "amax")
@@ -145,8 +145,8 @@ class _Merge(Function):
                 *(grad_y, grad_total, x, y, weight, total, dest, members, begin, count),
                 *(ctx.reduce, need_x, need_weight, ctx.backend),
             )
-        grad_x = once("merge", grad_x, grad_y) if need_x else None
-        grad_weight = once("merge", grad_weight, grad_y) if need_weight else None
+        grad_x = forbid_double_backward("merge", grad_x, grad_y) if need_x else None
+        grad_weight = forbid_double_backward("merge", grad_weight, grad_y) if need_weight else None
         return grad_x, grad_weight, None, None, None, None, None, None, None
 
 

@@ -15,7 +15,15 @@ from tokred_kernels.backends.reference import token_attention as reference
 from tokred_kernels.backends.torch_attention import torchs_attention
 from tokred_kernels.checks import check_choice, check_floating, check_real, check_same_device, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
-from tokred_kernels.ops.library import Function, anchor_of, distinct, is_differentiated, nobody_listens, once, register
+from tokred_kernels.ops.library import (
+    Function,
+    anchor_of,
+    can_bypass_dispatcher,
+    distinct,
+    forbid_double_backward,
+    is_differentiated,
+    register,
+)
 from tokred_kernels.packing import Packing, check_packing
 
 OP = "token_attention"
@@ -106,11 +114,9 @@ def token_attention(
     # Older releases of torch (2.11 is one) divide by the number of heads, and take the process with them.
     if policy is None and importance is None and packed is None and q.shape[1] > 0:
         wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        eager = q.is_cpu and nobody_listens(q, but_the_profiler=True)
+        eager = q.is_cpu and can_bypass_dispatcher(q, but_the_profiler=True)
         plain, training = bias is None, is_differentiated(q, k, v)
-        if not wants_bias and backends.torch_attends(
-            OP, q, plain=plain, eager=eager, unfit=too_wide(q), training=training
-        ):
+        if not wants_bias and backends.use_sdpa(OP, q, plain=plain, eager=eager, unfit=too_wide(q), training=training):
             return torchs_attention(q, k, v, bias, scale=scale)
     training = is_differentiated(q, k, v, bias, policy)
     backend = backends.choose(OP, q, unfit=too_wide(q), training=training)
@@ -156,7 +162,7 @@ def _per_token(name: str, value: Any, q: Tensor, rows: tuple[int, ...]) -> Tenso
 
 def _bounds(value: Tensor) -> tuple[float, float]:
     """The lowest and the highest number of `value`; 1 and 1 where nobody may look. NaN is passed over."""
-    if value.device.type != "cpu" or value.numel() == 0 or not nobody_listens(value):
+    if value.device.type != "cpu" or value.numel() == 0 or not can_bypass_dispatcher(value):
         return 1.0, 1.0
     numbers = value.detach().nan_to_num(nan=1.0)
     low, high = numbers.aminmax()
@@ -231,7 +237,10 @@ class _TokenAttention(Function):
         if starts is None:
             grads = (*(g.transpose(1, 2) for g in grads[:3]), *grads[3:])
         wanted = (*needs[:3], need_bias, need_policy)
-        return (*(once(OP, g, anchor) if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 5)
+        return (
+            *(forbid_double_backward(OP, g, anchor) if w else None for g, w in zip(grads, wanted, strict=True)),
+            *(None,) * 5,
+        )
 
 
 def _fake(

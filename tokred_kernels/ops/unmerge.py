@@ -11,7 +11,7 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import unmerge as reference
 from tokred_kernels.checks import check_same_device, check_tokens, shape
-from tokred_kernels.ops.library import Function, is_differentiated, once, register
+from tokred_kernels.ops.library import Function, forbid_double_backward, is_differentiated, register
 from tokred_kernels.ops.merge import _merge, check_map
 from tokred_kernels.token_map import TokenMap
 
@@ -65,7 +65,7 @@ class _Unmerge(Function):
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grad_y, _ = _merge(grad_x, None, *ctx.saved_tensors, "sum", False, ctx.backend)
-        return once("unmerge", grad_y, grad_x), None, None, None, None, None
+        return forbid_double_backward("unmerge", grad_y, grad_x), None, None, None, None, None
 
 
 def _fake(y: Tensor, dest: Tensor, backend: str) -> Tensor:

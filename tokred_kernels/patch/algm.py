@@ -16,7 +16,7 @@ from tokred_kernels.ops.counts import BATCH, IMAGE, check_threshold
 from tokred_kernels.ops.window_match import KEEP, check_pair, window_match
 from tokred_kernels.partition import every_other
 from tokred_kernels.patch import models
-from tokred_kernels.patch.models import Anatomy, Parts
+from tokred_kernels.patch.models import ModelSpec, Parts
 from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.schedule import count_per_layer, merging_layers
 from tokred_kernels.patch.state import State, Step
@@ -199,7 +199,7 @@ def _at(name: str, threshold: Any, layer: int) -> float:
     return threshold
 
 
-def _check_window(anatomy: Anatomy, threshold: float, window: Any, uneven: Any) -> tuple[int, int]:
+def _check_window(anatomy: ModelSpec, threshold: float, window: Any, uneven: Any) -> tuple[int, int]:
     """`window` as a pair; raise unless `window_match` takes these settings on the model's grid."""
     if anatomy.gridless is not None:
         raise NotImplementedError(

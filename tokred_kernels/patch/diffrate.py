@@ -16,17 +16,17 @@ from torch import Tensor
 
 from tokred_kernels.checks import check_count
 from tokred_kernels.files import check_fields, check_number, read_json
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.nn.diffrate import CompressionRate
 from tokred_kernels.ops.importance_match import importance_match
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.partition import prefix_and_rest
 from tokred_kernels.patch import models
-from tokred_kernels.patch.models import Anatomy, Parts
+from tokred_kernels.patch.models import ModelSpec, Parts
 from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.state import State, Step, whole
-from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 PRUNE, MERGE = "prune_kept_num", "merge_kept_num"  # the keys of the published compression_rate.json
@@ -61,13 +61,17 @@ class Compress(Step):
         stay, _ = self._stages(tokens)
         sort = keep_topk(importance, stay - self.num_prefix, num_prefix=self.num_prefix)  # type: ignore[arg-type]
         x, size = merge(x, sort, reduce="sum"), merge(_sizes(x, state), sort, reduce="sum")
-        state = changed(state, size=size, grid=None, rope=moved(state.rope, sort))
+        state = namedtuple_replace(state, size=size, grid=None, rope=moved(state.rope, sort))
         if self.merge >= stay:
             return x, state, sort
         join, similarity = importance_match(x, self.merge, num_prefix=self.num_prefix)
         scaled = _scale(size, similarity, self.merge)
         size = merge(scaled, join, reduce="sum").clamp_min(LEAST_SIZE)
-        return merge(x, join, reduce="mean"), changed(state, size=size, rope=moved(state.rope, join)), sort.then(join)
+        return (
+            merge(x, join, reduce="mean"),
+            namedtuple_replace(state, size=size, rope=moved(state.rope, join)),
+            sort.then(join),
+        )
 
     def _stages(self, tokens: int) -> tuple[int, int]:
         """How many of `tokens` tokens pruning leaves, and how many merging does."""
@@ -147,7 +151,7 @@ class CompressLearned(Step):
 
             x, rope = joined(x), None if rope is None else joined(rope)
             size = torch.cat([merge(scaled, join, reduce="sum"), scaled[:, left:], size[:, stay:]], 1)
-        return x, changed(state, size=size, grid=None, policy=policy, rope=rope), sort
+        return x, namedtuple_replace(state, size=size, grid=None, policy=policy, rope=rope), sort
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
         """See `Step`: that is for `at` to say; without a block at hand the last forward has it."""
@@ -237,7 +241,7 @@ def _frozen(frozen: Any, depth: int) -> set[int]:
 
 
 def _install_learned(
-    model: Any, anatomy: Anatomy, granularity: int, frozen: set[int], prop_attn: bool, settings: dict[str, Any]
+    model: Any, anatomy: ModelSpec, granularity: int, frozen: set[int], prop_attn: bool, settings: dict[str, Any]
 ) -> None:
     if not anatomy.heeds_policy:
         raise NotImplementedError(

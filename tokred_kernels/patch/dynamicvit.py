@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred_kernels.flops import linear_flops
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.nn.dynamicvit import KEEP, TokenPredictor, decide
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
@@ -20,7 +21,6 @@ from tokred_kernels.patch.patched import Mark
 from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
-from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 # Where the predictors are in the model, as in the published checkpoints.
@@ -52,14 +52,14 @@ class KeepPredicted(Step):
         if model.training:
             decision = decide(scores, before)
             policy = F.pad(decision, (self.num_prefix, 0), value=1.0)
-            return x, changed(state, policy=policy, decisions=(*state.decisions, decision)), None
+            return x, namedtuple_replace(state, policy=policy, decisions=(*state.decisions, decision)), None
         k = self.kept(state.patches, x.shape[1])
         if k == patches.shape[1]:
             return x, state, None
         token_map = keep_topk(F.pad(scores[..., KEEP], (self.num_prefix, 0)), k, num_prefix=self.num_prefix)
         return (
             merge(x, token_map, reduce="sum"),
-            changed(state, grid=None, rope=moved(state.rope, token_map)),
+            namedtuple_replace(state, grid=None, rope=moved(state.rope, token_map)),
             token_map,
         )
 

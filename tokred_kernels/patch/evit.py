@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.nn.evit import keep_attentive
 from tokred_kernels.patch import MARK, models
 from tokred_kernels.patch.patched import STEP, Mark
 from tokred_kernels.patch.positions import moved
 from tokred_kernels.patch.schedule import as_text, reducing_blocks, share_per_layer
 from tokred_kernels.patch.state import State, Step
-from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 METHOD = "evit"
@@ -47,7 +47,7 @@ class KeepAttentive(Step):
             return x, state, None
         k = self.kept(x.shape[1])
         x, token_map = keep_attentive(x, importance, k, num_prefix=self.num_prefix, fuse=self.fuse)
-        return x, changed(state, grid=None, rope=moved(state.rope, token_map)), token_map
+        return x, namedtuple_replace(state, grid=None, rope=moved(state.rope, token_map)), token_map
 
     def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int:
         """See `Step`."""

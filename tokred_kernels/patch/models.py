@@ -37,7 +37,7 @@ class Parts(NamedTuple):
     head_width: int
 
 
-class Anatomy(NamedTuple):
+class ModelSpec(NamedTuple):
     """What the methods must know of a model.
 
     Attributes:
@@ -69,7 +69,7 @@ class Anatomy(NamedTuple):
     heeds_policy: bool
 
 
-def examine(model: Any) -> Anatomy:
+def examine(model: Any) -> ModelSpec:
     """What `model` is made of; raise NotImplementedError unless it and all its parts are what an adapter knows.
 
     Exact classes, not derived ones: what a subclass overrides, a patch would overrule in silence.
@@ -94,7 +94,7 @@ def examine(model: Any) -> Anatomy:
     return adapter.anatomy(model)
 
 
-def anatomy(model: Any) -> Anatomy:
+def anatomy(model: Any) -> ModelSpec:
     """The same of a model that is known to be one, patched or not."""
     return _adapter(model).anatomy(model)
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.packing import Packing
 from tokred_kernels.patch.positions import moved
-from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 
@@ -86,7 +86,7 @@ class Step:
             return x, state, None
         rope = moved(state.rope, token_map, state.size)
         x, size = merge_wavg(x, token_map, state.size)
-        return x, changed(state, size=size, grid=None, packing=token_map.packed, rope=rope), token_map
+        return x, namedtuple_replace(state, size=size, grid=None, packing=token_map.packed, rope=rope), token_map
 
     def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
         """Where the tokens go between attention and MLP; None where all stay."""

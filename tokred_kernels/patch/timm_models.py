@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokred_kernels.patch import MARK
-from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy, Parts
+from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, ModelSpec, Parts
 from tokred_kernels.patch.patched import RECORD, STEP, Mark
 from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, Step
@@ -35,10 +35,10 @@ def supports(model: Any) -> bool:
     return type(model) in PATCHED
 
 
-def anatomy(model: Any) -> Anatomy:
+def anatomy(model: Any) -> ModelSpec:
     """See `models.anatomy`."""
     any_size = model.dynamic_img_size or not has_grid(model)
-    return Anatomy(
+    return ModelSpec(
         model,
         model.blocks,
         tuple(map(_parts, model.blocks)),

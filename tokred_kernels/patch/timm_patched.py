@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, pool_packed, pool_sized
 from tokred_kernels.packing import Packing
 from tokred_kernels.patch.patched import Patched, ReducingBlock, ReducingModel, by_heads, count, refuse_proxy, weights
 from tokred_kernels.patch.state import Record, State, whole
 from tokred_kernels.patch.timm_import import import_timm
-from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 import_timm()
@@ -234,7 +234,7 @@ class PatchedTransformer(ReducingModel):
             counts.append((attended, count(x, state)))
             maps += [token_map for token_map in (before, after) if token_map is not None]
         kept = tuple(maps) if self.keeps_maps() else None
-        x, record = self.norm(x), Record(kept, changed(state, rope=None), entered, tuple(counts))
+        x, record = self.norm(x), Record(kept, namedtuple_replace(state, rope=None), entered, tuple(counts))
         record.remember(x)
         return x, record
 

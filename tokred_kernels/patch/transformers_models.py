@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from tokred_kernels.patch import MARK
-from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, Anatomy, Parts
+from tokred_kernels.patch.models import OWN_BLOCK, SUPPORTED, ModelSpec, Parts
 from tokred_kernels.patch.patched import RECORD, STEP, Mark, Patched
 from tokred_kernels.patch.replaced import refuse_replaced
 from tokred_kernels.patch.state import Record, Step
@@ -91,12 +91,12 @@ def check(model: Any) -> None:
     refuse_replaced(model, tuple(map(type, ours)), "patch the model first, and put those on after")
 
 
-def anatomy(model: Any) -> Anatomy:
+def anatomy(model: Any) -> ModelSpec:
     """See `models.anatomy`."""
     encoder = encoder_of(model)
     family: Any = _family(type(encoder))
     layers, config, head = encoder.get_submodule(family.layout.layers), encoder.config, has_probe(encoder)
-    return Anatomy(
+    return ModelSpec(
         encoder,
         layers,
         tuple(_parts(layer, getattr(layer, family.layout.attention), config) for layer in layers),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import pool_sized
 from tokred_kernels.patch import MARK
@@ -30,7 +31,6 @@ from tokred_kernels.patch.patched import (
 from tokred_kernels.patch.positions import of_all_tokens
 from tokred_kernels.patch.state import Record, State, whole
 from tokred_kernels.patch.transformers_families import Around, Family
-from tokred_kernels.records import changed
 from tokred_kernels.token_map import TokenMap
 
 # The keyword by which a Flow reaches the layers.
@@ -90,7 +90,7 @@ class Flow:
     def record(self, *, keeps_maps: bool) -> Record:
         """What is left of the forward once it is through."""
         maps = tuple(self.maps) if keeps_maps else None
-        return Record(maps, changed(self.last(), rope=None), self.entered, tuple(self.counts))
+        return Record(maps, namedtuple_replace(self.last(), rope=None), self.entered, tuple(self.counts))
 
 
 class OfFamily(Patched):

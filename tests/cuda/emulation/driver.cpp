@@ -123,16 +123,16 @@ Result bipartite_match(Call& c) {
   return {};
 }
 
-Result best_match(Call& c) {
+Result rank_candidates(Call& c) {
   auto a = match_args<BestMatchArgs>(c);
   a.score = c.buffer<float>(), a.partner = c.buffer<int32_t>(), a.rank = c.buffer<int32_t>();
-  const auto memory = workspace(cuda::best_match_workspace_bytes(a));
+  const auto memory = workspace(cuda::rank_candidates_workspace_bytes(a));
   a.workspace = memory.get();
-  cuda::best_match(a, nullptr);
+  cuda::rank_candidates(a, nullptr);
   return {};
 }
 
-Result match_map(Call& c) {
+Result build_match_map(Call& c) {
   MatchMapArgs a{};
   a.partner = c.buffer<int32_t>(), a.rank = c.buffer<int32_t>();
   a.images = c.integer(), a.tokens = c.integer(), a.num_out = c.integer();
@@ -140,19 +140,19 @@ Result match_map(Call& c) {
   a.counts = c.buffer<int32_t>();
   a.starts_in = c.buffer<int32_t>(), a.starts_out = c.buffer<int32_t>();
   map_outputs(c, a);
-  cuda::match_map(a, nullptr);
+  cuda::build_match_map(a, nullptr);
   return {};
 }
 
 // The threshold and the divisor come as doubles in a buffer.
-Result similar_count(Call& c) {
+Result count_above_threshold(Call& c) {
   SimilarCountArgs a{};
   a.score = c.buffer<float>();
   const auto* numbers = c.buffer<double>();
   a.threshold = numbers[0], a.divisor = numbers[1];
   a.moments = c.buffer<double>(), a.counts = c.buffer<int32_t>();
   a.images = c.integer(), a.sources = c.integer(), a.own = c.small();
-  cuda::similar_count(a, nullptr);
+  cuda::count_above_threshold(a, nullptr);
   return {};
 }
 
@@ -197,8 +197,8 @@ Result match_config_of(Call& c) {
           static_cast<int64_t>(candidate_bytes(config, a.images, a.partition.num_src))};
 }
 
-Result invert(Call& c) {
-  cuda::invert({c.buffer<int32_t>(), c.integers[0], c.integers[1], c.integers[2], c.buffer<int32_t>(),
+Result to_csr(Call& c) {
+  cuda::to_csr({c.buffer<int32_t>(), c.integers[0], c.integers[1], c.integers[2], c.buffer<int32_t>(),
                 c.buffer<int32_t>(), c.buffer<int32_t>()},
                nullptr);
   return {};
@@ -323,10 +323,10 @@ Result window_config_of(Call& c) {
 }
 
 constexpr Result (*kOps[])(Call&) = {
-    bipartite_match,   best_match,
-    match_map,         similar_count,
+    bipartite_match,   rank_candidates,
+    build_match_map,   count_above_threshold,
     window_similarity, window_map,
-    keep_topk,         invert,
+    keep_topk,         to_csr,
     compose,           merge,
     merge_backward,    unmerge,
     lookup_gather,     lookup_gather_backward,

@@ -97,7 +97,7 @@ def check_indices(op: str, like: Tensor, *tensors: Tensor) -> None:
             )
 
 
-def room(tensor: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+def empty_result(tensor: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
     """A new tensor like this one, for a result: uninitialised, and on the CPU in large pages where it is large.
 
     The allocator hands large memory back to the system and fetches it anew, so that most calls would fault on every

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokred_kernels.backends.layout import heads_last
-from tokred_kernels.backends.native import DTYPE_CODE, kernels, room, stream
+from tokred_kernels.backends.native import DTYPE_CODE, empty_result, kernels, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.dtypes import accumulator_of
 
@@ -14,7 +14,7 @@ from tokred_kernels.dtypes import accumulator_of
 def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See `ops.lookup_gather`: out (B, M, H, d) and lse (B, H, M)."""
     q, k, v = (inner_dense(t) for t in (q, k, v))
-    out = room(q, heads_last(q))
+    out = empty_result(q, heads_last(q))
     lse = q.new_empty(q.shape[:3], dtype=accumulator_of(q))
     problem = lookup_problem(q, k)
     kernels(q).lookup_gather(problem, scale, strided(v), out.data_ptr(), lse.data_ptr(), stream(q))

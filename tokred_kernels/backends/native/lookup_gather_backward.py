@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokred_kernels.backends.layout import heads_last
-from tokred_kernels.backends.native import address, kernels, room, stream
+from tokred_kernels.backends.native import address, empty_result, kernels, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.native.lookup_gather import lookup_problem, strided
 
@@ -30,7 +30,7 @@ def lookup_gather_backward(
     q, k, v = (inner_dense(t) for t in (q, k, v))
     grad_out = inner_dense(grad_out.transpose(1, 2))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grads = room(q, heads_last(q)), room(k, heads_last(k)), room(v, heads_last(v))
+    grads = empty_result(q, heads_last(q)), empty_result(k, heads_last(k)), empty_result(v, heads_last(v))
     dense = (None, None) if scattered is None else tuple(inner_dense(t) for t in scattered)
     kernels(q).lookup_gather_backward(
         *(lookup_problem(q, k), scale, strided(v), strided(grad_out)),

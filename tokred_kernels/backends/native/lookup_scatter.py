@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokred_kernels.backends.layout import heads_last
-from tokred_kernels.backends.native import kernels, room, stream
+from tokred_kernels.backends.native import empty_result, kernels, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.native.lookup_gather import lookup_problem, strided
 
@@ -15,6 +15,6 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -
     """See `ops.lookup_scatter`: (B, N, H, d)."""
     q, k, v = (inner_dense(t) for t in (q, k, v))
     lse = lse.contiguous()
-    out = room(k, heads_last(k))
+    out = empty_result(k, heads_last(k))
     kernels(q).lookup_scatter(lookup_problem(q, k), scale, strided(v), lse.data_ptr(), out.data_ptr(), stream(q))
     return out

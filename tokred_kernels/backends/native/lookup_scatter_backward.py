@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.backends.layout import heads_last
-from tokred_kernels.backends.native import kernels, room, stream
+from tokred_kernels.backends.native import empty_result, kernels, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.native.lookup_gather import lookup_problem, strided
 
@@ -21,8 +21,8 @@ def lookup_scatter_backward(
     """
     q, k, v = (inner_dense(t) for t in (q, k, v))
     grad_out, lse = inner_dense(grad_out.transpose(1, 2)), lse.contiguous()
-    of_weights = (t.new_empty(0) if of_v_alone else room(t, heads_last(t)) for t in (q, k))
-    grads = (*of_weights, room(v, heads_last(v)))
+    of_weights = (t.new_empty(0) if of_v_alone else empty_result(t, heads_last(t)) for t in (q, k))
+    grads = (*of_weights, empty_result(v, heads_last(v)))
     grad_lse = torch.empty_like(lse)
     kernels(q).lookup_scatter_backward(
         *(lookup_problem(q, k), scale, strided(v), strided(grad_out), lse.data_ptr()),

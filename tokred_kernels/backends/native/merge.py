@@ -5,7 +5,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, check_indices, kernels, room, rows, stream
+from tokred_kernels.backends.native import (
+    DTYPE_CODE,
+    REDUCE_CODE,
+    address,
+    check_indices,
+    empty_result,
+    kernels,
+    rows,
+    stream,
+)
 from tokred_kernels.dtypes import accumulator_of
 
 
@@ -25,7 +34,7 @@ def merge(
     batch, num_out = begin.shape
     if count.numel() != batch * num_out:
         raise ValueError(f"tokred_kernels.merge: count must have the shape of begin, got {count.shape}, {begin.shape}")
-    y = room(x, (batch, num_out, channels))
+    y = empty_result(x, (batch, num_out, channels))
     accumulator = accumulator_of(x)
     sums = x.new_empty(batch, num_out, dtype=accumulator) if weight_sum else x.new_empty(0, dtype=accumulator)
     kernels(x).merge(

@@ -5,7 +5,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokred_kernels.backends.native import DTYPE_CODE, REDUCE_CODE, address, check_indices, kernels, room, rows, stream
+from tokred_kernels.backends.native import (
+    DTYPE_CODE,
+    REDUCE_CODE,
+    address,
+    check_indices,
+    empty_result,
+    kernels,
+    rows,
+    stream,
+)
 from tokred_kernels.dtypes import accumulator_of
 
 
@@ -38,7 +47,7 @@ def merge_backward(
             f"got {dest.shape}, {begin.shape}, {count.shape} and {grad_y.shape}"
         )
     accumulator = accumulator_of(grad_y)
-    grad_x = room(grad_y, (batch, tokens, channels) if need_x else (0,))
+    grad_x = empty_result(grad_y, (batch, tokens, channels) if need_x else (0,))
     grad_weight = grad_y.new_empty((batch, tokens) if need_weight else (0,), dtype=accumulator)
     kernels(grad_y).merge_backward(
         *(grad_y.data_ptr(), address(grad_weight_sum), address(x), 0 if x is None else x.stride(1), address(y)),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.backends.layout import attention_layout
-from tokred_kernels.backends.native import DTYPE_CODE, address, kernels, room, stream
+from tokred_kernels.backends.native import DTYPE_CODE, address, empty_result, kernels, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.dtypes import accumulator_of
 
@@ -29,7 +29,7 @@ def token_attention(
     q, k, v = (inner_dense(t) for t in (q, k, v))
     layout = attention_layout(q, starts)
     accumulator = accumulator_of(q)
-    out = room(q, layout)
+    out = empty_result(q, layout)
     row_max, row_sum = (q.new_empty(layout[:-1], dtype=accumulator) for _ in range(2))
     worth = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)
     partial = torch.empty_like(row_max) if importance else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.native import address, kernels, room, stream
+from tokred_kernels.backends.native import address, empty_result, kernels, stream
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.native.token_attention import packed_strides, problem
 
@@ -36,7 +36,7 @@ def token_attention_backward(
     q, k, v, grad_out = (inner_dense(t) for t in (q, k, v, grad_out))
     if grad_importance is not None:
         grad_importance = grad_importance.contiguous()
-    grads = [room(out, out.shape) for _ in range(3)]
+    grads = [empty_result(out, out.shape) for _ in range(3)]
     of_heads = [torch.empty_like(row_max) if need else None for need in (need_bias, need_policy)]
     values = problem(q, k, v, bias, policy, starts, longest, importance, row_max, row_sum)
     stride = (

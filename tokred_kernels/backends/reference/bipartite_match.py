@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokred_kernels.backends.reference.best_match import best_match
-from tokred_kernels.backends.reference.match_map import dest_of_ranks
+from tokred_kernels.backends.reference.build_match_map import dest_of_ranks
+from tokred_kernels.backends.reference.rank_candidates import rank_candidates
 from tokred_kernels.partition import Partition
 
 
 def bipartite_match(metric: Tensor, partition: Partition) -> Tensor:
     """`dest` (B, N) of the map that `partition` and the cosines of `metric` give (ToMe, section 3.1)."""
-    _, partner, rank = best_match(metric, partition)
+    _, partner, rank = rank_candidates(metric, partition)
     return dest_of_ranks(partner, rank, metric.shape[-2], partition)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference.best_match import ranks
+from tokred_kernels.backends.reference.rank_candidates import ranks
 
 
 def keep_topk(scores: Tensor, k: int, first: int, fuse: bool) -> Tensor:

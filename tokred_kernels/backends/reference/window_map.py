@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference.best_match import ranks
-from tokred_kernels.backends.reference.invert import invert
+from tokred_kernels.backends.reference.rank_candidates import ranks
+from tokred_kernels.backends.reference.to_csr import to_csr
 from tokred_kernels.windows import Windows
 
 
@@ -22,9 +22,9 @@ def window_map(
     """See `ops.window_map`."""
     if counts is None or starts_out is None:
         dest = window_dest(score, windows, r)
-        return dest, *invert(dest, windows.num_tokens() - r * (windows.size() - 1))
+        return dest, *to_csr(dest, windows.num_tokens() - r * (windows.size() - 1))
     dest = window_dest(score, windows, counts[:, None]) + starts_out[:-1, None]
-    members, begin, count = invert(dest.view(1, -1), num_out)
+    members, begin, count = to_csr(dest.view(1, -1), num_out)
     return dest, members, begin[0], count[0]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference.best_match import inverse_norm
+from tokred_kernels.backends.reference.rank_candidates import inverse_norm
 from tokred_kernels.windows import Windows
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Match in Triton: the best of each source, then the map of an image in one program.
 
-Above 1024 sources or destinations, `best_match.ranks` and `match_map` do the second part, with many programs per image.
+Above 1024 sources or destinations, `rank_candidates.ranks` and `build_match_map` do the second part, with many
+programs per image.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.triton import on_device
-from tokred_kernels.backends.triton.best_match import (
+from tokred_kernels.backends.triton.build_match_map import build_match_map
+from tokred_kernels.backends.triton.configs import select_config
+from tokred_kernels.backends.triton.rank_candidates import (
     best_destination,
-    best_match,
     count_before,
     destination_token,
+    rank_candidates,
     source_token,
 )
-from tokred_kernels.backends.triton.configs import select_config
-from tokred_kernels.backends.triton.match_map import match_map
 from tokred_kernels.partition import Partition
 
 
@@ -30,8 +31,8 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
     images, tokens, num_out = metric.shape[0], metric.shape[-2], partition.num_out()
     config = select_config(num_src, num_dst)
     if config is None:
-        _, partner, rank = best_match(metric, partition)
-        return match_map(partner, rank, partition, tokens)
+        _, partner, rank = rank_candidates(metric, partition)
+        return build_match_map(partner, rank, partition, tokens)
     with on_device(metric):
         score, partner = best_destination(metric, partition)
         dest = metric.new_empty((images, tokens), dtype=torch.int32)

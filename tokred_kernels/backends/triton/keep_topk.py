@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.triton import on_device
-from tokred_kernels.backends.triton.best_match import count_before, ranks
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG, select_config
+from tokred_kernels.backends.triton.rank_candidates import count_before, ranks
 
 
 def keep_topk(scores: Tensor, k: int, first: int, fuse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The map that merges the most similar windows, in Triton.
 
-Two launches: `best_match.ranks` of the windows, then one program per image. Given the ranks, the places of tokens that
-merge have a closed form, and a running sum gives those of the others. Both launches are bound by latency at ViT sizes.
+Two launches: `rank_candidates.ranks` of the windows, then one program per image. Given the ranks, the places of tokens
+that merge have a closed form, and a running sum gives the others. Latency bounds both launches at ViT sizes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.triton import on_device
-from tokred_kernels.backends.triton.best_match import ranks
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG
+from tokred_kernels.backends.triton.rank_candidates import ranks
 from tokred_kernels.windows import Windows
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.triton import is_nan, on_device
-from tokred_kernels.backends.triton.best_match import inverse_norm, squares
 from tokred_kernels.backends.triton.configs import window_config
+from tokred_kernels.backends.triton.rank_candidates import inverse_norm, squares
 from tokred_kernels.windows import Windows
 
 

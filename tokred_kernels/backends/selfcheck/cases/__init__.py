@@ -16,11 +16,11 @@ __all__ = ["Case", "TimingCase", "cases", "reference_call", "sdpa_call", "timing
 
 _FAMILIES: dict[str, Any] = {
     "bipartite_match": match,
-    "best_match": match,
-    "match_map": maps,
+    "rank_candidates": match,
+    "build_match_map": maps,
     "window_similarity": windows,
     "window_map": windows,
-    "similar_count": maps,
+    "count_above_threshold": maps,
     "merge": merge,
     "merge_backward": merge,
     "unmerge": merge,
@@ -31,7 +31,7 @@ _FAMILIES: dict[str, Any] = {
     "lookup_gather_backward": lookup,
     "lookup_scatter": lookup,
     "lookup_scatter_backward": lookup,
-    "invert": maps,
+    "to_csr": maps,
     "compose": maps,
 }
 

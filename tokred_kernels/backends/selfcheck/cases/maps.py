@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cases of the ops of integers: match_map, similar_count, keep_topk, invert and compose. All are exact."""
+"""Cases of build_match_map, count_above_threshold, keep_topk, to_csr and compose. All are exact."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference.best_match import NO_RANK
+from tokred_kernels.backends.reference.build_match_map import build_match_map
 from tokred_kernels.backends.reference.compose import compose
-from tokred_kernels.backends.reference.invert import invert
+from tokred_kernels.backends.reference.count_above_threshold import count_above_threshold
 from tokred_kernels.backends.reference.keep_topk import keep_topk
-from tokred_kernels.backends.reference.match_map import match_map
-from tokred_kernels.backends.reference.similar_count import similar_count
+from tokred_kernels.backends.reference.rank_candidates import NO_RANK
+from tokred_kernels.backends.reference.to_csr import to_csr
 from tokred_kernels.backends.selfcheck.cases.compare import exactly, expect
 from tokred_kernels.backends.selfcheck.cases.inputs import (
     LAYOUTS,
@@ -30,10 +30,10 @@ from tokred_kernels.backends.selfcheck.cases.match import LENGTHS, PARTITIONS, S
 from tokred_kernels.partition import Partition, every_other
 
 NAMES = {
-    "match_map": ("dest", "members", "begin", "count"),
-    "similar_count": ("counts",),
+    "build_match_map": ("dest", "members", "begin", "count"),
+    "count_above_threshold": ("counts",),
     "keep_topk": ("dest", "members", "begin", "count"),
-    "invert": ("members", "begin", "count"),
+    "to_csr": ("members", "begin", "count"),
     "compose": ("dest",),
 }
 
@@ -49,7 +49,7 @@ def _sizes(level: Level) -> tuple[int, ...]:
     return level.sizes(1, 2, 17, 197, 577, 1089, 5001, interpreted=(1, 2, 17, 197), deep=(1024, 1025, 20000))
 
 
-def _similar_count_cases(op: str, level: Level) -> Iterator[Case]:
+def _count_above_threshold_cases(op: str, level: Level) -> Iterator[Case]:
     mixed = level.compiled().mix(
         number=_sizes(level),
         mode=("threshold", "deviation", "tie", "equal", "mean"),
@@ -90,7 +90,7 @@ def _keep_topk_cases(op: str, level: Level) -> Iterator[Case]:
         yield _case(op, name, LAYOUTS[layout](score), k, first, fuse and first + k < number)
 
 
-def _invert_cases(op: str, level: Level) -> Iterator[Case]:
+def _to_csr_cases(op: str, level: Level) -> Iterator[Case]:
     for number, kind, share, images in level.compiled().mix(
         number=_sizes(level), kind=MAPS, share=(0.5, 1.0, 1.3, 0.0), images=(2, 1, 3)
     ):
@@ -111,7 +111,7 @@ def _compose_cases(op: str, level: Level) -> Iterator[Case]:
 
 
 def _ranked(partition: Partition, images: int, draw: Draw) -> tuple[Tensor, Tensor]:
-    """A partner and a rank for each source, as best_match may return them."""
+    """A partner and a rank for each source, as rank_candidates may return them."""
     first, number = partition.protected_src, partition.num_src
     partner = torch.zeros(images, number, dtype=torch.int32)
     if partition.num_dst > partition.protected_dst:
@@ -121,7 +121,7 @@ def _ranked(partition: Partition, images: int, draw: Draw) -> tuple[Tensor, Tens
     return partner, rank
 
 
-def _match_map_cases(op: str, level: Level) -> Iterator[Case]:
+def _build_match_map_cases(op: str, level: Level) -> Iterator[Case]:
     for number, kind, share, images in level.compiled().mix(
         number=_sizes(level), kind=PARTITIONS, share=SHARES, images=(2, 1, 3)
     ):
@@ -160,10 +160,10 @@ def _match_map_cases(op: str, level: Level) -> Iterator[Case]:
 
 
 _CASES: dict[str, Callable[[str, Level], Iterator[Case]]] = {
-    "match_map": _match_map_cases,
-    "similar_count": _similar_count_cases,
+    "build_match_map": _build_match_map_cases,
+    "count_above_threshold": _count_above_threshold_cases,
     "keep_topk": _keep_topk_cases,
-    "invert": _invert_cases,
+    "to_csr": _to_csr_cases,
     "compose": _compose_cases,
 }
 
@@ -175,17 +175,17 @@ def cases(op: str, level: Level) -> Iterator[Case]:
 
 def reference_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The reference's outputs, as the kernels have them."""
-    if op == "match_map":
-        return match_map(*arguments)
-    if op == "similar_count":
-        return (similar_count(*arguments),)
-    if op == "invert":
-        return invert(*arguments)
+    if op == "build_match_map":
+        return build_match_map(*arguments)
+    if op == "count_above_threshold":
+        return (count_above_threshold(*arguments),)
+    if op == "to_csr":
+        return to_csr(*arguments)
     if op == "compose":
         return (compose(*arguments),)
     scores, k, first, fuse = arguments
     dest = keep_topk(scores, k, first, fuse)
-    return (dest, *invert(dest, first + k + int(fuse)))
+    return (dest, *to_csr(dest, first + k + int(fuse)))
 
 
 def timing_cases(op: str) -> Iterator[TimingCase]:
@@ -193,14 +193,14 @@ def timing_cases(op: str) -> Iterator[TimingCase]:
     for images, number in ((64, 197), (8, 4096)):
         name = f"{images}x{number}"
         draw = Draw(op, name)
-        if op == "match_map":
+        if op == "build_match_map":
             partition = partition_of("even and odd", number, 0.5, images, draw)
             arguments: tuple[Any, ...] = (*_ranked(partition, images, draw), partition, number, None, None, None, 0)
-        elif op == "similar_count":
+        elif op == "count_above_threshold":
             arguments = draw.uniform(images, number // 2), 0.0, 2.0, False
         elif op == "keep_topk":
             arguments = draw.uniform(images, number), number // 2, 1, True
-        elif op == "invert":
+        elif op == "to_csr":
             arguments = draw.dest(images, number, number // 2, "few"), number // 2
         else:
             arguments = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cases of bipartite_match and best_match: metrics whose cosines are exact, and random ones without near-ties."""
+"""Cases of bipartite_match and rank_candidates: metrics whose cosines are exact, and random ones without near-ties."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference.best_match import NO_RANK, best_destination, rank_sources, ranks
-from tokred_kernels.backends.reference.best_match import best_match as reference_best_match
 from tokred_kernels.backends.reference.bipartite_match import bipartite_match as reference_bipartite_match
-from tokred_kernels.backends.reference.invert import invert
-from tokred_kernels.backends.reference.match_map import dest_of_ranks
+from tokred_kernels.backends.reference.build_match_map import dest_of_ranks
+from tokred_kernels.backends.reference.rank_candidates import NO_RANK, best_destination, rank_sources, ranks
+from tokred_kernels.backends.reference.rank_candidates import rank_candidates as reference_rank_candidates
+from tokred_kernels.backends.reference.to_csr import to_csr
 from tokred_kernels.backends.selfcheck.cases.compare import (
     COSINE_BAND,
     Output,
@@ -36,11 +36,11 @@ from tokred_kernels.backends.selfcheck.cases.inputs import (
     name_of,
     row_starts,
 )
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
-from tokred_kernels.records import changed
 
 PARTITIONS = ("even and odd", "class token", "lists", "prefix of 5", "every 3rd", "distillation token", "importance")
-SHARES = (0.4, 1.0, 0.0)  # of the sources that may join; best_match does not depend on it
+SHARES = (0.4, 1.0, 0.0)  # of the sources that may join; rank_candidates does not depend on it
 LENGTHS = (12, 0, 1, 2, 3, 17, 4, 7)
 
 
@@ -64,7 +64,7 @@ def partition_of(kind: str, number: int, share: float, images: int, draw: Draw) 
     whole = every_other(number, number, prefix, *flags)
     if whole is None:
         return Partition._make((0, 2, (number + 1) // 2, number // 2, *protected, 0, None, None))
-    return changed(whole, r=int(whole.r * share))
+    return namedtuple_replace(whole, r=int(whole.r * share))
 
 
 def exact_metric(draw: Draw, images: int, number: int, heads: int, channels: int, dtype: torch.dtype) -> Tensor:
@@ -92,16 +92,16 @@ def exact_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, T
 def _exact_map(metric: Tensor, partition: Partition) -> list[Output]:
     _, partner, rank = exact_match(metric, partition)
     dest = dest_of_ranks(partner, rank, metric.shape[-2], partition)
-    return map_outputs((dest, *invert(dest, partition.num_out())))
+    return map_outputs((dest, *to_csr(dest, partition.num_out())))
 
 
 def _exact_scores(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> list[Output]:
-    """What is specified of best_match: no rank of a source that has no destination, no partner without a rank."""
+    """What is specified of rank_candidates: no rank of a source that has no destination, no partner without a rank."""
     if cu_seqlens is None:
         score, partner, rank = exact_match(metric, partition)
         can_join = torch.full(rank.shape, partition.num_dst > partition.protected_dst)
     else:
-        score, partner, rank = reference_best_match(metric.double(), partition, cu_seqlens)
+        score, partner, rank = reference_rank_candidates(metric.double(), partition, cu_seqlens)
         can_join = (cu_seqlens.diff() // 2 > partition.protected_dst)[:, None].expand(rank.shape)
     return [
         Output("score", score, torch.float32, COSINE_BAND),
@@ -181,7 +181,7 @@ def cases(op: str, level: Level) -> Iterator[Case]:
         else:
             metric = draw.normal(1, number, channels).to(dtype)
             yield Case(name, (metric, partition), functools.partial(_check_random_scores, metric))
-    if op == "best_match":
+    if op == "rank_candidates":
         yield from _packed_cases(level)
 
 
@@ -200,11 +200,11 @@ def _packed_cases(level: Level) -> Iterator[Case]:
 
 def reference_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The reference's outputs, as the kernels have them."""
-    if op == "best_match":
-        return reference_best_match(*arguments)
+    if op == "rank_candidates":
+        return reference_rank_candidates(*arguments)
     metric, partition = arguments
     dest = reference_bipartite_match(metric, partition)
-    return (dest, *invert(dest, partition.num_out()))
+    return (dest, *to_csr(dest, partition.num_out()))
 
 
 def timing_cases(op: str) -> Iterator[TimingCase]:

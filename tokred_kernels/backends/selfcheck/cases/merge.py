@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference.invert import invert
 from tokred_kernels.backends.reference.merge import merge
+from tokred_kernels.backends.reference.to_csr import to_csr
 from tokred_kernels.backends.reference.unmerge import unmerge
 from tokred_kernels.backends.selfcheck.cases.compare import (
     Output,
@@ -60,7 +60,7 @@ class _Setting:
         self.slots = max(1, int(number * share))
         self.images = 2 if number < 1000 else 1
         self.dest = draw.dest(self.images, number, self.slots, kind)
-        self.views = invert(self.dest, self.slots)
+        self.views = to_csr(self.dest, self.slots)
         self.weight = None
         if self.weighted:  # none in slot 0 counts, so that its mean is 0
             self.weight = torch.where(self.dest == 0, 0, draw.integers(1, 6, self.images, number)).float()
@@ -186,7 +186,7 @@ def _packed_cases(level: Level) -> Iterator[Case]:
         shifted = (torch.where(d < 0, -1, d + first) for d, first in zip(parts, firsts, strict=False))
         setting.dest = torch.cat(list(shifted))[None].int()
         setting.slots = sum(slots for _, slots in kept)
-        setting.views = invert(setting.dest, setting.slots)
+        setting.views = to_csr(setting.dest, setting.slots)
         setting.weight = None if setting.weight is None else setting.weight[:1].contiguous()
         x = _tokens(draw, setting, 72, dtype)
         arguments = (x, setting.weight, *setting.views, setting.reduce, setting.sums)
@@ -252,7 +252,7 @@ def timing_cases(op: str) -> Iterator[TimingCase]:
         name = name_of(dtype, f"{images}x{number}x{channels}")
         draw = Draw(op, name)
         dest = draw.dest(images, number, slots, "few")
-        views = invert(dest, slots)
+        views = to_csr(dest, slots)
         x, y = (draw.normal(images, rows, channels).to(dtype) for rows in (number, slots))
         weight = draw.integers(1, 6, images, number).float()
         if op == "merge":

@@ -9,7 +9,7 @@
 namespace tokred::cuda {
 namespace {
 
-constexpr const char* kName = "best_match";
+constexpr const char* kName = "rank_candidates";
 
 struct FinishBest {
   using Args = BestMatchArgs;
@@ -150,7 +150,7 @@ constexpr int64_t kMostCompared = 2048;
 
 }  // namespace
 
-void tiled_best_match(const char* op, const BestMatchArgs& args, const MatchConfig& c, cudaStream_t stream) {
+void tiled_rank_candidates(const char* op, const BestMatchArgs& args, const MatchConfig& c, cudaStream_t stream) {
   const int64_t num_src = args.partition.num_src;
   if (num_src == 0) return;
   with_type<false>(op, args.dtype, [&](auto zero) {
@@ -167,15 +167,15 @@ void tiled_best_match(const char* op, const BestMatchArgs& args, const MatchConf
   launch(op, rank_sources, divide_up(num_src, kRankSources) * args.images, kRankThreads, 0, stream, args, c);
 }
 
-std::size_t best_match_workspace_bytes(const BestMatchArgs& args) {
+std::size_t rank_candidates_workspace_bytes(const BestMatchArgs& args) {
   return candidate_bytes(match_config(args, shared_limit(kName)), args.images, args.partition.num_src);
 }
 
-void best_match(const BestMatchArgs& args, cudaStream_t stream) {
+void rank_candidates(const BestMatchArgs& args, cudaStream_t stream) {
   with_type<false>(kName, args.dtype, [&](auto zero) {
     if (args.images == 0 || args.partition.num_src == 0) return;
     const MatchConfig c = match_config(args, shared_limit(kName));
-    if (!c.fused) return tiled_best_match(kName, args, c, stream);
+    if (!c.fused) return tiled_rank_candidates(kName, args, c, stream);
     launch_fused_match<decltype(zero), FinishBest>(kName, args, c, stream);
   });
 }

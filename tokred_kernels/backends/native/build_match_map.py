@@ -10,7 +10,7 @@ from tokred_kernels.backends.native.bipartite_match import partition_values
 from tokred_kernels.partition import Partition
 
 
-def match_map(
+def build_match_map(
     partner: Tensor,
     rank: Tensor,
     partition: Partition,
@@ -20,13 +20,13 @@ def match_map(
     starts_out: Tensor | None = None,
     num_out: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.match_map`: dest, members, begin, count."""
+    """See `ops.build_match_map`: dest, members, begin, count."""
     images = partner.shape[0]
     slots = (images, partition.num_out()) if counts is None else (num_out,)
     dest = partner.new_empty((num_tokens,) if starts_in is not None else (images, num_tokens))
     members = partner.new_empty(dest.numel())
     begin, count = partner.new_empty(slots), partner.new_empty(slots)
-    kernels(partner).match_map(
+    kernels(partner).build_match_map(
         *(partition_values(partition), partner.data_ptr(), rank.data_ptr(), images, num_tokens),
         *(address(counts), address(starts_in), address(starts_out), num_out),
         *(dest.data_ptr(), members.data_ptr(), begin.data_ptr(), count.data_ptr(), stream(partner)),

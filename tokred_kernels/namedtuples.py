@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T", bound=NamedTuple)
 
 
-def changed(record: T, **fields: Any) -> T:
+def namedtuple_replace(record: T, **fields: Any) -> T:
     """`record` with other `fields`: its `_replace`, for torch.compile.
 
     There, torch 2.6 does not follow `_replace`, and 2.11 makes a tuple of nothing of it where a graph breaks.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.backends.reference import match_map as reference
+from tokred_kernels.backends.reference import build_match_map as reference
 from tokred_kernels.ops.counts import packing_after
 from tokred_kernels.ops.library import register
 from tokred_kernels.packing import Packing
@@ -17,7 +17,7 @@ from tokred_kernels.partition import PACKED_RULES, RULES, SCHEMA, Partition
 from tokred_kernels.token_map import TokenMap
 
 
-def match_map(
+def build_match_map(
     partner: Tensor,
     rank: Tensor,
     partition: Partition,
@@ -26,7 +26,7 @@ def match_map(
     counts: Tensor | None = None,
     packed_in: Packing | None = None,
 ) -> TokenMap:
-    """The map in which the sources of lowest rank join their partners, both (B, num_src) as `best_match` gives them.
+    """Merge the sources of lowest rank into their partners, both (B, num_src) from `rank_candidates`.
 
     In every image `partition.r` of them join; or, with `counts` (B,) int32, so many in each, and the map is packed. An
     image in which none joins keeps its tokens in their order. `num_tokens` is N, or T where packed tokens go in.
@@ -45,11 +45,11 @@ def match_map(
     if backend == "reference":
         if packed is None:  # no second view before it is asked for: this is what is exported
             return TokenMap._trusted(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
-        views = reference.match_map(partner, rank, partition, num_tokens, counts, *starts, num_out)
+        views = reference.build_match_map(partner, rank, partition, num_tokens, counts, *starts, num_out)
     else:
         lists = partition.sources, partition.destinations
-        others = counts, *starts, num_out, backends.companion("match_map", backend, partner)
-        views = _match_map(partner, rank, *lists, *partition.numbers(), num_tokens, *others)
+        others = counts, *starts, num_out, backends.companion("build_match_map", backend, partner)
+        views = _build_match_map(partner, rank, *lists, *partition.numbers(), num_tokens, *others)
     return TokenMap._trusted(views[0], num_out, *views[1:], packed, packed_in)
 
 
@@ -58,7 +58,7 @@ def _implementation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *numbers, num_tokens, counts, starts_in, starts_out, num_out, backend = others
     partition = Partition._make((*numbers, sources, destinations))
-    function = backends.implementation(backend, "match_map")
+    function = backends.implementation(backend, "build_match_map")
     return function(partner, rank, partition, num_tokens, counts, starts_in, starts_out, num_out)
 
 
@@ -77,8 +77,8 @@ def _fake(
     )
 
 
-_match_map = register(
-    f"match_map(Tensor partner, Tensor rank, Tensor? sources, Tensor? destinations, {SCHEMA}, SymInt num_tokens, "
+_build_match_map = register(
+    f"build_match_map(Tensor partner, Tensor rank, Tensor? sources, Tensor? destinations, {SCHEMA}, SymInt num_tokens, "
     "Tensor? counts, Tensor? starts_in, Tensor? starts_out, SymInt num_out, str backend) "
     "-> (Tensor dest, Tensor members, Tensor begin, Tensor count)",
     _fake,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-def similar_count(score: Tensor, threshold: float, divisor: float, own: bool) -> Tensor:
-    """See `ops.similar_count`."""
+def count_above_threshold(score: Tensor, threshold: float, divisor: float, own: bool) -> Tensor:
+    """See `ops.count_above_threshold`."""
     present = score > -torch.inf
     least: Tensor | float = threshold
     if divisor:

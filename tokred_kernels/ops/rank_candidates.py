@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.backends.reference import best_match as reference
+from tokred_kernels.backends.reference import rank_candidates as reference
 from tokred_kernels.ops.library import register
 from tokred_kernels.partition import METRIC_RULE, PACKED_RULES, RULES, SCHEMA, Partition
 
 
-def best_match(
+def rank_candidates(
     metric: Tensor, partition: Partition, backend: str, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`score`, `partner` and `rank`, (B, num_src) each, of the sources of `metric`.
@@ -28,9 +28,9 @@ def best_match(
     join. `partition.r` is not looked at.
     """
     if backend == "reference":
-        return reference.best_match(metric, partition, cu_seqlens)
+        return reference.rank_candidates(metric, partition, cu_seqlens)
     lists = partition.sources, partition.destinations
-    return _best_match(metric, *lists, *partition.numbers(), cu_seqlens, backend)
+    return _rank_candidates(metric, *lists, *partition.numbers(), cu_seqlens, backend)
 
 
 def _implementation(
@@ -38,7 +38,7 @@ def _implementation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *numbers, cu_seqlens, backend = others
     partition = Partition._make((*numbers, sources, destinations))
-    return backends.implementation(backend, "best_match")(metric, partition, cu_seqlens)
+    return backends.implementation(backend, "rank_candidates")(metric, partition, cu_seqlens)
 
 
 def _fake(
@@ -54,8 +54,8 @@ def _fake(
     )
 
 
-_best_match = register(
-    f"best_match(Tensor metric, Tensor? sources, Tensor? destinations, {SCHEMA}, Tensor? cu_seqlens, str backend) "
+_rank_candidates = register(
+    f"rank_candidates(Tensor metric, Tensor? sources, Tensor? destinations, {SCHEMA}, Tensor? cu_seqlens, str backend) "
     "-> (Tensor score, Tensor partner, Tensor rank)",
     _fake,
     {"metric": METRIC_RULE, **RULES},

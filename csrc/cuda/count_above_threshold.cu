@@ -10,7 +10,7 @@
 namespace tokred::cuda {
 namespace {
 
-constexpr const char* kName = "similar_count";
+constexpr const char* kName = "count_above_threshold";
 constexpr int kCountThreads = 256;
 
 struct Moments {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kCountThreads) count_similar(const __grid_cons
 
 }  // namespace
 
-void similar_count(const SimilarCountArgs& args, cudaStream_t stream) {
+void count_above_threshold(const SimilarCountArgs& args, cudaStream_t stream) {
   if (args.images == 0) return;
   if (args.divisor != 0 && !args.own) launch(kName, write_moments, args.images, kCountThreads, 0, stream, args);
   launch(kName, count_similar, args.images, kCountThreads, 0, stream, args);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kPartThreads)
     const int32_t step = parts * kPartThreads;
     for (int32_t t = part * kPartThreads + threadIdx.x; t < tokens; t += step) args.dest[row0 + t] = dest[t];
   }
-  invert_part(dest, tokens, num_out, part, static_cast<int32_t>(row0), slot0, cursors, args.members + row0,
+  to_csr_part(dest, tokens, num_out, part, static_cast<int32_t>(row0), slot0, cursors, args.members + row0,
               args.begin + slot_row, args.count + slot_row);
 }
 
@@ -48,6 +48,8 @@ void build_match_map(const char* op, const MatchMapArgs& args, cudaStream_t stre
   launch(op, build_maps, args.images * parts, kPartThreads, bytes, stream, args, parts, dest_in_shared);
 }
 
-void match_map(const MatchMapArgs& args, cudaStream_t stream) { build_match_map("match_map", args, stream); }
+void build_match_map(const MatchMapArgs& args, cudaStream_t stream) {
+  build_match_map("build_match_map", args, stream);
+}
 
 }  // namespace tokred::cuda

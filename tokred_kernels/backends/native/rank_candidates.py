@@ -11,8 +11,10 @@ from tokred_kernels.backends.native.bipartite_match import inner_dense, partitio
 from tokred_kernels.partition import Partition
 
 
-def best_match(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.best_match`."""
+def rank_candidates(
+    metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.rank_candidates`."""
     metric = inner_dense(metric)
     if cu_seqlens is None:
         images, values = metric.shape[0], problem(metric, partition)
@@ -27,8 +29,8 @@ def best_match(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None =
     rank = torch.empty_like(partner)
     module = kernels(metric)
     workspace = None
-    if metric.is_cuda and (size := module.best_match_workspace_bytes(values)):
+    if metric.is_cuda and (size := module.rank_candidates_workspace_bytes(values)):
         workspace = metric.new_empty(size, dtype=torch.uint8)
     outputs = score.data_ptr(), partner.data_ptr(), rank.data_ptr()
-    module.best_match(values, *outputs, address(workspace), stream(metric))
+    module.rank_candidates(values, *outputs, address(workspace), stream(metric))
     return score, partner, rank

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.reference.best_match import MIN_SQUARED_NORM, NO_RANK
+from tokred_kernels.backends.reference.rank_candidates import MIN_SQUARED_NORM, NO_RANK
 from tokred_kernels.backends.triton import is_nan, multiply_add, narrow, on_device
 from tokred_kernels.backends.triton.configs import MEAN_IN_MATCH_BLOCKS, RANK_CONFIG, match_config, rows_config
 from tokred_kernels.partition import Partition
@@ -18,8 +18,10 @@ _MIN_SQUARED_NORM = tl.constexpr(MIN_SQUARED_NORM)
 _NO_RANK = tl.constexpr(NO_RANK)
 
 
-def best_match(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.best_match`."""
+def rank_candidates(
+    metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.rank_candidates`."""
     with on_device(metric):
         score, partner = best_destination(metric, partition, cu_seqlens)
     return score, partner, ranks(score, partition.protected_src, cu_seqlens)
@@ -46,7 +48,7 @@ def ranks(score: Tensor, protected: int = 0, cu_seqlens: Tensor | None = None) -
 
 
 def best_destination(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`score` and `partner` of `ops.best_match`."""
+    """`score` and `partner` of `ops.rank_candidates`."""
     first, stride, num_src, num_dst, protected_src, protected_dst, _, _, sources, destinations = partition
     metric = inner_dense(metric)
     if cu_seqlens is not None:

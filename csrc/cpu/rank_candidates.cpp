@@ -4,7 +4,7 @@
 
 TOKRED_KERNELS_BEGIN
 
-void best_match(const BestMatchArgs& a) {
+void rank_candidates(const BestMatchArgs& a) {
   constexpr float kNoScore = -std::numeric_limits<float>::infinity();
   match_images(a, [&](const Image& image, const Match& match) {
     const Partition& p = image.partition;

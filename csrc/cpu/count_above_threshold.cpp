@@ -46,7 +46,7 @@ int32_t count_at_least(const float* score, int64_t sources, Threshold threshold)
 
 }  // namespace
 
-void similar_count(const SimilarCountArgs& a) {
+void count_above_threshold(const SimilarCountArgs& a) {
   const bool parallel = a.images * a.sources > kSerialScores;
   Moments shared{};
   if (a.divisor != 0 && !a.own) {

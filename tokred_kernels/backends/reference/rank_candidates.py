@@ -13,10 +13,12 @@ MIN_SQUARED_NORM = 1e-30  # as in csrc/common/numerics.h: under it a token is ze
 NO_RANK = 2**31 - 1  # of a source that may not join; as in csrc/common/slots.h
 
 
-def best_match(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.best_match`."""
+def rank_candidates(
+    metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.rank_candidates`."""
     if cu_seqlens is None:
-        return _best_match(metric, partition)
+        return _rank_candidates(metric, partition)
     lengths = cu_seqlens.diff().tolist()
     shape = (len(lengths), partition.num_src)
     score = metric.new_full(shape, -torch.inf, dtype=torch.float32)
@@ -24,12 +26,12 @@ def best_match(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None =
     rank = metric.new_full(shape, NO_RANK, dtype=torch.int32)
     for image, rows in enumerate(metric.split(lengths)):
         own = partition.of_tokens(rows.shape[0])
-        for whole, part in zip((score, partner, rank), _best_match(rows[None], own), strict=True):
+        for whole, part in zip((score, partner, rank), _rank_candidates(rows[None], own), strict=True):
             whole[image, : own.num_src] = part[0]
     return score, partner, rank
 
 
-def _best_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor]:
+def _rank_candidates(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor]:
     score, partner = best_destination(metric, partition)
     return rank_sources(score, partner, partition.protected_src)
 

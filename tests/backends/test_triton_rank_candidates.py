@@ -8,10 +8,10 @@ import torch
 from support import COSINE_BAND, DTYPES, assert_views, exact_tokens
 
 import tokred_kernels as tk
-from tokred_kernels.backends.reference.best_match import NO_RANK
 from tokred_kernels.backends.reference.bipartite_match import bipartite_match as reference_dest
-from tokred_kernels.ops.best_match import best_match
+from tokred_kernels.backends.reference.rank_candidates import NO_RANK
 from tokred_kernels.ops.bipartite_match import match
+from tokred_kernels.ops.rank_candidates import rank_candidates
 from tokred_kernels.packing import Packing
 from tokred_kernels.partition import every_kth, every_other, prefix_and_rest
 
@@ -28,10 +28,10 @@ def pair(tokens, prefix):
 def assert_equals_reference(metric, partition, packed=None):
     """Every bit, on the CPU: a GPU's torch may round a norm differently. Returns what Triton gave."""
     starts = None if packed is None else packed.cu_seqlens
-    got = best_match(metric, partition, "triton", starts)
+    got = rank_candidates(metric, partition, "triton", starts)
     if partition.sources is not None:
         partition = partition._replace(sources=partition.sources.cpu(), destinations=partition.destinations.cpu())
-    expected = best_match(metric.cpu(), partition, "reference", None if starts is None else starts.cpu())
+    expected = rank_candidates(metric.cpu(), partition, "reference", None if starts is None else starts.cpu())
     for name, one, other in zip(("score", "partner", "rank"), got, expected, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one.cpu(), other), name
@@ -48,7 +48,7 @@ def test_packed_images_are_each_alone(device, dtype, prefix):
         if (alone := pair(len(tokens), prefix)) is None:
             assert (whole[0][image] == -math.inf).all()
             continue
-        for of_all, of_one in zip(whole, best_match(tokens[None], alone, "triton"), strict=True):
+        for of_all, of_one in zip(whole, rank_candidates(tokens[None], alone, "triton"), strict=True):
             assert torch.equal(of_all[image, : alone.num_src], of_one[0])
         assert (whole[2][image, alone.num_src :] == NO_RANK).all()
 
@@ -60,7 +60,7 @@ def test_packed_scores_are_cosines(device, channels, dtype):
     packed = Packing.of((3, 21, 0, 70), device)
     # Rows apart in memory, and with an odd stride.
     metric = torch.randn(packed.rows, 2, channels, device=device).to(dtype)[:, 1]
-    score, partner, rank = best_match(metric, pair(70, 2), "triton", packed.cu_seqlens)
+    score, partner, rank = rank_candidates(metric, pair(70, 2), "triton", packed.cu_seqlens)
     for image, tokens in enumerate(metric.double().split(packed.lengths)):
         unit = torch.nn.functional.normalize(tokens, dim=1)
         cosine = unit[2::2] @ unit[3::2].T
@@ -148,9 +148,11 @@ def test_lists(device):
 
 def test_no_images_and_no_channels(device):
     partition = pair(6, 0)
-    assert [part.shape for part in best_match(torch.randn(0, 6, 4, device=device), partition, "triton")] == [(0, 3)] * 3
+    assert [part.shape for part in rank_candidates(torch.randn(0, 6, 4, device=device), partition, "triton")] == [
+        (0, 3)
+    ] * 3
     for metric in (torch.randn(2, 6, 0, device=device), torch.randn(2, 3, 6, 0, device=device)):
-        score, partner, rank = best_match(metric, partition, "triton")
+        score, partner, rank = rank_candidates(metric, partition, "triton")
         assert (score == 0).all()
         assert (partner == 0).all()
         assert rank.tolist() == [[0, 1, 2]] * 2
@@ -177,9 +179,9 @@ def test_rows_further_apart_than_32_bits_count(device):
     memory = torch.empty(3 * apart + 4, dtype=torch.float16, device=device)
     metric = memory.as_strided((4, 4), (apart, 1))
     metric.copy_(torch.eye(4)[[0, 1, 2, 2]])
-    score, partner, _ = best_match(metric[None], prefix_and_rest(4, 3, 0), "triton")
+    score, partner, _ = rank_candidates(metric[None], prefix_and_rest(4, 3, 0), "triton")
     assert (score.tolist(), partner.tolist()) == ([[1.0]], [[2]])
-    score, partner, _ = best_match(metric, pair(2, 0), "triton", torch.tensor([0, 2, 4], device=device).int())
+    score, partner, _ = rank_candidates(metric, pair(2, 0), "triton", torch.tensor([0, 2, 4], device=device).int())
     assert (score.tolist(), partner.tolist()) == ([[0.0], [1.0]], [[0], [0]])
 
 

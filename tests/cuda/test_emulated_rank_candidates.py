@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels of best_match, run on the host, against the reference backend."""
+"""The CUDA kernels of rank_candidates, run on the host, against the reference backend."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tokred_kernels.partition import Partition, every_kth, every_other, prefix_a
 # Around nothing, one tile and two; then the protected tokens of every kind.
 @floats
 @pytest.mark.parametrize("tokens", [2, 3, 31, 197, 257, 577])
-def test_best_match(emulator, tokens, dtype):
+def test_rank_candidates(emulator, tokens, dtype):
     metric = whole_numbers(2, 1, tokens, 24, dtype=dtype)
     for reverse, prefix in enumerate((0, 1)):
         p = every_other(tokens, tokens, prefix, False, False)
@@ -20,11 +20,11 @@ def test_best_match(emulator, tokens, dtype):
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 3, 5])
-def test_best_match_protects_the_prefix(emulator, prefix):
+def test_rank_candidates_protects_the_prefix(emulator, prefix):
     check_best(emulator, whole_numbers(2, 1, 99, 8), every_other(99, 99, prefix, False, False))
 
 
-def test_best_match_of_one_token(emulator):
+def test_rank_candidates_of_one_token(emulator):
     alone = Partition(0, 2, 1, 0, 0, 0, False, 0)
     check_best(emulator, whole_numbers(2, 1, 1, 8), alone)
     check_best(emulator, whole_numbers(2, 1, 3, 8), Partition(0, 2, 2, 1, 0, 1, False, 0))  # nobody may be joined
@@ -34,12 +34,12 @@ def test_best_match_of_one_token(emulator):
 @pytest.mark.parametrize(
     ("tokens", "kept", "first"), [(2, 1, 0), (50, 20, 1), (300, 7, 0), (197, 190, 1), (1200, 700, 1)]
 )
-def test_best_match_of_importance(emulator, tokens, kept, first):
+def test_rank_candidates_of_importance(emulator, tokens, kept, first):
     check_best(emulator, whole_numbers(2, 1, tokens, 8), prefix_and_rest(tokens, kept, first))
 
 
 @pytest.mark.parametrize("tokens", [100, 1300])
-def test_best_match_of_lists_and_of_every_kth(emulator, tokens):
+def test_rank_candidates_of_lists_and_of_every_kth(emulator, tokens):
     check_best(emulator, whole_numbers(2, 1, tokens, 8), random_lists(2, tokens, tokens // 3, 5))
     check_best(emulator, whole_numbers(2, 1, tokens, 8), every_kth(tokens, 7, 2))
 
@@ -47,7 +47,7 @@ def test_best_match_of_lists_and_of_every_kth(emulator, tokens):
 @floats
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("limit", [H100_SHARED, STREAMING_SHARED], ids=["resident", "streamed"])
-def test_best_match_of_heads_and_strided_rows(emulator, heads, dtype, limit):
+def test_rank_candidates_of_heads_and_strided_rows(emulator, heads, dtype, limit):
     padded = whole_numbers(2, 300, heads, 48, dtype=dtype, scale=heads)
     metric = padded.transpose(1, 2)[..., :40]
     check_best(emulator, metric, every_other(300, 300, 1, False, False), shared_limit=limit)
@@ -58,7 +58,7 @@ def test_best_match_of_heads_and_strided_rows(emulator, heads, dtype, limit):
     [(97, torch.float32), (97, torch.float16), (97, torch.bfloat16), (1101, torch.bfloat16)],
     ids=str,
 )
-def test_best_match_with_zero_nan_and_infinite_rows(emulator, tokens, dtype):
+def test_rank_candidates_with_zero_nan_and_infinite_rows(emulator, tokens, dtype):
     metric = whole_numbers(2, 1, tokens, 16, dtype=dtype)
     metric[0, :, 3] = 0
     metric[0, :, 10] = 0
@@ -84,7 +84,7 @@ def test_best_match_with_zero_nan_and_infinite_rows(emulator, tokens, dtype):
     ],
     ids=str,
 )
-def test_best_match_of_packed_images(emulator, lengths, prefix, dtype):
+def test_rank_candidates_of_packed_images(emulator, lengths, prefix, dtype):
     metric = whole_numbers(sum(lengths), 12, dtype=dtype)
     longest = max(lengths)
     p = Partition(0, 2, (longest + 1) // 2, longest // 2, (prefix + 1) // 2, prefix // 2, prefix > 0, 0)
@@ -120,7 +120,7 @@ def test_float32_scores_of_many_channels_are_exact(emulator, limit):
 
 # Above the sources that are all compared with each other: ties, protected sources, rows that are no numbers; packed.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_best_match_of_many_sources(emulator, dtype):
+def test_rank_candidates_of_many_sources(emulator, dtype):
     metric = whole_numbers(2, 1, 2500, 8, dtype=dtype)
     metric[0, :, 3:6] = 0
     metric[1, :, 1000:1100] = torch.nan
@@ -147,6 +147,6 @@ def test_more_sources_than_shared_memory_has_bins_for(emulator):
     check_best(emulator, metric, Partition(0, 1, 8600, 10, 0, 0, False, 0), shared_limit=STREAMING_SHARED)
 
 
-def test_best_match_refuses_float64(emulator):
-    with pytest.raises(RuntimeError, match="best_match: float64 is not supported on CUDA"):
+def test_rank_candidates_refuses_float64(emulator):
+    with pytest.raises(RuntimeError, match="rank_candidates: float64 is not supported on CUDA"):
         emulated_best(emulator, whole_numbers(1, 1, 8, 8, dtype=torch.float64), every_other(8, 2, None, False, False))

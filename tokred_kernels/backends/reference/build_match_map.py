@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.reference.best_match import tokens
-from tokred_kernels.backends.reference.invert import invert
+from tokred_kernels.backends.reference.rank_candidates import tokens
+from tokred_kernels.backends.reference.to_csr import to_csr
+from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.partition import Partition
-from tokred_kernels.records import changed
 
 
-def match_map(
+def build_match_map(
     partner: Tensor,
     rank: Tensor,
     partition: Partition,
@@ -22,18 +22,18 @@ def match_map(
     starts_out: Tensor | None = None,
     num_out: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.match_map`."""
+    """See `ops.build_match_map`."""
     if counts is None or starts_out is None:
         dest = dest_of_ranks(partner, rank, num_tokens, partition)
-        return dest, *invert(dest, partition.num_out())
+        return dest, *to_csr(dest, partition.num_out())
     rows = [num_tokens] * len(counts) if starts_in is None else starts_in.diff().tolist()
     parts = []
     for image, (length, r, start) in enumerate(zip(rows, counts.tolist(), starts_out.tolist(), strict=False)):
-        own = changed(partition.of_tokens(length), r=r)
+        own = namedtuple_replace(partition.of_tokens(length), r=r)
         ours = slice(image, image + 1), slice(own.num_src)
         parts.append(dest_of_ranks(partner[ours], rank[ours], length, own)[0] + start)
     dest = torch.cat(parts).int() if parts else partner.new_zeros(0)
-    members, begin, count = invert(dest[None], num_out)
+    members, begin, count = to_csr(dest[None], num_out)
     return dest if starts_in is not None else dest.view(-1, num_tokens), members, begin[0], count[0]
 
 

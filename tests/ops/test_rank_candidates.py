@@ -6,8 +6,8 @@ import torch
 from support import COSINE_BAND, DTYPES, cosines, exact_tokens, partners, poison
 
 from tokred_kernels import backends
-from tokred_kernels.backends.reference.best_match import NO_RANK
-from tokred_kernels.ops.best_match import best_match
+from tokred_kernels.backends.reference.rank_candidates import NO_RANK
+from tokred_kernels.ops.rank_candidates import rank_candidates
 from tokred_kernels.packing import Packing
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
 
@@ -15,7 +15,7 @@ from tokred_kernels.partition import Partition, every_kth, every_other, prefix_a
 def call(metric, partition, packed=None):
     """score, partner and rank, on the backend in force."""
     starts = None if packed is None else packed.cu_seqlens
-    return best_match(metric, partition, backends.choose("best_match", metric), starts)
+    return rank_candidates(metric, partition, backends.choose("rank_candidates", metric), starts)
 
 
 def drawn(tokens, sources):

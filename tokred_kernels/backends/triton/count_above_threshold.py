@@ -19,8 +19,8 @@ from tokred_kernels.backends.triton import on_device
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG
 
 
-def similar_count(score: Tensor, threshold: float, divisor: float, own: bool) -> Tensor:
-    """See `ops.similar_count`."""
+def count_above_threshold(score: Tensor, threshold: float, divisor: float, own: bool) -> Tensor:
+    """See `ops.count_above_threshold`."""
     score = score.contiguous()
     images, size = score.shape
     counts = score.new_empty(images, dtype=torch.int32)

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.backends.reference import invert as reference
+from tokred_kernels.backends.reference import to_csr as reference
 from tokred_kernels.ops.library import register
 
 
-def invert(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
+def to_csr(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
     """`members` (B * N), `begin` (B, N') and `count` (B, N') of `dest` (B, N), all int32.
 
     The backend requested by `use_backend` runs it if it can, else the best one.
     """
-    backend = backends.best("invert", dest)
+    backend = backends.best("to_csr", dest)
     if backend == "reference":
-        return reference.invert(dest, num_out)
-    return _invert(dest, num_out, backend)
+        return reference.to_csr(dest, num_out)
+    return _to_csr(dest, num_out, backend)
 
 
 def _fake(dest: Tensor, num_out: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,8 +31,8 @@ def _fake(dest: Tensor, num_out: int, backend: str) -> tuple[Tensor, Tensor, Ten
     )
 
 
-_invert = register(
-    "invert(Tensor dest, SymInt num_out, str backend) -> (Tensor members, Tensor begin, Tensor count)",
+_to_csr = register(
+    "to_csr(Tensor dest, SymInt num_out, str backend) -> (Tensor members, Tensor begin, Tensor count)",
     _fake,
     {"dest": "int32 (B, N); entries(dest, -1, num_out)", "num_out": "0 <= num_out <= ROWS"},
 )

@@ -5,20 +5,20 @@ from support import assert_views, dest_of, poison
 
 import tokred_kernels as tk
 from tokred_kernels import Packing, backends
-from tokred_kernels.backends.reference.best_match import NO_RANK
-from tokred_kernels.ops.match_map import match_map
+from tokred_kernels.backends.reference.rank_candidates import NO_RANK
+from tokred_kernels.ops.build_match_map import build_match_map
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
 
 
 def call(partner, rank, partition, tokens, counts=None, packed_in=None):
     """The map, on the backend in force, or beside it."""
-    return match_map(
-        partner, rank, partition, tokens, backends.choose("best_match", partner.float()), counts, packed_in
+    return build_match_map(
+        partner, rank, partition, tokens, backends.choose("rank_candidates", partner.float()), counts, packed_in
     )
 
 
 def random_ranks(images, partition):
-    """Partners and ranks as `best_match` might give them: any partner that may be joined, any order."""
+    """Partners and ranks as `rank_candidates` might give them: any partner that may be joined, any order."""
     partner = torch.randint(partition.protected_dst, partition.num_dst, (images, partition.num_src))
     lead = partition.protected_src
     order = torch.stack([torch.randperm(partition.num_src - lead) for _ in range(images)])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The map of a match in Triton.
 
-One launch writes `dest`, one program per image; `invert.collect_members` adds one or two. By estimate the first takes a
+One launch writes `dest`, one program per image; `to_csr.collect_members` adds one or two. By estimate the first takes a
 few microseconds on an H100 up to 4,000 sources, and about one more for each further 1,000.
 """
 
@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.triton import on_device
-from tokred_kernels.backends.triton.best_match import destination_token, packed_rows, source_token
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG
-from tokred_kernels.backends.triton.invert import collect_members
+from tokred_kernels.backends.triton.rank_candidates import destination_token, packed_rows, source_token
+from tokred_kernels.backends.triton.to_csr import collect_members
 from tokred_kernels.partition import Partition
 
 
-def match_map(
+def build_match_map(
     partner: Tensor,
     rank: Tensor,
     partition: Partition,
@@ -28,7 +28,7 @@ def match_map(
     starts_out: Tensor | None = None,
     num_out: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.match_map`: dest, members, begin, count."""
+    """See `ops.build_match_map`: dest, members, begin, count."""
     first, stride, num_src, num_dst, protected_src, protected_dst, by_index, r, sources, destinations = partition
     images = partner.shape[0]
     slots = (images, partition.num_out()) if counts is None else (num_out,)

@@ -7,12 +7,12 @@ import torch
 from support import poison
 
 from tokred_kernels import backends
-from tokred_kernels.ops.similar_count import similar_count
+from tokred_kernels.ops.count_above_threshold import count_above_threshold
 
 
 def call(score, threshold=0.0, divisor=0.0, own=False):
     """The counts as a list, on the backend in force, or beside it."""
-    counts = similar_count(score, threshold, divisor, own, backends.choose("best_match", score))
+    counts = count_above_threshold(score, threshold, divisor, own, backends.choose("rank_candidates", score))
     assert counts.dtype == torch.int32
     return counts.tolist()
 

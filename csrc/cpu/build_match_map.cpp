@@ -32,7 +32,7 @@ void dest_of_ranks(const Partition& p, int64_t image, int64_t tokens, const int3
   }
 }
 
-void match_map(const MatchMapArgs& a) {
+void build_match_map(const MatchMapArgs& a) {
   const int64_t sources = a.partition.num_src;
   const int64_t all_tokens = a.starts_in ? a.tokens : a.images * a.tokens;
   for_each(a.images, all_tokens > kSerialTokens, [&](int64_t b) {
@@ -53,7 +53,7 @@ void match_map(const MatchMapArgs& a) {
     int32_t* dest = a.dest + first_row;
     dest_of_ranks(p, b, tokens, a.partner + b * sources, a.rank + b * sources, dest);
     check_slots("partner or rank", dest, tokens, num_slots(p));
-    invert_image(dest, first_row, tokens, num_slots(p), a.members + first_row, a.begin + first_slot,
+    to_csr_image(dest, first_row, tokens, num_slots(p), a.members + first_row, a.begin + first_slot,
                  a.count + first_slot);
     if (a.starts_out) offset_slots(dest, tokens, static_cast<int32_t>(first_slot));
   });

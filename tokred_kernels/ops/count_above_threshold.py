@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.backends.reference import similar_count as reference
+from tokred_kernels.backends.reference import count_above_threshold as reference
 from tokred_kernels.ops.library import register
 
 
-def similar_count(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:
+def count_above_threshold(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:
     """(B,) int32, how many of `score` (B, S) float32 are at least the threshold; -inf never is.
 
     The threshold is the one given; or, where `divisor` is not 0, mean + std / divisor of the scores above -inf, in
@@ -19,16 +19,18 @@ def similar_count(score: Tensor, threshold: float, divisor: float, own: bool, ba
     image with fewer than two scores has no std: nothing reaches its threshold, nor, averaged, anybody's.
     """
     if backend == "reference":
-        return reference.similar_count(score, threshold, divisor, own)
-    return _similar_count(score, threshold, divisor, own, backends.companion("similar_count", backend, score))
+        return reference.count_above_threshold(score, threshold, divisor, own)
+    return _count_above_threshold(
+        score, threshold, divisor, own, backends.companion("count_above_threshold", backend, score)
+    )
 
 
 def _fake(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:
     return score.new_empty(score.shape[0], dtype=torch.int32)
 
 
-_similar_count = register(
-    "similar_count(Tensor score, float threshold, float divisor, bool own, str backend) -> Tensor",
+_count_above_threshold = register(
+    "count_above_threshold(Tensor score, float threshold, float divisor, bool own, str backend) -> Tensor",
     _fake,
     {"score": "float32 (B, S); B * S <= ROWS"},
 )
