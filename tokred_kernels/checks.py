@@ -139,7 +139,7 @@ def shown(value: Any) -> str:
 
 def check_same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless both tensors are on one device."""
-    if value.device != other.device:
+    if not (value.is_cpu and other.is_cpu) and value.device != other.device:
         raise ValueError(
             f"tokred_kernels.{op}: {name} is on {value.device} but {other_name} is on {other.device}; "
             "move them to one device"

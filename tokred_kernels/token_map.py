@@ -302,8 +302,9 @@ def _check_int32(name: str, value: Any) -> None:
         raise TypeError(
             f"TokenMap: {name} must be int32, got {value.dtype}; TokenMap.from_dest takes any integer dtype"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"TokenMap: {name} must be a dense (strided) tensor, got {value.layout}")
+    if value.layout is not torch.strided or value.is_neg() or value._is_zerotensor():
+        kind = value.layout if value.layout is not torch.strided else "a lazily negated view or a zero tensor"
+        raise TypeError(f"TokenMap: {name} must be a dense (strided) tensor, got {kind}")
 
 
 def _check_dest(dest: Any, packed: Any, packed_in: Any) -> None:
