@@ -5,6 +5,7 @@ Each op runs in a forked process, under limits that grow until it succeeds. Prin
 name, the exit status of its process, and the errors that it raised.
 """
 
+import gc
 import json
 import os
 import resource
@@ -104,6 +105,7 @@ def errors_of(prepare):
     run, errors = prepare(1 << 17), set()
     used, hard = address_space(), resource.getrlimit(resource.RLIMIT_AS)[1]
     for extra in range(STEP, MOST, STEP):
+        gc.collect()  # the tensors of a failed run are in reference cycles; freed later, they would serve as scratch
         resource.setrlimit(resource.RLIMIT_AS, (used + extra, hard))
         try:
             run()
