@@ -364,7 +364,9 @@ def _checked_views(token_map: TokenMap, **views: Any) -> list[Tensor]:
         _check_int32(name, view)
         expected = (token_map.dest.numel(),) if name == "members" else token_map.out_shape
         if view.shape != expected:
-            raise ValueError(f"TokenMap: {name} must have shape {expected} as dest and num_out require, got {shape(view)}")
+            raise ValueError(
+                f"TokenMap: {name} must have shape {expected} as dest and num_out require, got {shape(view)}"
+            )
         if view.device != token_map.device:
             raise ValueError(f"TokenMap: {name} is on {view.device}, dest on {token_map.device}")
     if _is_readable(token_map.dest):

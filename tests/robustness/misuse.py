@@ -321,7 +321,11 @@ def run_child(first, full):
 def run(full=False):
     """Run all cases in child processes; return their number and the faults."""
     first, faults = 0, []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "OMP_NUM_THREADS": "1",
+    }
     while True:
         command = [sys.executable, __file__, "--child", str(first), *(["--all"] if full else [])]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -8,11 +8,11 @@ import importlib
 import inspect
 
 import torch
+
+import tokred_kernels as tk
 from tokred_kernels.calibrate import Similarity
 from tokred_kernels.patch import METHODS
 from tokred_kernels.patch.timm_import import import_timm
-
-import tokred_kernels as tk
 
 
 def op_calls():
@@ -123,7 +123,8 @@ PATCHES = {
 def vit():
     """A small model that methods patch."""
     torch.manual_seed(0)
-    return import_timm().models.VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5).eval()
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return import_timm().models.VisionTransformer(**sizes).eval()
 
 
 def lookupvit():
@@ -167,5 +168,3 @@ def searched(batches, target_gflops, steps=2, lr=0.01, flops_weight=1.0, granula
     options = {"steps": steps, "lr": lr, "flops_weight": flops_weight, "granularity": granularity}
     found = tk.diffrate_search(vit(), batches, target_gflops, **options, tolerance=tolerance, progress=progress)
     return found.prune_kept_num, found.merge_kept_num
-
-

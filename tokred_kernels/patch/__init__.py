@@ -105,7 +105,9 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
         ImportError: timm, transformers or diffusers is too old, or not installed.
     """
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"tokred_kernels.patch: method must be one of {', '.join(map(repr, METHODS))}, got {shown(method)}")
+        raise ValueError(
+            f"tokred_kernels.patch: method must be one of {', '.join(map(repr, METHODS))}, got {shown(method)}"
+        )
     module = importlib.import_module(METHODS[method])
     target = module.resolve(model) if hasattr(module, "resolve") else model
     if not isinstance(target, nn.Module):
