@@ -124,14 +124,14 @@ def check_real(op: str, name: str, value: Any, *, infinite: bool = False, above:
 
 
 def check_device(op: str, device: Any) -> torch.device:
-    """Return `device` as a torch.device; raise ValueError unless it is one, its name or its index."""
+    """Return `device` as a torch.device; raise TypeError or ValueError unless it is one, its name or its index."""
     if isinstance(device, torch.device):
         return device
     try:
         return torch.device(device)
     except (TypeError, ValueError, RuntimeError) as error:
-        got = shown(device)
-        raise ValueError(f"tokred_kernels.{op}: device must be a torch.device, got {got}") from error
+        kind = ValueError if isinstance(device, (str, int)) else TypeError
+        raise kind(f"tokred_kernels.{op}: device must be a torch.device, got {shown(device)}") from error
 
 
 def check_generator(op: str, generator: Any) -> None:

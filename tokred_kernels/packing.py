@@ -29,7 +29,7 @@ class Packing(NamedTuple):
         """The packing of images of these lengths.
 
         Raises:
-            TypeError: `lengths` is not a tuple of ints.
+            TypeError: `lengths` is not a tuple of ints, or `device` is not a device.
             ValueError: a negative length, too many rows in all, or an unknown `device`.
         """
         check_lengths("Packing.of", "lengths", lengths)
@@ -43,7 +43,7 @@ class Packing(NamedTuple):
         return sum(self.lengths)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Packing:
-        """Return the packing with its tensor on `device`; raise ValueError unless that is a device."""
+        """Return the packing with its tensor on `device`; raise TypeError or ValueError unless that is one."""
         device = check_device("Packing.to", device)
         return Packing(self.cu_seqlens.to(device, non_blocking=non_blocking), self.lengths)
 

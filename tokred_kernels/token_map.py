@@ -148,8 +148,8 @@ class TokenMap:
             got = dest.dtype if isinstance(dest, Tensor) else type(dest).__name__
             raise TypeError(f"TokenMap.from_dest: dest must be an integer tensor (B, N), got {got}")
         if dest.layout is not torch.strided or dest.is_nested or dest.is_meta:
-            got = "a meta tensor" if dest.is_meta else dest.layout
-            raise TypeError(f"TokenMap.from_dest: dest must be a dense tensor with data, got {got}")
+            kind = "a meta tensor" if dest.is_meta else dest.layout
+            raise TypeError(f"TokenMap.from_dest: dest must be a dense tensor with data, got {kind}")
         if dest.dim() != 2:
             raise ValueError(f"TokenMap.from_dest: dest must be (B, N), got shape {shape(dest)}")
         if dest.numel() > MAX_ROWS:
@@ -283,7 +283,7 @@ class TokenMap:
         """The map with its tensors on `device`.
 
         Raises:
-            ValueError: `device` is not a torch.device, its name or its index.
+            TypeError, ValueError: `device` is not a torch.device, its name or its index.
         """
         device = check_device("TokenMap.to", device)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,14 +122,16 @@ def ratio_loss(policies: Sequence[Tensor], keep: Sequence[float] | float) -> Ten
         check_dense(op, "policies", policy)
         if policy.dim() != 2:
             raise ValueError(f"tokred_kernels.{op}: policies must be tensors (B, N), got shape {shape(policy)}")
-    keep = keep if isinstance(keep, (list, tuple)) else [keep] * len(policies)
-    keep = [check_real(op, "keep", share) for share in keep]
-    if len(policies) != len(keep):
+    given: Sequence[Any] = keep if isinstance(keep, (list, tuple)) else [keep] * len(policies)
+    shares = [check_real(op, "keep", share) for share in given]
+    if len(policies) != len(shares):
         raise ValueError(
             f"tokred_kernels.nn.ratio_loss: keep must have a share for each of the {len(policies)} policies, "
-            f"got {len(keep)}"
+            f"got {len(shares)}"
         )
-    distances = [(policy.float().mean(1) - share).square().mean() for policy, share in zip(policies, keep, strict=True)]
+    distances = [
+        (policy.float().mean(1) - share).square().mean() for policy, share in zip(policies, shares, strict=True)
+    ]
     return torch.stack(distances).mean()
 
 
