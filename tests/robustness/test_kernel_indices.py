@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The CPU kernels check the indices that they follow, also of tensors that changed after Python checked them.
 
-Each call is in a process of its own: without its check, a kernel would write outside of its tensors.
+Each call runs in a child process, because a kernel without the check writes outside of its tensors.
 """
 
 import os
@@ -22,13 +22,13 @@ WINDOWS = {"counts": [1, 2], "starts_out": [0, 7]}
 
 
 def match(**wrong):
-    """Build the map of two packed images of 4 and 6 tokens, of which 1 and 2 join."""
+    """Build the map of two packed images: 1 of 4 tokens and 2 of 6 tokens join."""
     given = {name: torch.tensor(entries, dtype=torch.int32) for name, entries in {**PACKED, **RANKED, **wrong}.items()}
     return build_match_map(partition=Partition(0, 2, 3, 3, 0, 0, False, 0), num_tokens=10, num_out=7, **given)
 
 
 def windows(**wrong):
-    """Build the map of two images of 8 tokens, of which 1 and 2 windows of 2 tokens merge."""
+    """Build the map of two images of 8 tokens: 1 and 2 windows of 2 tokens merge."""
     given = {name: torch.tensor(entries, dtype=torch.int32) for name, entries in {**WINDOWS, **wrong}.items()}
     return window_map(torch.rand(2, 4), Windows(0, 2, 4, 1, 2), 0, num_out=13, **given)
 
