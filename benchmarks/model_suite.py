@@ -22,8 +22,8 @@ from benchmarks.record import release, told
 from benchmarks.timing import Visit, event_visit, graph_visit, interleave, ratio, summarise, wall_visit
 from tokred_kernels import backends
 from tokred_kernels.flops import count, image_size
-from tokred_kernels.patch import patch, unpatch
-from tokred_kernels.patch.models import anatomy
+from tokred_kernels.models.base import anatomy
+from tokred_kernels.patching import patch, unpatch
 
 UNPATCHED = "unpatched"
 PATCHED_OPS = ("bipartite_match", "merge")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred_kernels.patch.timm_import import import_beside_torchvision, import_timm
+from tokred_kernels.models.imports import import_beside_torchvision, import_timm
 
 TRANSFORMERS = "transformers/"
 # The classes of model and configuration, and how the published one differs from the configuration's defaults; images

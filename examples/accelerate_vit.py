@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from tokred_kernels import flops
 from tokred_kernels.files import replace_text
-from tokred_kernels.patch import patch, unpatch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.models.imports import import_timm
+from tokred_kernels.patching import patch, unpatch
 from tokred_kernels.token_map import TokenMap
 
 

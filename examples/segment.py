@@ -37,11 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokred_kernels import flops, viz
-from tokred_kernels.calibrate import Thresholds, calibrate_thresholds
 from tokred_kernels.files import replace_text
+from tokred_kernels.methods.algm.calibration import Thresholds, calibrate_thresholds
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.segmenter import LinearSegmenter
-from tokred_kernels.patch import patch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.patching import patch
 
 PATCH = 8
 HEAD_WIDTH = 64

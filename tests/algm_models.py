@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from written_out import load_dense
 
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.models.imports import import_timm
 
 dense_algm = load_dense("algm")
 

@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from tokred_kernels.patch.timm_import import import_beside_torchvision, import_timm
+from tokred_kernels.models.imports import import_beside_torchvision, import_timm
 
 transformers = import_beside_torchvision("transformers")
 

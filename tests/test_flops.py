@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tokred_kernels import flops, use_backend
-from tokred_kernels.patch import patch, unpatch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.models.imports import import_timm
+from tokred_kernels.patching import patch, unpatch
 
 timm = import_timm()
 VisionTransformer = timm.models.vision_transformer.VisionTransformer

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tokred_kernels.checks import check_count
-from tokred_kernels.patch.state import Step
+from tokred_kernels.models.state import Step
 
 
 class Flops(NamedTuple):
@@ -92,7 +92,8 @@ def image_size(model: Any) -> tuple[int, int]:
 def made_of(model: Any) -> Any:
     """Return the `ModelSpec` of a vision transformer, patched or not; raise as `count` does."""
     _check_module("made_of", model)
-    from tokred_kernels.patch import MARK, models  # noqa: PLC0415  (the patches count by this module)
+    from tokred_kernels.models import base as models  # noqa: PLC0415  (the patches count by this module)
+    from tokred_kernels.patching import MARK
 
     return models.anatomy(model) if hasattr(model, MARK) and models.library(model) else models.examine(model)
 
@@ -177,9 +178,9 @@ def _pixels(img_size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _costs(model: Any) -> Any:
     """The module that knows what models of the library take around their blocks."""
-    from tokred_kernels.patch import models  # noqa: PLC0415  (the patches count by this module)
+    from tokred_kernels.models import base as models  # noqa: PLC0415  (the patches count by this module)
 
-    return importlib.import_module(f"tokred_kernels.patch.{models.library(model)}_flops")
+    return importlib.import_module(f"tokred_kernels.models.{models.library(model)}.flops")
 
 
 def _count(model: Any, anatomy: Any, pixels: tuple[int, int], given: Sequence[int] | None) -> Flops:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokred_kernels.calibrate import Similarity
+from tokred_kernels.methods.algm.calibration import Similarity
 
 pytest.importorskip("tqdm")
 PIL = pytest.importorskip("PIL.Image")

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokred_kernels import unmerge
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.segmenter import LinearSegmenter
-from tokred_kernels.patch import patch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.patching import patch
 
 VisionTransformer = import_timm().models.vision_transformer.VisionTransformer
 CLASSES = 5

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Token reduction methods, one module or folder for each."""

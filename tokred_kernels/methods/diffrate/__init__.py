@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""DiffRate: prune and merge, with counts that are given or learned."""

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: MIT
+"""DiffRate's search: how many tokens each block keeps, learned under a budget of operations."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokred_kernels import flops
+from tokred_kernels.checks import check_count
+from tokred_kernels.files import replace_json
+from tokred_kernels.models.base import anatomy
+from tokred_kernels.models.state import Record
+from tokred_kernels.nn.diffrate import compression_flops, kept_counts
+from tokred_kernels.patching import MARK, patch, unpatch
+
+OP = "diffrate_search"
+METHOD = "diffrate"
+LAST_RATE = 0.1  # the learning rate at the end, of that at the start, as published
+LINE_SECONDS = 5.0  # between two lines where there is no progress bar
+
+
+class FoundRates(NamedTuple):
+    """What `diffrate_search` found; as a dict, or saved, it is a `kept` for `patch(model, "diffrate", kept=...)`.
+
+    Attributes:
+        prune_kept_num: for each block, how many tokens pruning keeps, prefix tokens included.
+        merge_kept_num: for each block, how many of these merging leaves.
+        gflops: of the model with these, an image, in the units of `flops.count`.
+        target_gflops: what was asked for.
+    """
+
+    prune_kept_num: list[int]
+    merge_kept_num: list[int]
+    gflops: float
+    target_gflops: float
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the counts as JSON, in one step, under the keys of the published compression_rate.json.
+
+        Raises:
+            OSError: the file cannot be written; an old one is unchanged.
+            ValueError: a number is NaN or infinite.
+        """
+        replace_json(path, self._asdict())
+
+
+def diffrate_search(
+    model: nn.Module,
+    batches: Iterable[Any] | Callable[[], Iterable[Any]],
+    target_gflops: float,
+    *,
+    steps: int = 1000,
+    lr: float = 0.01,
+    flops_weight: float = 100.0,
+    granularity: int = 1,
+    criterion: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+    group: Any = None,
+    save: str | os.PathLike[str] | None = None,
+    tolerance: float = 0.02,
+    progress: bool = True,
+) -> FoundRates:
+    """Learn how many tokens each block of a trained model prunes and merges, for a number of operations (DiffRate).
+
+    Only the counts are learned, by AdamW without weight decay under a cosine schedule that ends at a tenth of `lr`;
+    the loss is `criterion(model(images), labels) + flops_weight ((gflops - target) / target)^2`. In the published code
+    the second term is 5 (gmacs - target)^2 whatever the model's size: the same as `flops_weight` 31 for DeiT-S at 2.5,
+    and 420 for DeiT-B at 9.2.
+
+    Args:
+        model: a vision transformer as `patch` takes it, with trained weights: patched with "diffrate" and no counts
+            given, whose counts are learned further, or not patched, which is then done. One in DistributedDataParallel
+            is taken out of it.
+        batches: (images, labels) from a DataLoader, list or the like, which is gone through as often as it takes, or a
+            function that gives one for each time. Images and labels are moved to the model's device.
+        target_gflops: what an image shall take, in the units of `flops.count(model).gflops`: a multiply-add is two
+            operations. Papers on vision transformers count it as one, so double their numbers.
+        steps: batches in all.
+        lr: of the counts' logits, at the start.
+        flops_weight: how much it counts to miss the target.
+        granularity: if the model is not patched, the step between the counts that can be learned. For a model of MAE,
+            whose last block is frozen too, call `patch(model, "diffrate", frozen=(0, -1))` first.
+        criterion: the loss, of what the model returns (of transformers' outputs the logits) and the labels.
+        group: the torch.distributed process group whose processes search together, each on batches of its own: their
+            gradients are averaged, and all end with the same counts. Default: all processes, where torch.distributed
+            is set up.
+        save: a path to write the result to, as JSON, which `patch(model, "diffrate", kept=path)` reads.
+        tolerance: by which share of the target the result may be off without a warning.
+        progress: show a progress bar (lines, where tqdm is not installed) on stderr.
+
+    Returns:
+        FoundRates. The model stays patched, and evaluates with these counts.
+
+    The search runs the model in train mode, with what it has of dropout; its weights do not change, nor their `grad`.
+    In the end, and where something is raised, every part is in the mode that it was in, and requires the gradients that
+    it did; a model that was not patched before is so again where something is raised. Under `torch.autocast` with
+    bfloat16 it runs in that.
+
+    Raises:
+        TypeError: a wrong type, also of a batch.
+        ValueError: a target out of reach (the message says what is in reach), a model that is patched otherwise, no
+            batches, or a wrong number.
+        RuntimeError: called inside of torch.inference_mode, where nothing can be learned.
+        FloatingPointError: a loss that is NaN or infinite.
+        NotImplementedError: a model that `patch` does not take, or patch dropout.
+        ImportError: the model's library is too old for patches.
+
+    Warns:
+        UserWarning: the result is off the target by more than `tolerance`.
+    """
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    _check_numbers(target_gflops=target_gflops, lr=lr, flops_weight=flops_weight, tolerance=tolerance)
+    check_count(OP, "steps", steps, least=1)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"tokred_kernels.{OP}: counts are learned by gradients; call it outside of torch.inference_mode"
+        )
+    ours = _patched(inner, granularity)
+    try:
+        _check_reach(inner, target_gflops)
+        if group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            group = torch.distributed.group.WORLD
+        show = progress and (group is None or torch.distributed.get_rank(group) == 0)
+        with _Searching(inner) as logits:
+            _learn(inner, logits, _endless(batches), target_gflops, steps, lr, flops_weight, criterion, group, show)
+        found = FoundRates(*kept_counts(inner), float(compression_flops(inner).detach()), float(target_gflops))
+    except BaseException:
+        if ours:
+            unpatch(inner)
+        raise
+    if save is not None and (group is None or torch.distributed.get_rank(group) == 0):
+        found.save(save)
+    if abs(found.gflops - target_gflops) > tolerance * target_gflops:
+        warnings.warn(
+            f"tokred_kernels.{OP}: the counts found take {found.gflops:.4g} GFLOPs, and the target was "
+            f"{target_gflops:.4g}; search on with the same model, or with more steps, a higher lr or flops_weight",
+            stacklevel=2,
+        )
+    return found
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"tokred_kernels.{OP}: {name} must be a number, got {value!r}")
+        positive = value > 0 if name in ("target_gflops", "lr") else value >= 0
+        if not (positive and math.isfinite(value)):
+            least = "above 0" if name in ("target_gflops", "lr") else "0 or above"
+            raise ValueError(f"tokred_kernels.{OP}: {name} must be finite and {least}, got {value}")
+
+
+def _patched(model: Any, granularity: int) -> bool:
+    """See to it that `model` learns its counts; whether it was patched for that."""
+    mark = getattr(model, MARK, None)
+    if mark is None:
+        patch(model, METHOD, granularity=granularity)
+        return True
+    if getattr(mark, "method", None) != METHOD or mark.settings["kept"] is not None:
+        raise ValueError(
+            f'tokred_kernels.{OP}: model must not be patched, or with "{METHOD}" and no counts given, got {mark}; '
+            "call tokred_kernels.unpatch(model) first"
+        )
+    return False
+
+
+def _check_reach(model: Any, target: float) -> None:
+    """Raise unless the target is between what the fewest tokens take and what all of them do."""
+    made: Any = anatomy(model)
+    if getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
+        raise NotImplementedError(
+            f"tokred_kernels.{OP}: counts are learned on all tokens, and the model's patch dropout leaves fewer; set "
+            "model.patch_drop = torch.nn.Identity()"
+        )
+    fewest = list(accumulate((min(block.prune_ddp.least, block.merge_ddp.least) for block in made.blocks), min))
+    everything = [made.patches + made.num_prefix] * len(fewest)
+    low, high = (_gflops_without_choice(model, tokens) for tokens in (fewest, everything))
+    if not low <= target <= high:
+        raise ValueError(
+            f"tokred_kernels.{OP}: target_gflops must be from {low:.4g}, with the fewest tokens in each block, to "
+            f"{high:.4g}, with all of them, got {target:.4g} (a multiply-add counts as two operations)"
+        )
+
+
+def _gflops_without_choice(model: Any, tokens: list[int]) -> float:
+    counted = flops.count(model, tokens=tokens)
+    entering = [int(number) for number in counted.tokens[:-1]]
+    made = anatomy(model)
+    chosen = [
+        block.tokred_step.at(block).choice_flops(number, number, parts)
+        for block, parts, number in zip(made.blocks, made.parts, entering, strict=True)
+    ]
+    return (counted.total - sum(chosen)) / 1e9
+
+
+class _Searching:
+    """While the counts are learned: train mode, and of the parameters only the counts' logits take gradients."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def __enter__(self) -> list[nn.Parameter]:
+        self.model.requires_grad_(False).train()
+        # A frozen block has a single candidate, so the gradient of its logit is zero.
+        rates = [rate for block in anatomy(self.model).blocks for rate in (block.prune_ddp, block.merge_ddp)]
+        return [rate.selected_probability.requires_grad_(True) for rate in rates]
+
+    def __exit__(self, *_: object) -> None:
+        # The last one is of masked tokens, and holds the graph of their gradients.
+        anatomy(self.model).model.tokred_record = Record()
+        for module, mode in self.modes:
+            module.training = mode
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
+
+
+def _learn(
+    model: Any,
+    logits: list[nn.Parameter],
+    batches: Iterator[Any],
+    target: float,
+    steps: int,
+    lr: float,
+    flops_weight: float,
+    criterion: Callable[[Any, Tensor], Tensor],
+    group: Any,
+    show: bool,
+) -> None:
+    device = next(model.parameters()).device
+    # Copies: AdamW takes its gradients from `grad`, and those of the model's own parameters are not ours to touch.
+    learned = [parameter.detach().clone() for parameter in logits]
+    if group is not None:
+        first = torch.distributed.get_global_rank(group, 0)
+        for parameter in learned:
+            torch.distributed.broadcast(parameter, first, group=group)
+        _write(logits, learned)
+    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LAST_RATE * lr)
+    report = _Report(steps, show)
+    with report, torch.enable_grad():
+        for step in range(steps):
+            images, labels = _batch(next(batches), step)
+            outputs = model(images.to(device))
+            loss = criterion(getattr(outputs, "logits", outputs), labels.to(device))
+            gflops = compression_flops(model)
+            whole = loss + flops_weight * (gflops / target - 1).square()
+            grads = torch.autograd.grad(whole, logits, allow_unused=True)
+            flat = torch.cat(
+                [
+                    (torch.zeros_like(own) if grad is None else grad).flatten().float()
+                    for own, grad in zip(logits, grads, strict=True)
+                ]
+            )
+            # One process's NaN is in the mean, so that all stop.
+            flat = torch.cat([flat, loss.detach().float().reshape(1)])
+            if group is not None:
+                torch.distributed.all_reduce(flat, group=group)
+                flat /= torch.distributed.get_world_size(group)
+            if not flat.isfinite().all():
+                raise FloatingPointError(
+                    f"tokred_kernels.{OP}: the loss and its gradients must be finite, got a loss of {float(flat[-1])} "
+                    f"in step {step}; look at the images and the weights"
+                )
+            for own, grad in zip(learned, flat[:-1].split([own.numel() for own in learned]), strict=True):
+                own.grad = grad.to(own.dtype)
+            optimizer.step()
+            schedule.step()
+            _write(logits, learned)
+            report.tell(step + 1, float(gflops.detach()), float(flat[-1]))
+
+
+@torch.no_grad()
+def _write(logits: list[nn.Parameter], learned: list[Tensor]) -> None:
+    for parameter, value in zip(logits, learned, strict=True):
+        parameter.copy_(value)
+
+
+def _endless(batches: Any) -> Iterator[Any]:
+    """Batch after batch, from the start again after the last."""
+    first = True
+    while True:
+        found = False
+        for batch in batches() if callable(batches) else batches:
+            found = True
+            yield batch
+        if not found:
+            raise ValueError(
+                f"tokred_kernels.{OP}: batches must give (images, labels), got "
+                + ("none" if first else "no more of them after the first time; give a DataLoader, list or function")
+            )
+        first = False
+
+
+def _batch(batch: Any, number: int) -> tuple[Tensor, Tensor]:
+    if not (isinstance(batch, (tuple, list)) and len(batch) >= 2 and all(isinstance(p, Tensor) for p in batch[:2])):
+        raise TypeError(
+            f"tokred_kernels.{OP}: batches must give (images, labels), got {type(batch).__name__} as batch {number}"
+        )
+    return batch[0], batch[1]
+
+
+class _Report:
+    """A progress bar on stderr, or a line now and then where tqdm is not installed."""
+
+    def __init__(self, steps: int, show: bool) -> None:
+        self.steps = steps
+        self.show = show
+        self.bar: Any = None
+        self.said = time.monotonic()
+
+    def __enter__(self) -> None:
+        if not self.show:
+            return
+        try:
+            from tqdm import tqdm  # noqa: PLC0415  (optional)
+        except ImportError:
+            return
+        self.bar = tqdm(total=self.steps, desc="search", unit="batch", leave=False)
+
+    def tell(self, step: int, gflops: float, loss: float) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{gflops:.4g} GFLOPs, loss {loss:.3f}", refresh=False)
+            self.bar.update()
+        elif self.show and time.monotonic() - self.said >= LINE_SECONDS:
+            self.said = time.monotonic()
+            print(f"search: batch {step} of {self.steps}, {gflops:.4g} GFLOPs, loss {loss:.3f}", file=sys.stderr)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
