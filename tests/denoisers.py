@@ -4,7 +4,7 @@
 import torch
 
 from tokred_kernels.methods import tomesd
-from tokred_kernels.models.diffusers.imports import import_diffusers
+from tokred_kernels.models.imports import import_diffusers
 from tokred_kernels.patching import patch
 
 diffusers = import_diffusers()

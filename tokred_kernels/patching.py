@@ -1,176 +1,202 @@
 # SPDX-License-Identifier: MIT
-"""Putting token reduction into the models people already use, and taking it out again."""
+"""Add a token reduction method to a model, and remove it again."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from torch import nn
 
 from tokred_kernels import backends
+from tokred_kernels.methods import ALGM, DiffRate, DynamicViT, EViT, Method, ToMe, ToMeSD
+from tokred_kernels.methods.tomesd import DENOISERS
+from tokred_kernels.models.patched import PatchInfo
+from tokred_kernels.models.spec import PATCH_INFO
+from tokred_kernels.nn.lookupvit import LookupViT
 
-# The module that puts each method in, imported at first use. It has a function `apply(model, **settings)`, which checks
-# the settings and the model (by `models.py`, or an adapter of its own), and hands it what each block shall do. Where a
-# method takes more than modules, its `resolve(model)` gives the module that is patched, and that carries the mark.
-# Where it builds another model instead, `apply` returns that.
-METHODS = {
-    "tome": "tokred_kernels.methods.tome",
-    "algm": "tokred_kernels.methods.algm.method",
-    "dynamicvit": "tokred_kernels.methods.dynamicvit",
-    "evit": "tokred_kernels.methods.evit",
-    "diffrate": "tokred_kernels.methods.diffrate.method",
-    "tomesd": "tokred_kernels.methods.tomesd",
-    "lookupvit": "tokred_kernels.methods.lookupvit",
-}
-
-# The attribute that every patched module carries: what was put in, as text, and how to take it out, `remove(module)`.
-MARK = "tokred_patch"
-# Where a diffusers pipeline keeps the module that is patched.
-INSIDE = ("unet", "transformer")
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ToMe, ALGM, DynamicViT, EViT, DiffRate, ToMeSD)}
+LOOKUPVIT = "lookupvit"
 
 Model = TypeVar("Model")
 
 
-def patch(model: Model, method: str, **settings: Any) -> Model:
-    """Make `model` reduce its tokens as it goes; its parameters and buffers stay what they are.
+def patch(model: Model, method: str | Method, *, replace: bool = False, **settings: Any) -> Model:
+    """Make `model` reduce its tokens; its parameters and buffers stay the same.
+
+    `patch(model, tk.methods.ToMe(r=8))` and `patch(model, "tome", r=8)` are the same call.
 
     Args:
-        model: of timm a VisionTransformer (ViT, DeiT with or without the distillation token, with any number of
-            register tokens, with or without a class token), or an Eva (EVA-02, DINOv3, Perception Encoder: ViTs with
-            rotary positions, of which a merged token has the mean of its members', see
-            tokred_kernels.models.rope). Of transformers the encoder of ViT, DeiT, DINOv2 with or without registers,
-            DINOv3, CLIP, MetaCLIP 2, SigLIP, I-JEPA or ViT-MSN, or its image classifier or two-tower model, whose
-            encoder is patched; inside of another model give the encoder, if what is around it takes any number of
-            tokens. For "tomesd" a diffusers pipeline, UNet or transformer. Patch it before torch.compile, DDP or the
-            like wrap it.
-        method: how tokens get fewer, and brings its own settings. The `apply` of each method's module describes them
-            in full: `from tokred_kernels.methods.algm.method import apply; help(apply)`.
+        model: one of these, before torch.compile, DDP or similar wrap it.
 
-            "tome", ToMe (tokred_kernels.methods.tome): in each block the most similar tokens merge, by their keys.
-                r: how many tokens each block removes: an int, a list, or `(r, inflect)`. Needed.
-                prop_attn: True, keys count as often as the tokens they stand for.
-                trace: True, keeps the maps of the last forward.
-            "algm", ALGM (tokred_kernels.methods.algm.method): windows merge in an early block, pairs in later ones, where alike.
-                layers, window: (1, 5), the blocks that merge, counted from 1; (2, 2), patches of a window.
-                threshold, global_threshold: 0.88, None: how alike windows, and pairs, must be.
-                count, uneven, group: "batch", "keep", None: whether images differ in how many merge; grids that the
-                    window does not divide; processes that shall agree.
-                prop_attn, trace: False, True, as for "tome".
-            "dynamicvit", DynamicViT (tokred_kernels.methods.dynamicvit): trained predictors choose what is kept, from
-            some blocks on; they are new modules of the model.
-                layers, keep: (3, 6, 9), (0.7, 0.49, 0.343), the blocks, counted from 0, and the share of all patches.
-                trace: True, as for "tome".
-            "evit", EViT (tokred_kernels.methods.evit): the class token's attention chooses; the others become one.
-                keep_rate, layers: 0.7, (3, 6, 9), the share of the tokens at hand, and the blocks, counted from 0.
-                fuse, importance, trace: True, "class", True.
-            "diffrate", DiffRate (tokred_kernels.methods.diffrate.method): the class token's attention sorts; the last are
-            pruned, and those before them merge into the others.
-                kept: None, the counts of each block: a JSON file or a dict with "prune_kept_num" and "merge_kept_num";
-                    None learns them (`diffrate_search`), by new modules of the model.
-                granularity: 1, the gap between the counts that may be learned.
-                frozen: (0,), the blocks that keep all tokens while counts are learned; (0, -1) for MAE as published.
-                prop_attn, trace: True, True, as for "tome".
-            "tomesd", ToMe for diffusion (tokred_kernels.methods.tomesd): tokens merge before the chosen parts of each
-                transformer block, and come back after.
-                ratio, stride, max_downsample: 0.5, (2, 2), 1: how many tokens merge, into those of which cells, and how
-                    coarse a grid may be.
-                merge_attn, merge_crossattn, merge_mlp: True, False, False, the parts.
-                random, generator: True, None: whether the destination of a cell is drawn, and from which generator.
-                    None: the timestep decides, so the seed of a pipeline decides its picture.
-            "lookupvit", LookupViT (tokred_kernels.methods.lookupvit): changes no model, but builds a LookupViT of its
-            weights where these correspond, for fine-tuning.
-                grid, grids: of compressed tokens; and those to draw from when training, None.
-                lookup_ratio, scatter_proj, drop_path_rate, proj_drop, attn_drop: of `nn.LookupViT`.
-        **settings: of the method.
+            - timm: a VisionTransformer (ViT, DeiT with or without distillation, any number of register tokens, with or
+              without class token), or an Eva (EVA-02, DINOv3, Perception Encoder: ViTs with rotary positions).
+            - transformers: the encoder of ViT, DeiT, DINOv2 with or without registers, DINOv3, CLIP, MetaCLIP 2,
+              SigLIP, I-JEPA or ViT-MSN, or its image classifier or two-tower model. For an encoder inside another
+              model, give the encoder, if the other model can process any number of tokens.
+            - diffusers, for ToMeSD: a pipeline, UNet or transformer.
+        method: a method of `tokred_kernels.methods` with its settings, or its name: "tome" (ToMe), "algm" (ALGM),
+            "dynamicvit" (DynamicViT), "evit" (EViT), "diffrate" (DiffRate) or "tomesd" (ToMeSD). The classes document
+            the settings. "lookupvit" is an alias for `nn.LookupViT.from_vit(model, **settings)`.
+        replace: True changes the method or the settings of a model that is already patched. Trained modules of the old
+            method (predictors, learned counts) are kept if they fit the new settings. After an error, the model is
+            unchanged. A model that is not patched is patched.
+        **settings: the settings of a method given by its name.
 
     Returns:
-        The same model, or, of "lookupvit", the new one. A model of timm or transformers gains `model.token_map`, from
-        the tokens that entered the first block (prefix tokens included; after patch dropout, where that is trained
-        with) to the final ones, and `model.token_sizes`, (B, N', 1) float32, how many of those each final token stands
-        for; both are of the last forward. For a dense grid: `unmerge(model.forward_features(images), model.token_map)`,
-        or, in transformers, `unmerge(encoder(images).last_hidden_state, encoder.token_map)`. A mean over tokens, or an
-        attention pool, before the head weighs tokens by their size. Hooks on blocks of timm see tuples
-        `(x, state, token_map)`, where `state` has the `size`, `grid` and `packing` of x, and `token_map` is that of the
-        block's merge, or None; those on layers of transformers see `(x, state, maps, tokens attended)`, and
-        `output_hidden_states` gives x. What a method adds to train (predictors, counts) is in the state dict, and comes
-        back by `load_state_dict` into a model that is patched alike; `from_pretrained` does not know of it.
+        The same model; for "lookupvit", the new one. A model of timm or transformers gets these properties of its last
+        forward: `model.token_map`, from the tokens that entered the first block (prefix tokens included, after patch
+        dropout) to the final ones, and `model.token_sizes`, (B, N', 1) float32, how many of them each final token
+        represents. `unmerge(model.forward_features(images), model.token_map)` has one token per patch again; in
+        transformers, use `encoder(images).last_hidden_state` and `encoder.token_map`. Means over tokens and attention
+        pooling before the head weigh tokens by size.
+
+        Hooks on blocks of timm get `(x, state, token_map)`, where `state` has the `size`, `grid` and `packing` of x and
+        `token_map` is the map of the block, or None. Hooks on layers of transformers get
+        `(x, state, maps, tokens attended)`, and `output_hidden_states` gives x. Trainable modules that a method adds
+        are
+        in the state dict: `load_state_dict` loads them into a model with the same patch, `from_pretrained` does not.
 
     Raises:
-        TypeError: `model` is nothing that can be patched, or a setting is unknown or of a wrong type.
-        ValueError: an unknown method, a wrong setting, or a model that is patched already.
-        NotImplementedError: a model, block or attention that the method's adapters do not know.
+        TypeError: `model` cannot be patched at all, or a setting is unknown, missing or has a wrong type.
+        ValueError: an unknown method, a wrong setting, or a model that is already patched.
+        NotImplementedError: a model, block or attention that is not supported.
         ImportError: timm, transformers or diffusers is too old, or not installed.
     """
-    if method not in METHODS:
-        raise ValueError(f"tokred_kernels.patch: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    module = importlib.import_module(METHODS[method])
-    target = module.resolve(model) if hasattr(module, "resolve") else model
-    if not isinstance(target, nn.Module):
-        raise TypeError(f"tokred_kernels.patch: model must be a torch.nn.Module, got {type(target).__name__}")
-    before = getattr(target, MARK, None)
-    if before is not None:
+    if method == LOOKUPVIT:
+        return _lookupvit(model, settings)
+    if isinstance(method, Method):
+        if settings:
+            raise TypeError(
+                f"tokred_kernels.patch: settings must be given to {type(method).__name__}(...), got "
+                f"{', '.join(settings)} beside it"
+            )
+    else:
+        if method not in METHODS:
+            names = ", ".join(map(repr, (*METHODS, LOOKUPVIT)))
+            raise ValueError(
+                f"tokred_kernels.patch: method must be a method of tokred_kernels.methods or one of {names}, got "
+                f"{method!r}"
+            )
+        kind = METHODS[method]
+        known = {field.name: field.default is MISSING for field in fields(kind)}
+        _check_settings(method, known, settings)
+        method = kind(**settings)
+    module = method.patched_module(model)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"tokred_kernels.patch: model must be a torch.nn.Module, got {type(module).__name__}")
+    info = getattr(module, PATCH_INFO, None)
+    if info is not None and not replace:
         raise ValueError(
-            f"tokred_kernels.patch: the model is already patched ({before}); "
-            "call tokred_kernels.unpatch(model) first, then patch it anew"
+            f"tokred_kernels.patch: the model is already patched ({info}); call tokred_kernels.unpatch(model) first, "
+            "or give replace=True"
         )
-    _, *known = inspect.signature(module.apply).parameters.values()
-    names = [setting.name for setting in known]
+    backends.prepare(module)
+    if info is None:
+        method.apply(module)
+    else:
+        _replace(module, info, method)
+    return model
+
+
+def _check_settings(method: str, known: dict[str, bool], settings: dict[str, Any]) -> None:
+    """Raise TypeError unless all settings are known, and all needed ones are given; `known` maps to "is needed"."""
     for name in settings:
-        if name not in names:
+        if name not in known:
             raise TypeError(
-                f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(names)}, got {name}'
+                f'tokred_kernels.patch: a setting of "{method}" must be one of {", ".join(known)}, got {name}'
             )
-    for setting in known:
-        if setting.default is setting.empty and setting.name not in settings:
+    for name, needed in known.items():
+        if needed and name not in settings:
             raise TypeError(
-                f'tokred_kernels.patch: "{method}" needs the setting {setting.name}: '
-                f'patch(model, "{method}", {setting.name}=...)'
+                f'tokred_kernels.patch: "{method}" needs the setting {name}: patch(model, "{method}", {name}=...)'
             )
-    backends.prepare(target)
-    built = module.apply(target, **settings)
-    return model if built is None else built
 
 
-def set_keep_rate(model: nn.Module, keep_rate: Any) -> None:
-    """Change the keep rate of a model patched with "evit", as training goes on; see `nn.cosine_keep_rate`.
+def _lookupvit(vit: Any, settings: dict[str, Any]) -> Any:
+    _, *known = inspect.signature(LookupViT.from_vit).parameters.values()
+    _check_settings(LOOKUPVIT, {setting.name: setting.default is setting.empty for setting in known}, settings)
+    return LookupViT.from_vit(vit, **settings)
 
-    Args:
-        model: what was patched, not a wrapper around it. A compiled one compiles anew for each number of tokens.
-        keep_rate: as in `patch`: one share for all layers, or a list with one for each.
 
-    Raises:
-        TypeError, ValueError: a wrong rate, or a model that is not patched with "evit".
-    """
-    importlib.import_module(METHODS["evit"]).set_keep_rate(model, keep_rate)
+def _replace(module: nn.Module, info: PatchInfo, method: Method) -> None:
+    """Replace a patch; after an error, restore everything that patches change."""
+    before = [
+        (part, type(part), dict(vars(part)), [(table, dict(table)) for table in _tables(part)])
+        for part in module.modules()
+    ]
+    try:
+        info._replace(modules=()).remove(module)
+        method.apply(module, reusable=info.modules)
+    except BaseException:
+        for part, kind, attributes, tables in before:
+            part.__class__ = kind
+            vars(part).clear()
+            vars(part).update(attributes)
+            for table, content in tables:
+                table.clear()
+                table.update(content)
+        raise
+    unused = set(info.modules) - set(getattr(module, PATCH_INFO).modules)
+    for part in list(module.modules()):
+        for name in unused:
+            part._modules.pop(name, None)
+
+
+def _tables(module: nn.Module) -> tuple[Any, ...]:
+    """Return the dicts inside a module that patches change."""
+    return module._modules, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
 
 
 def unpatch(model: Model) -> Model:
-    """Take out what `patch` put in: the model computes what it did before, to the bit.
+    """Remove what `patch` added: the model computes the same as before, to the bit.
 
     Args:
-        model: what was patched, or a pipeline whose `unet` or `transformer` was.
+        model: the patched model, or a pipeline whose `unet` or `transformer` is patched.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: `model` is no nn.Module, nor has one inside.
+        TypeError: `model` is not a module, and has none inside.
         ValueError: `model` is not patched.
     """
-    inside = (model, *(getattr(model, name, None) for name in INSIDE))
-    modules = [module for module in inside if isinstance(module, nn.Module)]
-    if not modules:
-        raise TypeError(f"tokred_kernels.unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
+    modules = _candidates("unpatch", model)
     for module in modules:
-        mark = getattr(module, MARK, None)
-        if mark is not None:
-            mark.remove(module)
+        info = getattr(module, PATCH_INFO, None)
+        if info is not None:
+            info.remove(module)
             return model
     parts = (part for module in modules for part in module.modules())
-    patched = next((type(part).__name__ for part in parts if MARK in vars(part)), None)
+    patched = next((type(part).__name__ for part in parts if PATCH_INFO in vars(part)), None)
     raise ValueError(
         f"tokred_kernels.unpatch: this {type(model).__name__} is not patched"
-        + ("" if patched is None else f", but the {patched} inside is: give that")
+        + ("" if patched is None else f", but the {patched} inside it is: give that")
     )
+
+
+def patched_method(model: Any) -> Method | None:
+    """Return the method that `model` is patched with, including its settings, or None.
+
+    Save it as `{"method": method.name, **dataclasses.asdict(method)}`, which is JSON, and patch a new model with
+    `patch(model, **saved)`. A process group (ALGM's `group`) and a generator (ToMeSD's `generator`) cannot be saved:
+    set them to None first by `dataclasses.replace`, and give them again in `patch(model, **{**saved, "group": group})`.
+
+    Args:
+        model: a model, or a pipeline with a `unet` or `transformer`.
+
+    Raises:
+        TypeError: `model` is not a module, and has none inside.
+    """
+    found = (getattr(module, PATCH_INFO, None) for module in _candidates("patched_method", model))
+    return next((info.method for info in found if info is not None), None)
+
+
+def _candidates(function: str, model: Any) -> list[nn.Module]:
+    """Return `model` and the denoisers of a pipeline, as far as they are modules."""
+    inside = (model, *(getattr(model, name, None) for name in DENOISERS))
+    modules = [module for module in inside if isinstance(module, nn.Module)]
+    if not modules:
+        raise TypeError(f"tokred_kernels.{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    return modules

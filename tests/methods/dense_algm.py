@@ -19,7 +19,7 @@ def forward(
     sizes = [torch.ones(len(tokens), dtype=tokens.dtype) for tokens in x]
     sources = [torch.eye(len(tokens), dtype=tokens.dtype) for tokens in x]
     prefix = model.num_prefix_tokens
-    for number, block in enumerate(model.blocks, 1):
+    for number, block in enumerate(model.blocks):
         for i, tokens in enumerate(x):
             size = sizes[i] if proportional else torch.ones_like(sizes[i])
             x[i] = tokens + block.ls1(attention(block.attn, block.norm1(tokens), size))
@@ -90,7 +90,7 @@ def pair_groups(images, layer, threshold, prefix, count):
         scores = [torch.tensor([value for value, _ in best.values()], dtype=torch.float64) for best in found]
         if threshold is None:
             means, stds = ([getattr(s, name)() for s in scores] for name in ("mean", "std"))
-            threshold = sum(means) / len(means) + sum(stds) / len(stds) / layer
+            threshold = sum(means) / len(means) + sum(stds) / len(stds) / (layer + 1)
         count = min(int((s >= threshold).sum()) for s in scores)
     results = []
     for x, best in zip(images, found, strict=True):

@@ -23,8 +23,8 @@ from torch import nn
 from written_out import block_gradients
 
 from tokred_kernels import unmerge, use_backend
-from tokred_kernels.methods.algm.calibration import Similarity, Thresholds, calibrate_thresholds
-from tokred_kernels.patching import patch, unpatch
+from tokred_kernels.methods.algm import Similarity, Thresholds, calibrate_thresholds
+from tokred_kernels.patching import patch, patched_method, unpatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,13 +37,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_paper_written_out(name, prop_attn, backend):
     model, x = make(name).double(), images().double()
-    settings = some(model, x, layers=(1, 2, 4))
+    settings = some(model, x, layers=(0, 1, 3))
     with torch.no_grad():
         expected, sizes, sources = dense_algm.forward(model, x, GRID, **settings, proportional=prop_attn)
         patch(model, "algm", **settings, prop_attn=prop_attn)
         with use_backend(backend):
             tokens = model.forward_features(x)
-    after = model.tokred_record.left
+    after = model.tokred_trace.left
     assert after[0] == 36 + model.num_prefix_tokens - 3 * 3
     assert after[0] > after[1] == after[2] > after[3]  # each of the three has merged some
     torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1e-6)
@@ -54,11 +54,11 @@ def test_equals_the_paper_written_out(name, prop_attn, backend):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"layers": (2,)},
-        {"layers": (1, 3), "window": (3, 2)},
-        {"layers": (1, 3), "window": (4, 5)},
-        {"layers": (1, 3), "global_threshold": 0.5},
-        {"layers": (1, 3), "global_threshold": -2.0},
+        {"layers": (1,)},
+        {"layers": (0, 2), "window": (3, 2)},
+        {"layers": (0, 2), "window": (4, 5)},
+        {"layers": (0, 2), "global_threshold": 0.5},
+        {"layers": (0, 2), "global_threshold": -2.0},
     ],
     ids=["one layer", "oblong window", "rim", "given global threshold", "as many pairs as can be"],
 )
@@ -79,8 +79,8 @@ def test_fixed_counts_are_those_of_the_paper_written_out(count):
     model, x = make().double(), images().double()
     counts = count if isinstance(count, list) else [count, count]
     with torch.no_grad():
-        expected, sizes, _ = dense_algm.forward(model, x, GRID, (1, 3), threshold=2.0, counts=counts)
-        tokens = patch(model, "algm", layers=[1, 3], threshold=2.0, count=count).forward_features(x)
+        expected, sizes, _ = dense_algm.forward(model, x, GRID, (0, 2), threshold=2.0, counts=counts)
+        tokens = patch(model, "algm", layers=[0, 2], threshold=2.0, count=count).forward_features(x)
     torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model.token_sizes[..., 0].double(), sizes, rtol=0, atol=0)
 
@@ -96,10 +96,10 @@ def test_gradients_are_those_of_the_paper_written_out():
 def test_calibrated_thresholds_are_read_for_their_layers():
     model, x = make(), images()
     plain, local = model(x), threshold_for(model, x)
-    found = Thresholds({1: Similarity(local, 0.0, 9), 3: Similarity(0.7, 0.25, 9)})
+    found = Thresholds({0: Similarity(local, 0.0, 9), 2: Similarity(0.7, 0.25, 9)})
 
     def run(threshold, global_threshold=None):
-        y = patch(model, "algm", layers=(1, 3), threshold=threshold, global_threshold=global_threshold)(x)
+        y = patch(model, "algm", layers=(0, 2), threshold=threshold, global_threshold=global_threshold)(x)
         unpatch(model)
         return y
 
@@ -107,15 +107,15 @@ def test_calibrated_thresholds_are_read_for_their_layers():
     assert torch.equal(run(found), run(local))
     assert not torch.equal(run(found), run(found, found))
     assert not torch.equal(run(found), plain)
-    with pytest.raises(ValueError, match="layer must be one of 1, 3, got 2"):
-        patch(model, "algm", layers=(2, 3), threshold=found)
+    with pytest.raises(ValueError, match="layer must be one of 0, 2, got 1"):
+        patch(model, "algm", layers=(1, 2), threshold=found)
 
 
 def test_calibration_and_patch_go_together():
     model, x = make(), images()
-    found = calibrate_thresholds(model, [x], layers=[1], window=(2, 2), progress=False)
-    patch(model, "algm", layers=(1, 3), threshold=found, count="image")(x)
-    assert model.tokred_patch.settings["threshold"] is found
+    found = calibrate_thresholds(model, [x], layers=[0], window=(2, 2), progress=False)
+    patch(model, "algm", layers=(0, 2), threshold=found, count="image")(x)
+    assert patched_method(model).threshold == found.threshold(0)
 
 
 def test_sizes_change_the_attention_where_asked():
@@ -133,7 +133,7 @@ def test_sizes_change_the_attention_where_asked():
 def test_where_nothing_merges_nothing_changes(count):
     model, x = make(), images()
     expected = model(x)
-    patch(model, "algm", layers=(1, 3), threshold=2.0, global_threshold=2.0, count=count)
+    patch(model, "algm", layers=(0, 2), threshold=2.0, global_threshold=2.0, count=count)
     assert torch.equal(model(x), expected)
     assert torch.equal(model.token_map.dest, torch.arange(37, dtype=torch.int32).expand(3, -1))
     assert torch.equal(model.token_sizes, torch.ones(3, 37, 1))
@@ -142,7 +142,7 @@ def test_where_nothing_merges_nothing_changes(count):
 def test_where_nothing_merges_packed_tokens_are_all_tokens():
     model, x = make(), images()
     expected = model(x)
-    patch(model, "algm", layers=(1, 3), threshold=2.0, global_threshold=2.0, count="image")
+    patch(model, "algm", layers=(0, 2), threshold=2.0, global_threshold=2.0, count="image")
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert model.token_map.packed.lengths == (37, 37, 37)
     assert torch.equal(model.token_map.dest.flatten(), torch.arange(3 * 37, dtype=torch.int32))
@@ -151,11 +151,11 @@ def test_where_nothing_merges_packed_tokens_are_all_tokens():
 def test_one_image_that_cannot_merge_keeps_the_batch_whole():
     model, x = make(), images()
     threshold = threshold_for(model, x[:1], merged=1) + 0.05  # above any of the first image
-    patch(model, "algm", layers=(1,), threshold=threshold, count="image")
+    patch(model, "algm", layers=(0,), threshold=threshold, count="image")
     model(x)
     lengths = model.token_map.packed.lengths
     assert lengths[0] == 37 > lengths[2]
-    patch(unpatch(model), "algm", layers=(1,), threshold=threshold)
+    patch(unpatch(model), "algm", layers=(0,), threshold=threshold)
     model(x)
     assert model.token_map.num_out == 37
 
@@ -165,16 +165,16 @@ def test_one_image_that_cannot_merge_keeps_the_batch_whole():
 def test_images_of_one_colour(value, count):
     model = make(no_embed_class=True)
     nn.init.zeros_(model.pos_embed)  # all patches alike, to the bit
-    patch(model, "algm", layers=(1, 3), count=count)
+    patch(model, "algm", layers=(0, 2), count=count)
     assert model(torch.full((2, 3, 48, 48), value)).isfinite().all()
     if count != COUNTS["fixed"]:
-        assert model.tokred_record.left[0] in (10, (10, 10))  # the class token and 9 windows
+        assert model.tokred_trace.left[0] in (10, (10, 10))  # the class token and 9 windows
 
 
 @pytest.mark.parametrize("pool", ["token", "avg", "map"])
 @pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
 def test_an_empty_batch(count, pool):
-    model = patch(make(global_pool=pool), "algm", layers=(1, 3), threshold=0.5, count=count)
+    model = patch(make(global_pool=pool), "algm", layers=(0, 2), threshold=0.5, count=count)
     assert model(images(0)).shape == (0, 5)
     assert model.token_map.batch == 0
     assert model.token_sizes.numel() == 0
@@ -220,16 +220,16 @@ def test_unpatch_restores_everything(count):
 
 @pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
 def test_the_grid_is_that_of_the_images(count):
-    model = patch(make(dynamic_img_size=True), "algm", layers=(1, 3), threshold=-1.0, window=(2, 3), count=count)
+    model = patch(make(dynamic_img_size=True), "algm", layers=(0, 2), threshold=-1.0, window=(2, 3), count=count)
     for size in ((48, 48), (16, 96), (64, 32), (40, 56)):
         assert model(images(2, size)).shape == (2, 5)
         down, across = size[0] // 8, size[1] // 8
         windows = (down // 2) * (across // 3)
         merged = min(windows, 3) if count == COUNTS["fixed"] else windows
         left = 1 + down * across - 5 * merged
-        assert model.tokred_record.left[0] in (left, (left, left))
+        assert model.tokred_trace.left[0] in (left, (left, left))
     # Windows of neighbours, not of whatever stands six apart: in every merged token rows and columns are as they were.
-    patch(unpatch(model), "algm", layers=(1,), threshold=-1.0, window=(2, 3))
+    patch(unpatch(model), "algm", layers=(0,), threshold=-1.0, window=(2, 3))
     model(images(1, (16, 96)))
     window = model.token_map.dest[0, 1:].view(2, 12)
     assert all(window[:, 3 * i : 3 * i + 3].unique().numel() == 1 for i in range(4))
@@ -238,11 +238,11 @@ def test_the_grid_is_that_of_the_images(count):
 @pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
 def test_an_image_smaller_than_one_window_passes_its_windows_unmerged(count):
     model = make(dynamic_img_size=True)
-    settings = {"layers": (2, 4), "window": (2, 3), "count": count, "global_threshold": -1.0}
+    settings = {"layers": (1, 3), "window": (2, 3), "count": count, "global_threshold": -1.0}
     patch(model, "algm", threshold=-1.0, **settings)
     for size in ((8, 48), (48, 16), (8, 8)):
         assert model(images(2, size)).shape == (2, 5)
-        left = model.tokred_record.left
+        left = model.tokred_trace.left
         tokens = 1 + size[0] * size[1] // 64
         assert left[1] == tokens
         assert left[3] in (tokens, (tokens, tokens)) if tokens == 2 else left[3] != tokens
@@ -257,7 +257,7 @@ def test_training_lowers_the_loss(checkpointing, count):
     rates = {"drop_path_rate": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
     model = VisionTransformer(**TINY, **rates).train()
     model.set_grad_checkpointing(checkpointing)
-    patch(model, "algm", layers=(1, 3), threshold=0.5, count=count)
+    patch(model, "algm", layers=(0, 2), threshold=0.5, count=count)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     x, labels, losses = images(8), torch.arange(8) % 5, []
     for _ in range(15):
@@ -294,9 +294,11 @@ def test_distilled_training_on_packed_tokens():
 
 
 def test_patch_dropout_leaves_no_windows():
-    model = patch(VisionTransformer(**TINY, patch_drop_rate=0.25), "algm", layers=(1, 3))
+    model = patch(VisionTransformer(**TINY, patch_drop_rate=0.25), "algm", layers=(0, 2))
     assert model.eval()(images()).shape == (3, 5)
-    with pytest.raises(NotImplementedError, match=r"patch dropout leaves 27 that are no grid; set model.patch_drop"):
+    with pytest.raises(
+        NotImplementedError, match=r"patch dropout leaves 27 patches that form none; set model.patch_drop"
+    ):
         model.train()(images())
     model.patch_drop = nn.Identity()
     assert model(images()).shape == (3, 5)
@@ -328,10 +330,10 @@ def test_copies_and_pickles_are_patched_models_of_their_own():
 
 def test_hooks_see_the_state():
     model, x, seen = make(), images(), []
-    threshold = threshold_for(model, x, layer=2)
+    threshold = threshold_for(model, x, layer=1)
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, output: seen.append(output))
-    patch(model, "algm", layers=(2, 4), threshold=threshold, count="image", trace=False)(x)
+    patch(model, "algm", layers=(1, 3), threshold=threshold, count="image", trace=False)(x)
     states = [state for _, state, _ in seen]
     assert [state.grid for state in states] == [GRID, None, None, None]
     assert [state.packing is None for state in states] == [True, False, False, False]
@@ -348,17 +350,18 @@ def test_hooks_see_the_state():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"threshold": float("nan")}, ValueError, r"patch\(threshold=\): threshold must be a number, got NaN"),
+        ({"threshold": float("nan")}, ValueError, r"ALGM\(threshold=\): threshold must be a number, got NaN"),
         ({"threshold": "0.9"}, TypeError, "threshold must be a number, got str"),
-        ({"global_threshold": float("nan")}, ValueError, r"patch\(global_threshold=\): .* got NaN"),
-        ({"global_threshold": [0.5]}, TypeError, r"patch\(global_threshold=\): .* got list"),
+        ({"global_threshold": float("nan")}, ValueError, r"ALGM\(global_threshold=\): .* got NaN"),
+        ({"global_threshold": ["0.5"]}, TypeError, r"ALGM\(global_threshold=\): .* got str"),
+        ({"global_threshold": [0.5, 0.5]}, ValueError, "a number for each of the 1 layers after the first, got 2"),
         ({"layers": ()}, ValueError, "layers must name at least one block, got none"),
         ({"layers": 1}, TypeError, "layers must be a tuple of ints, got 1"),
         ({"layers": "1"}, TypeError, "layers must be a tuple of ints, got '1'"),
         ({"layers": (1, 1)}, ValueError, r"layers must ascend, got \(1, 1\)"),
         ({"layers": (3, 1)}, ValueError, r"layers must ascend, got \(3, 1\)"),
-        ({"layers": (0, 1)}, ValueError, "layers must be at least 1, got 0"),
-        ({"layers": (1, 5)}, ValueError, "layers must be from 1 to 4, the model's last block, got 5"),
+        ({"layers": (-1, 1)}, ValueError, "layers must be at least 0, got -1"),
+        ({"layers": (1, 4)}, ValueError, "layers must be from 0 to 3, the model's last block, got 4"),
         ({"layers": (5, 3)}, ValueError, r"layers must ascend, got \(5, 3\)"),
         ({"layers": (1, 2.0)}, TypeError, r"layers must be an int, got float \(2.0\)"),
         ({"layers": (True, 2)}, TypeError, "layers must be an int, got bool"),
@@ -386,7 +389,7 @@ def test_hooks_see_the_state():
 def test_wrong_settings(settings, error, message):
     model = make()
     with pytest.raises(error, match=message):
-        patch(model, "algm", **{"layers": (1, 3), **settings})
+        patch(model, "algm", **{"layers": (0, 2), **settings})
     assert type(model) is VisionTransformer  # left as it was
     assert type(model.blocks[0]) is vit.Block
 
@@ -394,13 +397,13 @@ def test_wrong_settings(settings, error, message):
 def test_a_model_without_a_grid_is_refused():
     model = make()
     model.patch_embed = nn.Linear(3, 3)
-    with pytest.raises(NotImplementedError, match="Linear, the model's patch_embed, does not tell one"):
-        patch(model, "algm", layers=(1, 3))
+    with pytest.raises(NotImplementedError, match="Linear, the model's patch_embed, does not define one"):
+        patch(model, "algm", layers=(0, 2))
     patch(model, "tome", r=4)  # which needs none
 
 
 def test_patched_once_is_enough():
-    model = patch(make(), "algm", layers=(1, 3))
+    model = patch(make(), "algm", layers=(0, 2))
     for method, settings in (("algm", {}), ("tome", {"r": 4})):
-        with pytest.raises(ValueError, match=r'already patched \("algm", layers=\(1, 3\), window=\(2, 2\), thresh'):
+        with pytest.raises(ValueError, match=r'already patched \("algm", layers=\(0, 2\), window=\(2, 2\), thresh'):
             patch(model, method, **settings)

@@ -9,8 +9,8 @@ import torch
 import torch.utils.flop_counter
 from processes import run_together
 
-from tokred_kernels.methods.algm import calibration as calibrate
-from tokred_kernels.methods.algm.calibration import Similarity, Thresholds, calibrate_thresholds, pair_sums
+from tokred_kernels.methods.algm import Similarity, Thresholds, calibrate_thresholds, calibration
+from tokred_kernels.methods.algm.calibration import pair_sums
 from tokred_kernels.models.imports import import_timm
 from tokred_kernels.patching import patch
 
@@ -60,8 +60,8 @@ def assert_describes(similarity, values):
 @pytest.mark.parametrize("shape", [(2, 9, 4), (3, 4, 9), (1, 2, 1), (5, 1, 3), (0, 4, 3), (7, 6, 5)])
 @pytest.mark.parametrize("numbers", [1, 10**6])
 def test_sums_are_those_of_the_list(shape, numbers, monkeypatch):
-    monkeypatch.setattr(calibrate, "BLOCK_NUMBERS", numbers)
-    monkeypatch.setattr(calibrate, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(calibration, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(calibration, "BLOCK_ROWS", 2)
     x = torch.randn(shape)
     values = cosines(x)
     wanted = torch.tensor([len(values), values.sum(), values.square().sum()], dtype=torch.float64)
@@ -92,9 +92,9 @@ def test_each_layer_is_that_of_the_list(settings):
     model = make(**settings).eval()
     batches = [torch.randn(2, 3, 48, 48), torch.randn(1, 3, 48, 48)]
     thresholds = calibrate_thresholds(model, batches, progress=False)
-    assert list(thresholds.layers) == [1, 2, 3]
+    assert list(thresholds.layers) == [0, 1, 2]
     assert thresholds.window is None
-    for layer, tokens in enumerate(seen(model, batches), 1):
+    for layer, tokens in enumerate(seen(model, batches)):
         similarity = thresholds.layers[layer]
         assert_describes(similarity, torch.cat([cosines(part) for part in tokens]))
         assert thresholds.threshold(layer) == similarity.mean + similarity.std
@@ -104,7 +104,7 @@ def test_each_layer_is_that_of_the_list(settings):
 def test_windows_on_a_grid_that_they_do_not_divide():
     model = make(img_size=(40, 56)).eval()  # a grid of 5 x 7
     images = torch.randn(2, 3, 40, 56)
-    thresholds = calibrate_thresholds(model, [images], layers=(2,), window=(2, 3), progress=False)
+    thresholds = calibrate_thresholds(model, [images], layers=(1,), window=(2, 3), progress=False)
     grid = seen(model, [images])[1][0].view(2, 5, 7, -1)
     windows = [
         grid[image, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3].reshape(6, -1)
@@ -112,23 +112,23 @@ def test_windows_on_a_grid_that_they_do_not_divide():
         for row in range(2)
         for column in range(2)
     ]
-    assert list(thresholds.layers) == [2]
+    assert list(thresholds.layers) == [1]
     assert thresholds.window == (2, 3)
-    assert_describes(thresholds.layers[2], cosines(torch.stack(windows)))
+    assert_describes(thresholds.layers[1], cosines(torch.stack(windows)))
 
 
 def test_images_of_several_sizes_with_labels():
     model = make(dynamic_img_size=True).eval()
     images = [torch.randn(1, 3, 48, 48), torch.randn(2, 3, 32, 64)]
     thresholds = calibrate_thresholds(
-        model, ([x, torch.zeros(len(x))] for x in images), layers=[3], window=(2, 2), progress=False
+        model, ([x, torch.zeros(len(x))] for x in images), layers=[2], window=(2, 2), progress=False
     )
-    assert thresholds.layers[3].pairs == (9 + 2 * 8) * 6
+    assert thresholds.layers[2].pairs == (9 + 2 * 8) * 6
 
 
 def test_equal_tokens_spread_by_nothing():
     model = make(pos_embed="none", class_token=False, global_pool="avg")
-    found = calibrate_thresholds(model, [torch.ones(1, 3, 48, 48)], layers=(1,), progress=False).layers[1]
+    found = calibrate_thresholds(model, [torch.ones(1, 3, 48, 48)], layers=(0,), progress=False).layers[0]
     assert found.mean == pytest.approx(1, abs=1e-12)
     assert found.std == pytest.approx(0, abs=1e-6)
 
@@ -165,9 +165,9 @@ def test_nothing_is_left_in_the_model_after_an_exception():
         (["image"], {}, TypeError, "batches must give images .* got str as batch 0"),
         ([()], {}, TypeError, "got tuple as batch 0"),
         ([torch.zeros(3, 48, 48)], {}, ValueError, r"got shape \(3, 48, 48\) as batch 0"),
-        (None, {"layers": (1, 4)}, ValueError, "layers must be at most 3, the model's depth, got 4"),
-        (None, {"layers": (0,)}, ValueError, "layers must be at least 1, got 0"),
-        (None, {"layers": ()}, TypeError, r"layers must be a sequence of ints, counted from 1, got \(\)"),
+        (None, {"layers": (0, 3)}, ValueError, "layers must be at most 2, the last block, got 3"),
+        (None, {"layers": (-1,)}, ValueError, "layers must be at least 0, got -1"),
+        (None, {"layers": ()}, TypeError, r"layers must be a sequence of ints, counted from 0, got \(\)"),
         (None, {"layers": 1}, TypeError, "layers must be a sequence of ints"),
         (None, {"layers": (1.0,)}, TypeError, "layers must be an int, got float"),
         (None, {"window": 2}, TypeError, "window must be a pair"),
@@ -190,7 +190,7 @@ def test_a_single_token_makes_no_pair():
 def test_tokens_that_are_no_numbers(value):
     images = torch.randn(2, 3, 48, 48)
     images[1, 0, 0, 0] = value
-    with pytest.raises(ValueError, match="tokens of every layer must be finite, got NaN or infinity in layer 1, 2, 3"):
+    with pytest.raises(ValueError, match="tokens of every layer must be finite, got NaN or infinity in layer 0, 1, 2"):
         calibrate_thresholds(make(), [images], progress=False)
 
 
@@ -219,7 +219,7 @@ ENTRY = {"mean": 0.5, "std": 0.25, "pairs": 6}
 
 
 def edited(**changes):
-    content = {"version": 1, "window": None, "layers": {"1": ENTRY}}
+    content = {"version": 2, "window": None, "layers": {"1": ENTRY}}
     return json.dumps({**content, **changes})
 
 
@@ -227,17 +227,17 @@ def edited(**changes):
     ("text", "message"),
     [
         ("{", "must be JSON"),
-        ("[1]", "version must be 1, got None"),
-        (edited(version=2), "version must be 1, got 2"),
+        ("[1]", "version must be 2, which counts layers from 0, got None"),
+        (edited(version=1), "version must be 2, which counts layers from 0, got 1; calibrate again"),
         (edited(layers={}), "layers must have at least one layer, got none"),
         (edited(layers=[1]), r"layers must be an object, got \[1\]"),
         (edited(window=[2]), r"window must be two ints or null, got \(2,\)"),
         (edited(window="2x2"), "window must be two ints or null, got '2x2'"),
         (edited(window=[2, 0]), "window must be an int from 1 to .*, got 0"),
-        (edited(layers={"0": {}}), "layers must be named by numbers from 1, got '0'"),
-        (edited(layers={"one": {}}), "layers must be named by numbers from 1, got 'one'"),
-        (edited(layers={"01": {}}), "layers must be named by numbers from 1, got '01'"),
-        (edited(layers={"1" * 9999: {}}), "layers must be named by numbers from 1, got '111"),
+        (edited(layers={"-1": {}}), "layers must be named by numbers from 0, got '-1'"),
+        (edited(layers={"one": {}}), "layers must be named by numbers from 0, got 'one'"),
+        (edited(layers={"01": {}}), "layers must be named by numbers from 0, got '01'"),
+        (edited(layers={"1" * 9999: {}}), "layers must be named by numbers from 0, got '111"),
         (edited(layers={"12": ENTRY, "3": ENTRY}), "layers must ascend, got 3 after 12"),
         (edited()[:-2] + ', "1": {}}}', "must be JSON .'1' is there twice"),
         (edited(layers={"1": {"mean": 0.5}}), "layer 1 must have mean, std, pairs; missing: std, pairs"),
@@ -279,7 +279,7 @@ def test_wrong_numbers_are_neither_constructed_nor_saved(wrong, tmp_path):
         ([KNOWN.layers[1]], None, TypeError, "layers must be a dict of Similarity"),
         ({1: (0.5, 0.25, 6)}, None, TypeError, "layers must be a dict of Similarity"),
         ({}, None, ValueError, "layers must have at least one layer, got none"),
-        ({0: KNOWN.layers[1]}, None, ValueError, "a layer must be an int from 1 to .*, got 0"),
+        ({-1: KNOWN.layers[1]}, None, ValueError, "a layer must be an int from 0 to .*, got -1"),
         ({2: KNOWN.layers[1], 1: KNOWN.layers[1]}, None, ValueError, "layers must ascend, got 1 after 2"),
         (KNOWN.layers, 2, ValueError, "window must be two ints or null, got 2"),
         (KNOWN.layers, (2, -1), ValueError, "window must be an int from 1 to .*, got -1"),
@@ -316,7 +316,7 @@ def test_progress_is_shown_with_tqdm_and_without(monkeypatch, capsys):
     images = [torch.zeros(1, 3, 48, 48)] * 2
     calibrate_thresholds(make(), images, progress=False)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(calibrate, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "LINE_SECONDS", 0.0)
     monkeypatch.setitem(sys.modules, "tqdm", None)  # an import of it fails
     calibrate_thresholds(make(), images)
     assert capsys.readouterr() == ("", "calibrate: batch 1 of 2\ncalibrate: batch 2 of 2\n")

@@ -24,11 +24,11 @@ def tokens_left(rank, folder):
     x = torch.ones(2, 3, 32, 32) if rank == 0 else torch.randn(2, 3, 32, 32)
     left = {}
     for name, group in (("alone", None), ("together", distributed.group.WORLD)):
-        one = patch(copy.deepcopy(model), "algm", layers=(1, 3), threshold=0.1, group=group)
+        one = patch(copy.deepcopy(model), "algm", layers=(0, 2), threshold=0.1, group=group)
         with torch.no_grad():
             copy.deepcopy(one)(x)  # a copy shares the group
             one(x)
-        left[name] = one.tokred_record.left
+        left[name] = one.tokred_trace.left
     return left
 
 

@@ -13,11 +13,11 @@ from torch import nn
 from written_out import load_dense
 
 from tokred_kernels import flops, use_backend
+from tokred_kernels.methods.diffrate import compression_flops, kept_counts
 from tokred_kernels.methods.diffrate.method import LEAST_SIZE
 from tokred_kernels.models.imports import import_timm
-from tokred_kernels.models.state import State
+from tokred_kernels.models.state import TokenState
 from tokred_kernels.models.timm import patched as timm_patched
-from tokred_kernels.nn.diffrate import compression_flops, kept_counts
 from tokred_kernels.patching import patch, unpatch
 
 timm = import_timm()
@@ -188,7 +188,7 @@ def test_counts_hold_for_images_of_a_size_set_later():
     patch(early, "diffrate", kept=kept)
     x = images(size=96)
     assert torch.equal(late(x), early(x))
-    assert [left for _, left in late.tokred_record.counts] == [37, 37, 25, 9]
+    assert [left for _, left in late.tokred_trace.counts] == [37, 37, 25, 9]
 
 
 @pytest.mark.parametrize(("kept", "asked"), [(41, 0), (37, 0), (36, 1)])
@@ -265,7 +265,7 @@ def test_training_equals_the_paper_written_out(name, backend, granularity):
     (expected * weights).sum().backward()
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.token_sizes[..., 0].double(), sizes, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model.tokred_record.state.policy, masks, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.tokred_trace.state.policy, masks, rtol=0, atol=1e-12)
     found = 0
     for own, other in zip(logits, copies, strict=True):
         mine, theirs = (torch.zeros_like(t) if t.grad is None else t.grad for t in (own, other))
@@ -297,7 +297,7 @@ def test_masked_tokens_never_come_back():
     # Rounding, at worst, makes those that are masked worth more than the others.
     worth = torch.arange(37.0).expand(2, -1)
     x, keys = torch.randn(2, 37, 48), torch.randn(2, 3, 37, 16)
-    _, state, token_map = block.tokred_step.reduce(block, x, keys, worth, State(policy=policy))
+    _, state, token_map = block.tokred_reducer.reduce(block, x, keys, worth, TokenState(policy=policy))
     assert torch.equal(state.policy, (torch.arange(37) < 19).float().expand(2, -1))
     assert token_map.dest[0].tolist() == [0, *range(27, 0, -1), *range(28, 37)]
 
@@ -341,14 +341,14 @@ def test_unpatch_restores_to_the_bit(kept):
     assert torch.equal(model(x), expected)
     assert list(model.state_dict()) == names
     assert list(model.named_modules()) == modules
-    assert "tokred_step" not in vars(model.blocks[0])
+    assert "tokred_reducer" not in vars(model.blocks[0])
 
 
 @pytest.mark.parametrize(
     "kept,error,words",
     [
         (3, TypeError, r'kept must be a path, a dict with "prune_kept_num" and "merge_kept_num", or None, got int'),
-        ({}, ValueError, r'must have "prune_kept_num" and "merge_kept_num", got the keys of nothing'),
+        ({}, ValueError, r'must have "prune_kept_num" and "merge_kept_num", got no keys'),
         (
             {"ViT-S-DeiT": {}},
             ValueError,
@@ -356,7 +356,7 @@ def test_unpatch_restores_to_the_bit(kept):
         ),
         ({"prune_kept_num": [9] * 4}, ValueError, r"got the keys 'prune_kept_num'"),
         (given() | {"prune_kept_num": "[1, 2"}, ValueError, r"prune_kept_num must be a list, got the text '\[1, 2'"),
-        (given() | {"prune_kept_num": 9}, TypeError, "prune_kept_num must be a list with one int a block, got 9"),
+        (given() | {"prune_kept_num": 9}, TypeError, "prune_kept_num must be a list with one int per block, got 9"),
         (given() | {"merge_kept_num": [9] * 3}, ValueError, "merge_kept_num must have one number for each of 4 blocks"),
         (given() | {"merge_kept_num": [9, 9.5, 9, 9]}, TypeError, r"merge_kept_num\[1\] must be an int, got 9.5"),
         (given() | {"merge_kept_num": [9, True, 9, 9]}, TypeError, r"merge_kept_num\[1\] must be an int, got True"),
@@ -414,5 +414,5 @@ def test_blocks_must_train_or_evaluate_alike(evaluating, words):
     model = learned(counts=COUNTS["both"]).train()
     for index in evaluating:
         model.blocks[index].eval()
-    with pytest.raises(ValueError, match=f"{words}.* have every block in one mode"):
+    with pytest.raises(ValueError, match=f"{words}.* put all blocks into one mode"):
         model(images())

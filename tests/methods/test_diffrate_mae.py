@@ -12,10 +12,10 @@ from torch import nn
 from written_out import load_dense
 
 from tokred_kernels import flops
+from tokred_kernels.methods.diffrate import compression_flops, kept_counts
 from tokred_kernels.methods.diffrate.search import diffrate_search
 from tokred_kernels.models.imports import import_timm
-from tokred_kernels.models.state import Step
-from tokred_kernels.nn.diffrate import compression_flops, kept_counts
+from tokred_kernels.models.reducer import BlockReducer
 from tokred_kernels.patching import patch, unpatch
 
 VisionTransformer = import_timm().models.vision_transformer.VisionTransformer
@@ -61,7 +61,9 @@ def test_published_state_dicts_load(published, frozen):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     for index, counts in enumerate(zip(*kept_counts(model), strict=True)):
         assert (counts == (37, 37)) == (index in published)
-        assert (type(model.blocks[index].tokred_step) is Step) == (index in published), "a frozen block needs no sort"
+        assert (type(model.blocks[index].tokred_reducer) is BlockReducer) == (index in published), (
+            "a frozen block needs no sort"
+        )
     if sorted(published) != [0]:
         with pytest.raises(RuntimeError, match=r"size mismatch for blocks\.\d\.prune_ddp"):
             patch(make(), "diffrate").load_state_dict(state)
@@ -97,7 +99,7 @@ def test_evaluation_removes_nothing_in_frozen_blocks():
     model, x = learned(), torch.randn(2, 3, 48, 48)
     counts = kept_counts(model)
     y = model(x)
-    left = [after for _, after in model.tokred_record.counts]
+    left = [after for _, after in model.tokred_trace.counts]
     assert left[0] == 37 and left[-1] == left[-2] < left[1] < 37
     assert flops.count(model).gflops == pytest.approx(compression_flops(model).item(), rel=1e-6)
     plain = patch(make(), "diffrate", kept=dict(zip(("prune_kept_num", "merge_kept_num"), counts, strict=True)))
@@ -134,8 +136,8 @@ def test_the_reach_of_a_search_counts_frozen_blocks(side):
     [
         (0, TypeError, "frozen must be a tuple of ints, got 0"),
         ("0", TypeError, "frozen must be a tuple of ints, got '0'"),
-        ((0, 4), ValueError, "frozen must be at most 3, the last block, got 4"),
-        ((-5,), ValueError, "frozen must be at least -4, got -5"),
+        ((0, 4), ValueError, "frozen must be from -4 to 3, the last block, got 4"),
+        ((-5,), ValueError, "frozen must be from -4 to 3, the last block, got -5"),
         ((1.0,), TypeError, "frozen must be an int, got float"),
         ((True,), TypeError, "frozen must be an int, got bool"),
     ],
@@ -172,7 +174,7 @@ def test_published_files_give_an_entry_for_the_model_that_it_fits(tmp_path):
     file = json.loads((tmp_path / "published.json").read_text())
     model = patch(make(), "diffrate", kept=file["ViT"]["1.0"])
     model(torch.randn(1, 3, 48, 48))
-    assert [after for _, after in model.tokred_record.counts] == [37, 25, 20, 9]
+    assert [after for _, after in model.tokred_trace.counts] == [37, 25, 20, 9]
     with pytest.raises(ValueError, match="merge_kept_num must have one number for each of 4 blocks, got 8"):
         patch(make(), "diffrate", kept=file["hierarchical"]["5.2"])
     with pytest.raises(ValueError, match=r"got the keys 'ViT', 'hierarchical'; .* give one entry"):

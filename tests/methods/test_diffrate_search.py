@@ -12,9 +12,9 @@ from processes import run_together
 from torch import nn
 
 from tokred_kernels import flops
+from tokred_kernels.methods.diffrate import kept_counts
 from tokred_kernels.methods.diffrate.search import FoundRates, diffrate_search
 from tokred_kernels.models.imports import import_timm
-from tokred_kernels.nn.diffrate import kept_counts
 from tokred_kernels.patching import patch, unpatch
 
 timm = import_timm()
@@ -69,7 +69,7 @@ def test_the_loss_and_the_target_weigh_against_each_other():
     target = 0.8 * full(model)
 
     def keep_all(outputs, labels):
-        return -2 * model.tokred_record.state.policy.mean()  # the masks of all blocks together
+        return -2 * model.tokred_trace.state.policy.mean()  # the masks of all blocks together
 
     settings = {"steps": 80, "lr": 0.08, "criterion": keep_all, **LOOSE}
     light = diffrate_search(model, data(1, 2), target, flops_weight=1.0, **settings)
@@ -87,7 +87,7 @@ def test_goes_on_from_where_the_model_is():
     found = diffrate_search(model, data(), 0.9 * full(make()), **QUICK)
     assert found.prune_kept_num == [37, 37, 37]
     assert model.blocks[1].prune_ddp.selected_probability.shape == (9,)
-    assert model.tokred_patch.settings["granularity"] == 4
+    assert model.tokred_patch.method.granularity == 4
 
 
 # --- what it leaves alone
@@ -147,7 +147,7 @@ def test_batches_are_gone_through_as_often_as_it_takes():
     results = [diffrate_search(make_same(), batches, target, **{**QUICK, "steps": 5}) for batches in (fresh, data(2))]
     assert len(calls) == 3
     assert results[0] == results[1]
-    with pytest.raises(ValueError, match="no more of them after the first time; give a DataLoader"):
+    with pytest.raises(ValueError, match="got none the second time; give a DataLoader"):
         diffrate_search(make(), iter(data(2)), target, **QUICK)
     with pytest.raises(ValueError, match=r"batches must give \(images, labels\), got none"):
         diffrate_search(make(), [], target, **QUICK)

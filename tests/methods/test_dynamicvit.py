@@ -31,7 +31,7 @@ def decide_as_evaluating(monkeypatch, left=LEFT):
 
 def kept(model):
     """Which patches (B, N) each layer of the last forward, evaluating, has left."""
-    maps = model.tokred_record.maps
+    maps = model.tokred_trace.maps
     composed = [maps[0]]
     for token_map in maps[1:]:
         composed.append(composed[-1].then(token_map))
@@ -52,7 +52,7 @@ def test_evaluating_equals_the_paper_written_out(name, backend):
     torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model.token_map.source(torch.float64), sources, rtol=0, atol=0)
     assert torch.equal(model.token_sizes, torch.ones(3, 9 + model.num_prefix_tokens, 1))
-    assert model.tokred_record.left == tuple(n + model.num_prefix_tokens for n in (36, *LEFT))
+    assert model.tokred_trace.left == tuple(n + model.num_prefix_tokens for n in (36, *LEFT))
     assert model.token_decisions == ()
 
 
@@ -330,7 +330,7 @@ def test_shares_are_of_the_patches_of_each_image(size):
     model, patches = make_dynamicvit(dynamic_img_size=True), size[0] // 8 * (size[1] // 8)
     assert model(images(2, size)).shape == (2, 5)
     left = [1 + max(int(patches * share), 1) for share in KEEP]
-    assert model.tokred_record.left == (1 + patches, *left)
+    assert model.tokred_trace.left == (1 + patches, *left)
     assert model.token_map.num_tokens == 1 + patches
     assert tk.flops.count(model, size).tokens[2:] == tuple(left)
     assert model.train()(images(2, size)).shape == (2, 5)
@@ -371,7 +371,7 @@ def test_an_empty_batch_and_the_dense_grid():
 )
 def test_wrong_settings(settings, error, message):
     model = make()
-    with pytest.raises(error, match=f"tokred_kernels.patch: {message}"):
+    with pytest.raises(error, match=f"tokred_kernels.(patch|methods.DynamicViT): {message}"):
         patch(model, "dynamicvit", **{"layers": (1, 3), "keep": (0.7, 0.5), **settings})
     assert type(model) is VisionTransformer  # left as it was
     assert type(model.blocks[0]) is vit.Block

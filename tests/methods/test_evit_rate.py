@@ -87,7 +87,7 @@ def test_a_compiled_model_is_trained_by_the_schedule():
 
 def test_a_model_that_lost_the_blocks_is_told_so():
     model = make_evit()
-    last = model.tokred_patch.settings["layers"][-1]
+    last = model.tokred_patch.method.layers[-1]
     model.blocks = model.blocks[:last]
-    with pytest.raises(ValueError, match=rf"must still have the blocks .*{last}.* got {last} blocks"):
+    with pytest.raises(ValueError, match=rf"must have the blocks .*{last}.* got only {last} blocks"):
         tk.set_keep_rate(model, 0.5)

@@ -12,7 +12,8 @@ from written_out import load_dense
 
 from tokred_kernels import TokenMap, use_backend
 from tokred_kernels.methods import tomesd
-from tokred_kernels.methods.tomesd import RUN, BasicTransformerBlock, MergingBlock, Run, Settings
+from tokred_kernels.methods.tomesd import Run, ToMeSD
+from tokred_kernels.models.diffusers.merging import RUN, BasicTransformerBlock, MergingBlock
 from tokred_kernels.patching import unpatch
 
 dense_tomesd = load_dense("tomesd")
@@ -119,7 +120,7 @@ def test_all_but_the_merging_is_diffusers_own(kind, monkeypatch):
     }
     expected = block(**arguments, cross_attention_kwargs=own)
     block.__class__ = MergingBlock
-    going = Run((5, 6), Settings(0.5, (2, 2), False, tuple(PARTS.values())))
+    going = Run((5, 6), ToMeSD(random=False, **ALL))
     actual = block(**arguments, cross_attention_kwargs={**own, RUN: going})
     assert going.maps[block] is not None
     assert torch.equal(actual, expected)
@@ -196,10 +197,10 @@ def test_blocks_and_timesteps_have_draws_of_their_own_and_torch_does_not_notice(
 
 
 def test_every_place_of_a_cell_is_drawn_about_as_often():
-    counts, key = torch.zeros(6), tomesd.key_of(torch.tensor([981]), torch.device("cpu"))
+    counts, seed = torch.zeros(6), tomesd.seed_of(torch.tensor([981]), torch.device("cpu"))
     cells = 64 * 64 // 6
     for block in range(16):
-        drawn = tomesd.places(key, block, (128, 32, 2, 3, 0))
+        drawn = tomesd.hashed_places(seed, block, (128, 32, 2, 3, 0))
         counts += drawn.bincount(minlength=6)
         pairs = drawn[1:] * 6 + drawn[:-1]
         assert pairs.bincount(minlength=36).min() > 0

@@ -13,9 +13,10 @@ from denoisers import ALL, diffusers, inputs, make, patched, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tokred_kernels.methods.tomesd import BasicTransformerBlock, MergingBlock
-from tokred_kernels.models.diffusers.imports import import_diffusers
-from tokred_kernels.patching import MARK, unpatch
+from tokred_kernels.models.diffusers.merging import BasicTransformerBlock, MergingBlock
+from tokred_kernels.models.imports import import_diffusers
+from tokred_kernels.models.spec import PATCH_INFO
+from tokred_kernels.patching import unpatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,7 +75,9 @@ def test_unpatching_restores_everything():
     assert list(model.state_dict()) == keys
     assert model.to_json_string() == config
     assert type(model) is diffusers.UNet2DConditionModel
-    assert str(getattr(model, MARK)).startswith('"tomesd", ratio=0.5, max_downsample=2, stride=(2, 2), random=True')
+    assert str(getattr(model, PATCH_INFO)).startswith(
+        '"tomesd", ratio=0.5, max_downsample=2, stride=(2, 2), random=True'
+    )
     run(model, inputs())
     unpatch(model)
     assert [type(module) for module in model.modules()] == classes
@@ -181,14 +184,14 @@ def test_compiled_checkpoints_merge_alike_when_they_compute_again():
         ({"ratio": "0.5"}, TypeError, "ratio must be a number"),
         ({"ratio": True}, TypeError, "ratio must be a number"),
         ({"max_downsample": 3}, ValueError, "max_downsample must be 1, 2, 4 or 8, got 3"),
-        ({"max_downsample": 2.0}, TypeError, "max_downsample must be 1, 2, 4 or 8, got 2.0"),
+        ({"max_downsample": 2.0}, TypeError, "max_downsample must be an int, got float"),
         ({"stride": 2}, TypeError, "stride must be a pair"),
         ({"stride": (2, 0)}, ValueError, "stride width must be at least 1, got 0"),
         ({"stride": (1, 1)}, ValueError, "stride must leave sources"),
         ({"random": 1}, TypeError, "random must be True or False, got 1"),
         ({"merge_mlp": None}, TypeError, "merge_mlp must be True or False"),
         ({"merge_attn": False}, ValueError, "one of merge_attn, merge_crossattn and merge_mlp must be True"),
-        ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ({"merge_attn": False, "merge_crossattn": True}, ValueError, "a model without cross attention"),
     ],
 )
@@ -196,7 +199,7 @@ def test_wrong_settings(settings, error, message):
     model = make("dit")
     with pytest.raises(error, match=message):
         patched(model, **settings)
-    assert not hasattr(model, MARK)
+    assert not hasattr(model, PATCH_INFO)
     assert not any(type(module) is MergingBlock for module in model.modules())
 
 
@@ -208,10 +211,12 @@ def test_models_without_known_blocks():
         nn.Linear(2, 2),
         SimpleNamespace(unet=nn.Linear(2, 2)),
     ):
-        with pytest.raises(NotImplementedError, match=r"nothing was patched: .* is not supported; diffusers' UNet2D"):
+        with pytest.raises(
+            NotImplementedError, match=r"nothing was patched: .* is not supported; supported are diffusers' UNet2D"
+        ):
             patched(model)
     plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
-    with pytest.raises(NotImplementedError, match=r"nothing was patched: .* no transformer blocks that are known"):
+    with pytest.raises(NotImplementedError, match=r"nothing was patched: .* has no known transformer blocks"):
         patched(make(**plain))
     with pytest.raises(NotImplementedError, match="Patch the UNet2DConditionModel inside it, before anything wraps it"):
         patched(nn.Sequential(make()))
@@ -241,14 +246,14 @@ def test_forwards_that_were_replaced():
     del model.transformer_blocks[1].forward
     patched(model)
     model.transformer_blocks[0].forward = model.transformer_blocks[0].forward
-    with pytest.raises(RuntimeError, match="take those out again before"):
+    with pytest.raises(RuntimeError, match="remove those again before"):
         unpatch(model)
-    assert hasattr(model, MARK)
+    assert hasattr(model, PATCH_INFO)
 
 
 def test_calls_that_cannot_merge():
     model, arguments = patched(make(), **ALL), inputs()
-    with pytest.raises(NotImplementedError, match="no attention_mask"):
+    with pytest.raises(NotImplementedError, match="does not support an attention_mask"):
         model(**arguments, attention_mask=torch.ones(2, 256))
     masked = run(model, {**arguments, "encoder_attention_mask": torch.ones(2, 5)})  # over the context: that may be
     assert masked.shape == arguments["sample"].shape
@@ -260,7 +265,7 @@ def test_calls_that_cannot_merge():
     for block in model.modules():
         if type(block) is MergingBlock:
             block.set_chunk_feed_forward(1, 0)
-    with pytest.raises(NotImplementedError, match="merge_mlp does not go with a feed-forward in chunks"):
+    with pytest.raises(NotImplementedError, match="merge_mlp does not support a chunked feed-forward"):
         run(model, arguments)
     patched(unpatch(model), random=False)
     chunked = run(model, arguments)

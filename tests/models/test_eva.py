@@ -11,10 +11,10 @@ from torch import nn
 from written_out import block_gradients, load_dense
 
 from tokred_kernels import calibrate_thresholds, diffrate_search, flops, unmerge, use_backend
+from tokred_kernels.methods.diffrate import kept_counts
 from tokred_kernels.models.imports import import_timm
-from tokred_kernels.models.state import State
+from tokred_kernels.models.state import TokenState
 from tokred_kernels.nn import LinearSegmenter
-from tokred_kernels.nn.diffrate import kept_counts
 from tokred_kernels.patching import patch, unpatch
 
 timm = import_timm()
@@ -42,7 +42,7 @@ MODELS = {
     },
     "mrope": {**ROPE, "rope_type": "mrope", "rope_mrope_section": (4, 2, 2)},
 }
-METHODS = method_settings.METHODS | {"algm, packed": {"layers": (1, 3), "threshold": 0.2, "count": "image"}}
+METHODS = method_settings.METHODS | {"algm, packed": {"layers": (0, 2), "threshold": 0.2, "count": "image"}}
 BY_SIZE = ("tome", "algm", "algm, packed")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,8 +180,8 @@ def test_learned_counts_move_positions_as_tokens(training):
     set_counts(model, counts)
     assert kept_counts(model) == counts
     block, tokens = model.blocks[1], torch.randn(2, 37, 32).double()
-    state = State(patches=36, rope=tokens)
-    left, after, _ = block.tokred_step.reduce(block, tokens, None, torch.rand(2, 37), state)
+    state = TokenState(patches=36, rope=tokens)
+    left, after, _ = block.tokred_reducer.reduce(block, tokens, None, torch.rand(2, 37), state)
     assert left.shape[1] == (37 if training else 27)
     torch.testing.assert_close(after.rope, left, rtol=0, atol=0)
     assert not torch.equal(after.rope[:, :27], tokens[:, :27])
@@ -249,13 +249,13 @@ def test_attention_without_the_fused_kernel_agrees():
 def test_a_forward_leaves_no_positions_behind():
     model = put(make(), "tome")
     model(images())
-    assert model.tokred_record.state.rope is None
+    assert model.tokred_trace.state.rope is None
     assert unmerge(model.forward_features(images()), model.token_map).shape == (2, 41, 48)
 
 
 def test_what_takes_models_takes_it():
-    thresholds = calibrate_thresholds(make(), [images()], layers=[1], progress=False)
-    encoder = patch(make(), "algm", layers=(1, 3), threshold=thresholds)
+    thresholds = calibrate_thresholds(make(), [images()], layers=[0], progress=False)
+    encoder = patch(make(), "algm", layers=(0, 2), threshold=thresholds)
     assert LinearSegmenter(encoder, 7)(images()).shape == (2, 7, 48, 48)
 
 

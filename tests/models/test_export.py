@@ -7,7 +7,7 @@ from torch import nn
 
 from tokred_kernels import unmerge, use_backend
 from tokred_kernels.models.imports import import_timm
-from tokred_kernels.models.state import State
+from tokred_kernels.models.state import TokenState
 from tokred_kernels.patching import patch, unpatch
 
 timm = import_timm()
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 METHODS = {
     "tome": {"r": (3, -1)},
-    "algm": {"layers": (1, 2, 3), "count": [2, 1, 3], "prop_attn": True},
+    "algm": {"layers": (0, 1, 2), "count": [2, 1, 3], "prop_attn": True},
     "evit": {"layers": (0, 2), "importance": "mean"},
     "dynamicvit": {"layers": (0, 1, 2)},
 }
@@ -100,8 +100,8 @@ def test_compiles_once_for_all_batches_and_token_counts(backend):
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
         for batch, tokens in ((2, 65), (3, 48), (4, 100)):
             x, size = torch.randn(batch, tokens, 32), torch.rand(batch, tokens, 1) + 1
-            y, state, token_map = compiled(x, State(size))
-            expected = block(x, State(size))
+            y, state, token_map = compiled(x, TokenState(size))
+            expected = block(x, TokenState(size))
             torch.testing.assert_close(y, expected[0], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(state.size, expected[1].size)
             assert torch.equal(token_map.dest, expected[2].dest)
@@ -111,7 +111,7 @@ def test_compiles_once_for_all_batches_and_token_counts(backend):
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_counts_that_depend_on_images_compile_in_parts(backend, count):
     model, x = make(global_pool="avg"), images()
-    patch(unpatch(model), "algm", layers=(1, 3), threshold=0.1, count=count)
+    patch(unpatch(model), "algm", layers=(0, 2), threshold=0.1, count=count)
     with use_backend(backend), torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager")
         for x in (images(), images(3)):

@@ -68,15 +68,15 @@ def test_hooks_see_the_weights_of_every_method(method):
     for block in model.blocks:
         block.attn.attn_drop.register_forward_hook(lambda _, args, out: seen.append(out.shape[-1]))
     model(images())
-    assert seen == [attended for attended, _ in model.tokred_record.counts]
+    assert seen == [attended for attended, _ in model.tokred_trace.counts]
 
 
 def test_hooks_see_the_weights_of_each_packed_image():
-    seen, model = [], patch(make(), "algm", layers=(1, 3), threshold=0.2, count="image")
+    seen, model = [], patch(make(), "algm", layers=(0, 2), threshold=0.2, count="image")
     for block in model.blocks:
         block.attn.attn_drop.register_forward_hook(lambda _, args, out: seen.append(out.shape))
     model(images())
-    lengths = model.tokred_record.counts[2][0]
+    lengths = model.tokred_trace.counts[2][0]
     assert seen[3:5] == [(1, 3, length, length) for length in lengths]
 
 

@@ -9,7 +9,7 @@ from written_out import block_gradients
 
 import tokred_kernels as tk
 from tokred_kernels import unmerge, use_backend
-from tokred_kernels.models.state import State
+from tokred_kernels.models.state import TokenState
 from tokred_kernels.patching import patch, unpatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +31,7 @@ def alone(model, x, **settings):
 @pytest.mark.parametrize("name", MODELS)
 def test_each_image_comes_out_as_if_alone(name, prop_attn, backend):
     model, x = make(name), images(5)
-    settings = some(model, x, layers=(1, 2, 4), prop_attn=prop_attn)
+    settings = some(model, x, layers=(0, 1, 3), prop_attn=prop_attn)
     with use_backend(backend), torch.no_grad():
         tokens, classes, sizes, grids = zip(*alone(model, x, **settings), strict=True)
         patch(model, "algm", **settings, count="image")
@@ -91,7 +91,7 @@ def test_a_gate_sees_packed_tokens():
 
 def test_drop_path_drops_whole_packed_images():
     model = VisionTransformer(**TINY, drop_path_rate=0.5).train()
-    patch(model, "algm", layers=(1,), threshold=0.0, count="image")
+    patch(model, "algm", layers=(0,), threshold=0.0, count="image")
     seen = []
     model.blocks[3].drop_path2.register_forward_hook(lambda module, args, y: seen.append(y))
     model(images(64))
@@ -103,7 +103,7 @@ def test_drop_path_drops_whole_packed_images():
     block, (x, packing) = model.blocks[3], packed_ones([3, 1, 4, 1, 5] * 8)
     nn.init.zeros_(block.attn.proj.weight), nn.init.ones_(block.attn.proj.bias)
     nn.init.zeros_(block.mlp.fc2.weight), nn.init.zeros_(block.mlp.fc2.bias)
-    y, _, _ = block(x, State(packing=packing))
+    y, _, _ = block(x, TokenState(packing=packing))
     for rows in y.split(packing.lengths):
         assert rows.unique().tolist() in ([1.0], [3.0])
     assert y.unique().tolist() == [1.0, 3.0]

@@ -53,7 +53,7 @@ def test_what_needs_no_sizes_takes_any_tokens():
 
 @torch.no_grad()
 def test_packed_tokens_of_an_earlier_forward_are_refused():
-    model = patch(make(), "algm", layers=(1, 3), threshold=-1.0, count="image")
+    model = patch(make(), "algm", layers=(0, 2), threshold=-1.0, count="image")
     x = torch.randn(2, 3, 48, 48)
     earlier, later = model.forward_features(x), model.forward_features(x)
     assert earlier.dim() == 2
@@ -98,5 +98,5 @@ def test_threads_share_a_model():
 
 
 def test_threads_share_a_segmenter():
-    encoder = patch(make(""), "algm", layers=(1, 3), threshold=0.0)
+    encoder = patch(make(""), "algm", layers=(0, 2), threshold=0.0)
     assert_threads_share(tk.nn.LinearSegmenter(encoder, 3).eval(), torch.randn(2, 1, 3, 48, 48))

@@ -10,7 +10,7 @@ from torch import nn
 from written_out import block_gradients, load_dense
 
 from tokred_kernels import unmerge, use_backend
-from tokred_kernels.methods.schedule import removed_per_block
+from tokred_kernels.methods import ToMe
 from tokred_kernels.models.imports import import_timm
 from tokred_kernels.patching import patch, unpatch
 
@@ -134,7 +134,7 @@ def test_pool_of_other_tokens_counts_them_once():
     ],
 )
 def test_schedule(r, blocks, expected):
-    assert removed_per_block(r, blocks) == expected
+    assert ToMe(r).removed_per_block(blocks) == expected
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_schedule(r, blocks, expected):
         ([], ValueError, "one entry for each of the model's 4 blocks, got 0"),
         ((8, -1.5), ValueError, "inflect must be from -1 to 1, got -1.5"),
         ((8, float("nan")), ValueError, "inflect must be from -1 to 1"),
-        ((8, True), TypeError, "inflect True"),
-        ((8, "up"), TypeError, "inflect 'up'"),
+        ((8, True), TypeError, "inflect must be a number from -1 to 1, got True"),
+        ((8, "up"), TypeError, "inflect must be a number from -1 to 1, got 'up'"),
         ((1, 2, 3), ValueError, "a tuple of 3"),
         ((-8, 1), ValueError, r"r\[0\] = -8"),
     ],
@@ -196,7 +196,11 @@ class Subclass(VisionTransformer):
     ("model", "error", "message"),
     [
         (lambda: "vit", TypeError, "must be a torch.nn.Module, got str"),
-        (lambda: nn.Linear(2, 2), NotImplementedError, "Linear is not supported; timm's VisionTransformer"),
+        (
+            lambda: nn.Linear(2, 2),
+            NotImplementedError,
+            "Linear is not supported; supported are timm's VisionTransformer",
+        ),
         (lambda: nn.Sequential(make()), NotImplementedError, "give the VisionTransformer inside it"),
         (lambda: torch.compile(make()), NotImplementedError, "OptimizedModule is not supported.*inside it"),
         (lambda: Subclass(**TINY), NotImplementedError, "Subclass is not supported"),

@@ -17,7 +17,7 @@ from tokred_kernels.patching import patch
 timm = import_timm()
 SIZES = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
 TIES = torch.ones(2, 3, 48, 48)
-FIXED = METHODS | {"algm": {"layers": (1, 3), "count": 3}}
+FIXED = METHODS | {"algm": {"layers": (0, 2), "count": 3}}
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "fresh_dynamo"),
@@ -74,7 +74,7 @@ def test_attributes_of_the_last_forward_are_absent_before_it(build):
 
 def test_maps_that_are_not_kept_are_absent():
     model = make()
-    model.tokred_patch.settings["trace"] = False
+    model.tokred_patch.method.trace = False
     model(images())
     assert not hasattr(model, "token_map")
     assert hasattr(model, "token_sizes")
@@ -136,7 +136,7 @@ def test_onnx_files_of_models_of_transformers_take_any_batch(name):
 
 
 @pytest.mark.parametrize("count", ["batch", "image"])
-@pytest.mark.parametrize("layers", [(1,), (1, 3)])
+@pytest.mark.parametrize("layers", [(0,), (0, 2)])
 def test_counts_that_depend_on_the_images_are_not_fixed_in_silence(layers, count):
     model = timm.models.vision_transformer.VisionTransformer(**SIZES).eval()
     patch(model, "algm", layers=layers, threshold=0.2, count=count)

@@ -14,7 +14,7 @@ vit = timm.models.vision_transformer
 TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
 METHODS = {
     "tome": {"r": 4},
-    "algm": {"layers": (1, 3), "threshold": 0.0},
+    "algm": {"layers": (0, 2), "threshold": 0.0},
     "evit": {"layers": (1, 2)},
     "dynamicvit": {"layers": (1, 2), "keep": (0.7, 0.5)},
     "diffrate": {},

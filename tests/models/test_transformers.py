@@ -15,7 +15,7 @@ from method_settings import METHODS
 from torch import nn
 
 from tokred_kernels import diffrate_search, flops, set_keep_rate, unmerge
-from tokred_kernels.models.base import anatomy
+from tokred_kernels.models.base import model_spec
 from tokred_kernels.models.patched import Patched
 from tokred_kernels.patching import patch, unpatch
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 def encoder_of(model):
-    return anatomy(model).model
+    return model_spec(model).model
 
 
 def same(outputs, expected):
@@ -132,7 +132,7 @@ def test_compiled_without_graph_breaks(name):
 def test_compiled_layer_by_layer(name):
     model, x = patch(make(name), "tome", r=5), images()
     expected = result(model(x))
-    for layer in anatomy(model).blocks:
+    for layer in model_spec(model).blocks:
         layer.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(result(model(x)), expected)
 
@@ -356,7 +356,7 @@ def test_counts_are_learned(name):
 
 
 def test_images_of_other_sizes():
-    model = patch(make("vit"), "algm", layers=(1,), threshold=-1.0)
+    model = patch(make("vit"), "algm", layers=(0,), threshold=-1.0)
     model(torch.randn(1, 3, 32, 64), interpolate_pos_encoding=True)
     assert model.token_map.num_out == 1 + (4 * 8) // 4
 
@@ -401,7 +401,7 @@ def other_layer():
             lambda: Own(transformers.ViTConfig()),
             "tome",
             NotImplementedError,
-            r"Own is not supported; timm's.*transformers'",
+            r"Own is not supported; supported are timm's.*transformers'",
         ),
         (
             lambda: transformers.BeitModel(transformers.BeitConfig()),
@@ -445,7 +445,7 @@ def test_what_is_refused(build, method, error, message):
 def test_more_that_is_refused(monkeypatch):
     model, x = make("vit"), images()
     with pytest.raises(NotImplementedError, match='count="image" packs tokens'):
-        patch(model, "algm", layers=(1, 3), count="image")
+        patch(model, "algm", layers=(0, 2), count="image")
     patch(model.vit, "tome", r=2)
     with pytest.raises(ValueError, match=r'the ViTModel inside is already patched \("tome", r=2'):
         patch(model, "tome", r=2)

@@ -12,7 +12,7 @@ from tokred_kernels.patching import patch
 METHODS = method_settings.METHODS | {
     "tome": {"r": [5, 0, 7, 100]},
     "tome, sizes not in attention": {"r": 5, "prop_attn": False},
-    "algm, a number": {"layers": (1, 3), "count": 4, "prop_attn": True},
+    "algm, a number": {"layers": (0, 2), "count": 4, "prop_attn": True},
     "evit, mean": {"layers": (1, 2), "keep_rate": 0.7, "importance": "mean", "fuse": False},
 }
 WITHOUT_CLASS_TOKEN = [name for name in METHODS if name not in ("dynamicvit", "evit", "diffrate")]
@@ -118,7 +118,7 @@ def projection_of(name, timm):
 
 def test_a_grid_that_is_no_square():
     model = make("vit, encoder", image_size=(SIDE, 2 * SIDE))
-    patch(model, "algm", layers=(1,), threshold=-1.0, window=(3, 2))
+    patch(model, "algm", layers=(0,), threshold=-1.0, window=(3, 2))
     model(torch.randn(1, 3, SIDE, 2 * SIDE))
     grid = model.token_map.dest[0, 1:].reshape(6, 12)
     cells = grid.reshape(2, 3, 6, 2).transpose(1, 2).flatten(2)

@@ -9,7 +9,6 @@ import torch
 from algm_models import TINY, VisionTransformer, VisionTransformerDistilled, images, make, timm
 from torch import nn
 
-from tokred_kernels.methods.lookupvit import apply
 from tokred_kernels.nn.lookupvit import LookupViT, lookup_loss
 from tokred_kernels.nn.lookupvit_resize import resize_tokens
 from tokred_kernels.patching import patch, unpatch
@@ -61,7 +60,7 @@ def copied(source):
 def test_weights_that_correspond_are_taken(name):
     source = make(**SOURCES[name])
     before = copy.deepcopy(source.state_dict())
-    model = apply(source, grid=GRID)
+    model = LookupViT.from_vit(source, grid=GRID)
     ours, expected = dict(model.named_parameters()), copied(source)
     assert set(model.taken) == set(expected)
     for key, value in expected.items():
@@ -77,7 +76,9 @@ def test_weights_that_correspond_are_taken(name):
 
 def test_settings_are_the_models():
     source = make(img_size=(48, 32), dynamic_img_size=True, init_values=0.1).double().train()
-    model = apply(source, grid=GRID, grids=[(1, 1), (3, 2)], lookup_ratio=4, scatter_proj=True, drop_path_rate=0.2)
+    model = LookupViT.from_vit(
+        source, grid=GRID, grids=[(1, 1), (3, 2)], lookup_ratio=4, scatter_proj=True, drop_path_rate=0.2
+    )
     assert type(model) is LookupViT
     assert model.training
     assert {p.dtype for p in model.parameters()} == {torch.float64}
@@ -89,7 +90,7 @@ def test_settings_are_the_models():
     assert last.drop_path.rate == pytest.approx(0.2)
     assert torch.equal(last.ls_scatter.gamma, torch.ones(48).double())
     assert last.norm1.eps == source.blocks[0].norm1.eps
-    assert not apply(source.eval(), grid=GRID).training
+    assert not LookupViT.from_vit(source.eval(), grid=GRID).training
 
 
 def attend(block, z_p, z_l):
@@ -106,7 +107,7 @@ def attend(block, z_p, z_l):
 def test_the_first_forward_is_the_vits_but_for_a_second_attention(name, scatter_proj):
     source = make(**SOURCES[name]).double()
     size = source.patch_embed.img_size
-    model, x = apply(source, grid=GRID, scatter_proj=scatter_proj), images(2, size).double()
+    model, x = LookupViT.from_vit(source, grid=GRID, scatter_proj=scatter_proj), images(2, size).double()
     prefix = 0 if source.no_embed_class else source.num_prefix_tokens
     with torch.no_grad():
         lookup = source.patch_embed(x).flatten(1, -2) + source.pos_embed[:, prefix:]
@@ -123,7 +124,7 @@ def test_the_first_forward_is_the_vits_but_for_a_second_attention(name, scatter_
 
 def test_it_fine_tunes():
     source, x, labels = make(), images(8), torch.arange(8) % 5
-    model = apply(source.train(), grid=GRID, grids=[GRID, (2, 2)])
+    model = LookupViT.from_vit(source.train(), grid=GRID, grids=[GRID, (2, 2)])
     fresh = {name: value.detach().clone() for name, value in model.named_parameters() if name in model.fresh}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -142,9 +143,9 @@ def test_it_fine_tunes():
 
 def test_it_says_what_it_took(caplog):
     with caplog.at_level(logging.INFO, logger="tokred_kernels"):
-        model = apply(make(), grid=GRID)
+        model = LookupViT.from_vit(make(), grid=GRID)
     assert f"took {len(model.taken)} parameters from the VisionTransformer" in caplog.text
-    assert f"has {len(model.fresh)} new ones" in caplog.text
+    assert f"and {len(model.fresh)} are new" in caplog.text
 
 
 # --- by `patch`
@@ -189,7 +190,7 @@ def test_patch_refuses_other_settings():
 )
 def test_settings_that_are_refused(change, error, message):
     with pytest.raises(error, match=message):
-        apply(make(), **change)
+        LookupViT.from_vit(make(), **change)
 
 
 def plain_embed(**given):
@@ -210,16 +211,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_models_that_are_refused(what):
-    with pytest.raises(NotImplementedError, match=f'"lookupvit" has no place for {what}; .*nn.LookupViT'):
-        apply(make(**REFUSED[what]), grid=GRID)
+    with pytest.raises(NotImplementedError, match=f"a LookupViT has no counterpart for {what}; .*nn.LookupViT"):
+        LookupViT.from_vit(make(**REFUSED[what]), grid=GRID)
 
 
 def test_other_models_that_are_refused():
-    with pytest.raises(NotImplementedError, match="the distillation token of a VisionTransformerDistilled"):
-        apply(VisionTransformerDistilled(**TINY), grid=GRID)
-    with pytest.raises(NotImplementedError, match=r"LookupViT is not supported"):
-        apply(apply(make(), grid=GRID), grid=GRID)
+    with pytest.raises(NotImplementedError, match=r"no counterpart for a timm.models.deit.VisionTransformerDistilled"):
+        LookupViT.from_vit(VisionTransformerDistilled(**TINY), grid=GRID)
+    with pytest.raises(NotImplementedError, match=r"no counterpart for a tokred_kernels.nn.lookupvit.LookupViT"):
+        LookupViT.from_vit(LookupViT.from_vit(make(), grid=GRID), grid=GRID)
     other = make()
     other.blocks[2].mlp.act = nn.GELU(approximate="tanh")
     with pytest.raises(NotImplementedError, match=r"an MLP in blocks\.2"):
-        apply(other, grid=GRID)
+        LookupViT.from_vit(other, grid=GRID)

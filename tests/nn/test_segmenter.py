@@ -16,9 +16,9 @@ CLASSES = 5
 METHODS = {
     "unpatched": None,
     "tome": ("tome", {"r": 3}),
-    "algm, batch": ("algm", {"layers": (1, 3), "threshold": 0.0, "count": "batch"}),
-    "algm, image": ("algm", {"layers": (1, 3), "threshold": 0.0, "count": "image"}),
-    "algm, numbers": ("algm", {"layers": (1, 3), "count": [3, 4]}),
+    "algm, batch": ("algm", {"layers": (0, 2), "threshold": 0.0, "count": "batch"}),
+    "algm, image": ("algm", {"layers": (0, 2), "threshold": 0.0, "count": "image"}),
+    "algm, numbers": ("algm", {"layers": (0, 2), "count": [3, 4]}),
 }
 
 

@@ -1,127 +1,75 @@
 # SPDX-License-Identifier: MIT
-"""Which models can be patched, and what the methods must know of them: the one door to the libraries' adapters."""
+"""Inspect and patch a model of any supported library.
+
+Each library has a folder of its name beside this file. Its `adapter.py` has `supports(model)`, `check(model)`,
+`model_spec(model)` and `install(model, info, reducers)`, which do for its models what the functions here describe. Its
+`flops.py` has the costs outside the blocks that `tokred_kernels.flops` counts.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-from tokred_kernels.models.patched import Mark
-from tokred_kernels.models.state import Step
-from tokred_kernels.patching import MARK
-
-# The models that are known, by the package that their classes are of. Of each, the module <package>_models.py beside
-# this one has `supports(model)`, `check(model)`, `anatomy(model)` and `install(model, mark, steps)`, as here, and
-# <package>_flops.py what `flops.py` asks for.
-SUPPORTED = {
-    "timm": (
-        "timm's VisionTransformer and VisionTransformerDistilled, made of timm's Block and Attention, and Eva (EVA, "
-        "DINOv3, Perception Encoder), made of EvaBlock"
-    ),
-    "transformers": (
-        "transformers' ViT, DeiT, DINOv2 (with registers or without), DINOv3 ViT, CLIP, MetaCLIP 2, SigLIP, I-JEPA and "
-        "ViT-MSN, alone or as its image classifiers and its two-tower models have them"
-    ),
-}
-OWN_BLOCK = "write a block of your own with tokred_kernels.bipartite_match and merge_wavg"
+from tokred_kernels.models.patched import PatchInfo
+from tokred_kernels.models.reducer import BlockReducer
+from tokred_kernels.models.spec import OWN_BLOCK, PATCH_INFO, SUPPORTED, ModelSpec
 
 
-class Parts(NamedTuple):
-    """Of a block: its attention and MLP, its channels C, those of all heads together, and of one."""
+def inspect_model(model: Any) -> ModelSpec:
+    """Return the `ModelSpec` of an unpatched model.
 
-    attention: Any
-    mlp: Any
-    width: int
-    inner: int
-    head_width: int
+    Only exact classes are supported: patching would silently discard what a subclass overrides.
 
-
-class ModelSpec(NamedTuple):
-    """What the methods must know of a model.
-
-    Attributes:
-        model: the module that runs the blocks, and that carries what a method adds.
-        blocks: of transformer, in order.
-        parts: of each block.
-        patches: how many an image has, as the model was made; None where the patch embedding does not tell.
-        num_prefix: how many tokens come before the patches.
-        class_token: whether the first of them is a class token.
-        width: C.
-        grid: of the patches, down and across, as the model was made; None where images may be of any size.
-        gridless: None, or the name of the patch embedding that does not tell its grid.
-        packs: whether the model goes on with packed tokens (T, C).
-        pool: how it makes one vector of its tokens.
-        heeds_policy: whether that passes over tokens that are masked.
+    Raises:
+        NotImplementedError: the model, or a part of it, is not supported.
+        ValueError: a module inside the model is already patched.
     """
-
-    model: Any
-    blocks: Sequence[Any]
-    parts: tuple[Parts, ...]
-    patches: int | None
-    num_prefix: int
-    class_token: bool
-    width: int
-    grid: tuple[int, int] | None
-    gridless: str | None
-    packs: bool
-    pool: str
-    heeds_policy: bool
-
-
-def examine(model: Any) -> ModelSpec:
-    """What `model` is made of; raise NotImplementedError unless it and all its parts are what an adapter knows.
-
-    Exact classes, not derived ones: what a subclass overrides, a patch would overrule in silence.
-    """
-    adapter = _adapter(model)
-    if adapter is None or not adapter.supports(model):
-        patched = next((part for part in model.modules() if MARK in vars(part)), None)
+    if not _is_supported(model):
+        patched = next((part for part in model.modules() if PATCH_INFO in vars(part)), None)
         if patched is not None:
             raise ValueError(
                 f"tokred_kernels.patch: the {type(patched).__name__} inside this {type(model).__name__} is already "
-                f"patched ({getattr(patched, MARK)})"
+                f"patched ({getattr(patched, PATCH_INFO)})"
             )
-        wrapped = next((part for part in model.modules() if _supports(part)), None)
-        advice = (
-            OWN_BLOCK if wrapped is None else f"give the {type(wrapped).__name__} inside it, before anything wraps it"
-        )
+        inner = next((part for part in model.modules() if _is_supported(part)), None)
+        advice = OWN_BLOCK if inner is None else f"give the {type(inner).__name__} inside it, before anything wraps it"
         raise NotImplementedError(
-            f"tokred_kernels.patch: {type(model).__module__}.{type(model).__name__} is not supported; "
-            f"{'; and '.join(SUPPORTED.values())} are. You can {advice}"
+            f"tokred_kernels.patch: {type(model).__module__}.{type(model).__name__} is not supported; supported are "
+            f"{'; and '.join(SUPPORTED.values())}. You can {advice}"
         )
+    adapter = _adapter(model)
     adapter.check(model)
-    return adapter.anatomy(model)
+    return adapter.model_spec(model)
 
 
-def anatomy(model: Any) -> ModelSpec:
-    """The same of a model that is known to be one, patched or not."""
-    return _adapter(model).anatomy(model)
+def model_spec(model: Any) -> ModelSpec:
+    """Return the `ModelSpec` of a supported model, patched or not."""
+    if hasattr(model, PATCH_INFO) and library_of(model) is not None:
+        return _adapter(model).model_spec(model)
+    return inspect_model(model)
 
 
-def install(model: Any, mark: Mark, steps: Callable[[int], Step]) -> None:
-    """Patch `model`, which `examine` has passed: the block of each index does `steps(index)`."""
-    _adapter(model).install(model, mark, steps)
+def install(model: Any, info: PatchInfo, reducers: Callable[[int], BlockReducer]) -> None:
+    """Patch a model that `inspect_model` accepts: block number `index` gets the reducer `reducers(index)`."""
+    _adapter(model).install(model, info, reducers)
 
 
-def check_switches(**switches: Any) -> None:
-    """Raise TypeError unless each setting is True or False."""
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"tokred_kernels.patch: {name} must be True or False, got {value!r}")
-
-
-def library(model: Any) -> str | None:
-    """The package that the model's class, or one that it derives from, is of; None for one that is not known."""
+def library_of(model: Any) -> str | None:
+    """Return the supported package that defines the model's class or one of its bases, or None."""
     roots = (kind.__module__.partition(".")[0] for kind in type(model).__mro__)
     return next((root for root in roots if root in SUPPORTED), None)
 
 
+def costs_of(model: Any) -> Any:
+    """Return the module with the costs outside the blocks of a supported model."""
+    return importlib.import_module(f"tokred_kernels.models.{library_of(model)}.flops")
+
+
 def _adapter(model: Any) -> Any:
-    name = library(model)
-    return None if name is None else importlib.import_module(f"tokred_kernels.models.{name}.adapter")
+    return importlib.import_module(f"tokred_kernels.models.{library_of(model)}.adapter")
 
 
-def _supports(model: Any) -> bool:
-    adapter = _adapter(model)
-    return adapter is not None and adapter.supports(model)
+def _is_supported(model: Any) -> bool:
+    return library_of(model) is not None and _adapter(model).supports(model)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Importing timm, and libraries like it, also where torchvision's compiled operators cannot load."""
+"""Import timm and diffusers, with a clear error if they are missing or too old.
+
+The import also works if the compiled operators of torchvision cannot load.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,33 @@ from types import ModuleType
 
 import torch
 
-# Schemas that torchvision's Python code takes for granted, as its compiled library declares them.
+# Schemas that torchvision's Python code expects, as its compiled library declares them.
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 OLDEST_TIMM = (1, 0, 17)
-_library: torch.library.Library | None = None  # a Library that is collected takes its schemas with it
+_library: torch.library.Library | None = None  # the schemas live as long as this object
 
 
 def import_timm() -> ModuleType:
-    """The timm module; see `import_beside_torchvision`.
+    """Return the timm module.
 
     Raises:
-        ImportError: it is not installed, or too old for its models to be patched.
+        ImportError: it is not installed, or too old to be patched.
     """
-    timm = import_beside_torchvision("timm")
+    timm = import_with_torchvision("timm")
     check_version(timm, OLDEST_TIMM)
     return timm
 
 
+def import_diffusers() -> ModuleType:
+    """Return the diffusers module; raise ImportError if it is not installed."""
+    return import_with_torchvision("diffusers")
+
+
 def check_version(library: ModuleType, oldest: tuple[int, ...]) -> None:
-    """Raise ImportError where a library is too old for its models to be patched."""
+    """Raise ImportError if a library is too old to be patched."""
     name, version = library.__name__, library.__version__
     if tuple(map(int, re.findall(r"\d+", version)[: len(oldest)])) < oldest:
         needed = ".".join(map(str, oldest))
@@ -40,18 +48,18 @@ def check_version(library: ModuleType, oldest: tuple[int, ...]) -> None:
         )
 
 
-def import_beside_torchvision(library: str) -> ModuleType:
-    """The module of a library that imports torchvision, and is an extra of this package by the same name.
+def import_with_torchvision(library: str) -> ModuleType:
+    """Return the module of a library that imports torchvision; an extra of this package has the same name.
 
-    torchvision registers fake kernels for two of its own operators while it is imported. Where its compiled library
-    cannot load (a CPU build of torch beside a torchvision built for CUDA, say) these do not exist, and the import dies
-    of "operator torchvision::nms does not exist". No vision transformer and no diffusion model needs them, so their
-    schemas alone are declared then. Where torchvision works, or is not installed, nothing is touched.
+    While it is imported, torchvision registers fake kernels for two of its operators. If its compiled library cannot
+    load, for example one built for CUDA with a CPU build of torch, the import fails with "operator torchvision::nms
+    does not exist". No vision transformer and no diffusion model needs these operators, so this function then declares
+    their schemas. If torchvision works or is not installed, it changes nothing.
 
     Raises:
         ImportError: the library is not installed.
     """
-    # Not only before the first import: a library that imports lazily may be there, and torchvision not yet.
+    # The library can be loaded before torchvision if it imports lazily.
     if "torchvision" not in sys.modules:
         _declare_missing_operators()
     try:
@@ -67,13 +75,13 @@ def _declare_missing_operators() -> None:
     try:
         importlib.import_module("torchvision")
     except ImportError:
-        return  # not there at all: the library will say so itself
+        return  # not installed: the import of the library raises
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _library is not None:
             raise
         _library = torch.library.Library("torchvision", "DEF")
         for schema in _SCHEMAS:
             _library.define(schema)
-        # What the failed import left behind would be found half done by the next one.
+        # The next import must not find the partly initialized modules of this one.
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Rotary positions (RoPE) of tokens that stand for several.
+"""Rotary position embeddings (RoPE) of merged tokens.
 
-A rotary model turns queries and keys by where their tokens are, so that a score depends on how far apart they are. A
-merged token is in several places: it is turned by the mean of its members' rotations, each counting as it does in the
-merge. As rotations enter a score linearly, a merged key's score is then the mean of the scores that it has in the
-places of its members. What is far from one another loses the high frequencies, and is compared by content.
+A rotary model rotates queries and keys by the position of their token, so that a score depends on the distance of two
+tokens. A merged token has several positions: it uses the mean of its members' rotations, weighted as in the merge. A
+score is linear in the rotation, so the score of a merged key is the mean of the scores that it would have at the
+positions of its members. If these are far apart, the high frequencies average out, and the content decides.
 
-Where keys say what merges, they do so as queries meet them: rotated, so that of tokens with like contents near ones
-merge first, whose rotations differ least.
+Methods that match keys use the rotated keys. Among tokens with similar content, neighbors then merge first; their
+rotations differ least.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from tokred_kernels.ops.merge import merge
 from tokred_kernels.token_map import TokenMap
 
 
-def of_all_tokens(rope: Tensor, num_prefix: int) -> Tensor:
-    """The sines and cosines of patches, (B, N, 2 d), with those of prefix tokens, which nothing turns, before."""
+def prepend_prefix_rope(rope: Tensor, num_prefix: int) -> Tensor:
+    """Return the sines and cosines (B, N, 2 d) of the patches with those of unrotated prefix tokens before them."""
     width = rope.shape[-1] // 2
-    still = torch.cat([rope.new_zeros(width), rope.new_ones(width)])
-    return torch.cat([still.expand(rope.shape[0], num_prefix, -1), rope], 1)
+    identity = torch.cat([rope.new_zeros(width), rope.new_ones(width)])
+    return torch.cat([identity.expand(rope.shape[0], num_prefix, -1), rope], 1)
 
 
-def moved(rope: Tensor | None, token_map: TokenMap, weight: Tensor | None = None) -> Tensor | None:
-    """`State.rope` of the tokens that leave along `token_map`, by `weight` (B, N, 1), or (T, 1); None without one."""
+def merge_rope(rope: Tensor | None, token_map: TokenMap, weight: Tensor | None = None) -> Tensor | None:
+    """Return `TokenState.rope` of the output tokens, weighted by `weight` (B, N, 1) or (T, 1); None stays None."""
     if rope is None:
         return None
     if rope.dim() == 3:  # not packed

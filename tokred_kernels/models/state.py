@@ -1,38 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""What travels with a patched model's tokens, and what a method does with them in one block."""
+"""The state of the tokens between blocks, and the trace that a forward leaves in a patched model."""
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokred_kernels.models.rope import moved
-from tokred_kernels.namedtuples import namedtuple_replace
-from tokred_kernels.ops.merge_wavg import merge_wavg
 from tokred_kernels.packing import Packing
 from tokred_kernels.token_map import TokenMap
 
 
-class State(NamedTuple):
+class TokenState(NamedTuple):
     """What travels with the tokens from block to block.
 
     Attributes:
-        size: (B, N, 1) float32, or (T, 1), how many of the first tokens each token stands for; None for 1 each, and
-            where a method does not count.
-        grid: height and width of the patches after the prefix, as long as they are a grid: None once tokens have
-            merged, or been dropped, and where the patch embedding does not tell.
-        packing: where each image starts, once every image has a count of its own and x is (T, C); else None.
-        policy: (B, N), 1 for tokens that are kept and 0 for those that attention passes over, where a method masks
-            tokens instead of removing them; else None.
-        decisions: the policies that a method has drawn so far, without prefix tokens.
-        patches: how many tokens after the prefix entered the first block.
-        rope: where a model has rotary positions, the sines and cosines of the tokens, those of prefix tokens included:
-            (1, N, 2 d) of all images, or, once tokens have merged or been dropped, (B, N, 2 d), or (T, 2 d); of a
-            token that stands for several, their mean (see `patch.positions`).
+        size: (B, N, 1) or (T, 1) float32, how many input tokens each token represents; None if all sizes are 1, or if
+            the method does not track sizes.
+        grid: (height, width) of the patches, while they form a grid: None after tokens merged or were dropped, and if
+            the patch embedding does not define a grid.
+        packing: where each image starts if images have different numbers of tokens and x is (T, C); else None.
+        policy: (B, N), 1 for kept tokens and 0 for masked ones, for methods that mask instead of removing; else None.
+        decisions: the policies that the method has drawn so far, without prefix tokens.
+        patches: the number of patches that entered the first block.
+        rope: sines and cosines of all tokens of a model with rotary positions, prefix tokens included: (1, N, 2 d) for
+            all images, and after a reduction (B, N, 2 d) or (T, 2 d); see `models.rope`.
     """
 
     size: Tensor | None = None
@@ -44,127 +38,73 @@ class State(NamedTuple):
     rope: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a method does in one block; each block carries one. This one does nothing.
-
-    Attributes:
-        proportional: whether keys count as often as the tokens they stand for.
-    """
-
-    proportional: bool = False
-
-    def at(self, block: Any) -> Step:
-        """The step with what it takes from `block`, where that is not fixed."""
-        return self
-
-    def importance(self, tokens: int) -> str | None:
-        """The `importance` that is wanted of the block's attention over so many tokens; see `ops.token_attention`."""
-        return None
-
-    def enter(self, model: Any, x: Tensor, state: State) -> tuple[Tensor, State, TokenMap | None]:
-        """What happens before the block: x (B, N, C), or packed (T, C), its state, and the map that was followed."""
-        return x, state, None
-
-    def reduce(
-        self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
-    ) -> tuple[Tensor, State, TokenMap | None]:
-        """What happens between attention and MLP: merging along `match`, sizes tracked.
-
-        Args:
-            block: the block.
-            x: (B, N, C), or packed (T, C), the tokens after the attention residual.
-            keys: (B, H, N, d), or (T, H, d), of that attention.
-            importance: (B, N), or (T,), that it gave, or None.
-            state: of these tokens.
-
-        Returns:
-            Those that leave, their state, and the map that was followed; None where all stay.
-        """
-        token_map = self.match(x, keys, state)
-        if token_map is None:
-            return x, state, None
-        rope = moved(state.rope, token_map, state.size)
-        x, size = merge_wavg(x, token_map, state.size)
-        return x, namedtuple_replace(state, size=size, grid=None, packing=token_map.packed, rope=rope), token_map
-
-    def match(self, x: Tensor, keys: Tensor, state: State) -> TokenMap | None:
-        """Where the tokens go between attention and MLP; None where all stay."""
-        return None
-
-    def tokens_attended(self, tokens: int, grid: tuple[int, int]) -> int | None:
-        """How many of an image's `tokens` tokens the block's attention has; None where that depends on the image.
-
-        `grid` is that of the patches when they entered the first block.
-        """
-        return tokens
-
-    def tokens_after(self, tokens: int, grid: tuple[int, int]) -> int | None:
-        """How many of the `tokens` tokens of its attention leave the block; None where that depends on the image."""
-        return tokens
-
-    def choice_flops(self, entering: int, attended: int, parts: Any) -> int:
-        """The floating-point operations of choosing, an image, where so many tokens enter and so many attend.
-
-        `parts` are those of the block, `models.Parts`.
-        """
-        return 0
-
-
-def whole(size: Any) -> Any:
-    """`size`, an entry of a shape, as an int if torch.jit.trace has made a tensor of it."""
+def int_size(size: Any) -> Any:
+    """Return an entry of a shape as an int if torch.jit.trace has made it a tensor."""
     return int(size) if isinstance(size, Tensor) else size
 
 
-class Record:
-    """What the last forward did: its merges, its final state, and how many tokens there were where.
+def count_tokens(x: Tensor, state: TokenState) -> int | tuple[int, ...]:
+    """Return the tokens per image; for packed tokens, a tuple with one number per image."""
+    return x.shape[1] if state.packing is None else state.packing.lengths
 
-    A class, not a tuple, so that torch.export takes it for no tensor that a forward may not assign. It belongs to a
-    forward, not to the model: copies and pickles of the model start without.
+
+def pooling_weights(state: TokenState) -> Tensor | None:
+    """Return the weight (B, N, 1) of each final token in a mean; None if all weights are 1."""
+    if state.policy is None:
+        return state.size
+    kept = state.policy.unsqueeze(-1)
+    return kept if state.size is None else kept * state.size
+
+
+class ForwardTrace:
+    """The token maps, final state and token counts of a model's last forward.
+
+    This is a class and not a tuple because torch.export forbids a forward to assign tensors. A trace belongs to one
+    forward: copies and pickles of the model start with an empty one.
 
     Attributes:
-        maps: of each merge; None where they are not kept.
-        state: of the final tokens.
-        entered: B, N and the device of the tokens that entered the first block.
-        counts: of each block, how many tokens its attention had, and how many left it: N', or, of packed tokens, that
-            of each image.
+        maps: the map of each reduction, in order; None if they are not kept.
+        state: the state of the final tokens.
+        entered: (B, N, device) of the tokens that entered the first block; None before the first forward.
+        counts: for each block, the tokens in its attention and the tokens that left it; for packed tokens, both are
+            tuples with one number per image.
     """
 
-    # The tensor that the forward gave, as long as somebody holds it.
-    _given: weakref.ref[Tensor] | None = None
+    # The output of the forward, for as long as someone else keeps it alive.
+    _output: weakref.ref[Tensor] | None = None
 
     def __init__(
         self,
         maps: tuple[TokenMap, ...] | None = None,
-        state: State | None = None,
+        state: TokenState | None = None,
         entered: tuple[int, int, torch.device] | None = None,
         counts: tuple[tuple[int | tuple[int, ...], int | tuple[int, ...]], ...] = (),
     ) -> None:
         self.maps = maps
-        self.state = State() if state is None else state
+        self.state = TokenState() if state is None else state
         self.entered = entered
         self.counts = counts
 
-    def gave(self, x: Tensor) -> bool:
-        """Whether `x` is what this forward gave: that very tensor, or, from a compiled forward, one of its shape."""
+    def is_output(self, x: Tensor) -> bool:
+        """Return whether `x` is the output of this forward; after a compiled forward, whether it has the same shape."""
         if self.entered is None:
             return False
-        if self._given is not None:
-            return self._given() is x
+        if self._output is not None:
+            return self._output() is x
         rows = (self.entered[0], self.left[-1]) if self.state.packing is None else (self.state.packing.rows,)
         return x.shape[:-1] == rows
 
-    def remember(self, x: Tensor) -> None:
-        """Let `x` be what this forward gave. A compiler follows no weak references."""
+    def set_output(self, x: Tensor) -> None:
+        """Remember `x` as the output of this forward, except while compiling: dynamo does not trace weak references."""
         if not torch.compiler.is_compiling():
-            self._given = weakref.ref(x)
+            self._output = weakref.ref(x)
 
     def token_map(self) -> TokenMap:
-        """All maps of the forward as one.
+        """Return the composition of all maps of the forward.
 
         Raises:
-            AttributeError: the model has not run yet, or does not keep its maps. So `hasattr` works, and with it tools
-                that read every attribute of a model.
+            AttributeError: the model has not run yet, or does not keep its maps. This type lets `hasattr` work, and
+                tools that read every attribute of a model.
         """
         if self.entered is None:
             raise AttributeError("tokred_kernels: the model has no token_map before its first forward; run it once")
@@ -175,14 +115,13 @@ class Record:
         composed = self.maps[0]
         for token_map in self.maps[1:]:
             composed = composed.then(token_map)
-        # One map from now on: asking twice composes once, and the layers' maps are let go.
-        self.maps = (composed,)
+        self.maps = (composed,)  # compose once, and free the maps of the blocks
         return composed
 
     @property
     def left(self) -> tuple[int | tuple[int, ...], ...]:
-        """How many tokens left each block."""
+        """The number of tokens that left each block."""
         return tuple(after for _, after in self.counts)
 
-    def __reduce__(self) -> tuple[type[Record], tuple[()]]:
-        return Record, ()
+    def __reduce__(self) -> tuple[type[ForwardTrace], tuple[()]]:
+        return ForwardTrace, ()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tokred_kernels.flops import Flops, linear_flops
+from tokred_kernels.nn.flops import Flops, linear_flops
 from tokred_kernels.nn.lookupvit import LookupViT
 from tokred_kernels.nn.lookupvit_resize import resize_flops
 

@@ -1,149 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""ALGM's thresholds from data: how alike the tokens of a model's layers are."""
+"""Calibrate ALGM's thresholds on data."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
-import reprlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokred_kernels.checks import check_count, shape
-from tokred_kernels.files import check_fields, check_number, read_json, replace_json
-from tokred_kernels.models import base as models
-from tokred_kernels.models.patched import Mark
-from tokred_kernels.models.state import State, Step
+from tokred_kernels.methods.algm.thresholds import Similarity, Thresholds
+from tokred_kernels.methods.method import Method
+from tokred_kernels.models.base import inspect_model, install
+from tokred_kernels.models.patched import PatchInfo
+from tokred_kernels.models.reducer import BlockReducer
+from tokred_kernels.models.spec import PATCH_INFO, ModelSpec
+from tokred_kernels.models.state import TokenState
 from tokred_kernels.ops.window_match import check_pair
-from tokred_kernels.patching import MARK
 from tokred_kernels.token_map import TokenMap
 
 OP = "calibrate_thresholds"
-VERSION = 1  # of the JSON file
-COUNT: tuple[type, float, float] = (int, 1, 2**63 - 1)
-COSINE = 1 + 1e-6  # the largest, with rounding
-RANGES = {"mean": (float, -COSINE, COSINE), "std": (float, 0, COSINE), "pairs": COUNT}
 BLOCK_ROWS = 512  # of a Gram matrix at once
 BLOCK_NUMBERS = 2**23  # float64 numbers at once: 64 MiB
-LINE_SECONDS = 5.0  # between two lines where there is no progress bar
-
-
-class Similarity(NamedTuple):
-    """How alike the tokens of one layer are.
-
-    Attributes:
-        mean: of the cosines of all pairs.
-        std: their standard deviation (of the pairs as they are: divided by their number, not by one less).
-        pairs: how many pairs there were, each counted once.
-    """
-
-    mean: float
-    std: float
-    pairs: int
-
-
-@dataclass(frozen=True, repr=False)
-class Thresholds:
-    """The result of `calibrate_thresholds`: how similar the tokens of each layer are; layers count from 1.
-
-    Attributes:
-        layers: a Similarity for each layer, in ascending order.
-        window: the windows in which pairs were formed, (height, width); None for all pairs of an image.
-
-    Raises:
-        TypeError: `layers` is not a dict of Similarity.
-        ValueError: `layers` is empty or does not ascend, or a number is NaN or out of range.
-    """
-
-    layers: dict[int, Similarity]
-    window: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        _check_values("tokred_kernels.Thresholds:", self.layers, self.window)
-
-    def threshold(self, layer: int) -> float:
-        """Mean + standard deviation of the layer's cosines; above 1, where nothing merges, if they spread that far.
-
-        Raises:
-            ValueError: the layer was not calibrated.
-        """
-        if layer not in self.layers:
-            known = ", ".join(map(str, self.layers))
-            raise ValueError(f"tokred_kernels.Thresholds: layer must be one of {known}, got {layer!r}")
-        return self.layers[layer].mean + self.layers[layer].std
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the thresholds as JSON, in one step; `load` returns exactly the same numbers.
-
-        Raises:
-            OSError: the file cannot be written; an old one is unchanged.
-            ValueError: `layers` was changed to something that the class does not accept.
-        """
-        self.__post_init__()
-        layers = {str(layer): similarity._asdict() for layer, similarity in self.layers.items()}
-        replace_json(path, {"version": VERSION, "window": self.window, "layers": layers})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Thresholds:
-        """Read a file that `save` wrote.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is not JSON, has another version, a missing or unknown field, or a wrong value.
-        """
-        where = f"tokred_kernels.Thresholds.load: {os.fspath(path)}:"
-        content = read_json(where, path)
-        version = content.get("version") if isinstance(content, dict) else None
-        if type(version) is not int or version != VERSION:
-            raise ValueError(f"{where} version must be {VERSION}, got {reprlib.repr(version)}")
-        check_fields(where, content, ("version", "window", "layers"))
-        layers, window = content["layers"], content["window"]
-        if not isinstance(layers, dict):
-            raise ValueError(f"{where} layers must be an object, got {reprlib.repr(layers)}")
-        for name, entry in layers.items():
-            if not re.fullmatch("[1-9][0-9]{0,17}", name):
-                raise ValueError(f"{where} layers must be named by numbers from 1, got {reprlib.repr(name)}")
-            check_fields(f"{where} layer {name}", entry, Similarity._fields)
-        read = {int(name): Similarity(**entry) for name, entry in layers.items()}
-        window = tuple(window) if isinstance(window, list) else window
-        _check_values(where, read, window)
-        return cls(read, window)
-
-    def __repr__(self) -> str:
-        lines = [
-            f"  {layer}: {self.threshold(layer):.4f} = {mean:.4f} + {std:.4f} over {pairs:,} pairs"
-            for layer, (mean, std, pairs) in self.layers.items()
-        ]
-        where = "all pairs" if self.window is None else f"pairs in windows of {self.window[0]} x {self.window[1]}"
-        return "\n".join([f"Thresholds(layer: mean + std of the cosines of {where}", *lines]) + ")"
-
-
-def _check_values(where: str, layers: Any, window: Any) -> None:
-    """Raise TypeError or ValueError unless these can be the fields of a Thresholds."""
-    if not isinstance(layers, dict) or not all(isinstance(entry, Similarity) for entry in layers.values()):
-        raise TypeError(f"{where} layers must be a dict of Similarity, got {reprlib.repr(layers)}")
-    if not layers:
-        raise ValueError(f"{where} layers must have at least one layer, got none")
-    for layer, similarity in layers.items():
-        check_number(f"{where} a layer", layer, *COUNT)
-        for name, value in similarity._asdict().items():
-            check_number(f"{where} layer {layer}: {name}", value, *RANGES[name])
-    for before, after in pairwise(layers):
-        if after <= before:
-            raise ValueError(f"{where} layers must ascend, got {after} after {before}")
-    if window is not None:
-        if not isinstance(window, tuple) or len(window) != 2:
-            raise ValueError(f"{where} window must be two ints or null, got {reprlib.repr(window)}")
-        for length in window:
-            check_number(f"{where} window", length, *COUNT)
+LINE_SECONDS = 5.0  # between two lines if there is no progress bar
 
 
 def calibrate_thresholds(
@@ -155,69 +39,68 @@ def calibrate_thresholds(
     group: Any = None,
     progress: bool = True,
 ) -> Thresholds:
-    """How alike tokens are where ALGM merges them, and from that its thresholds: mean + standard deviation.
+    """Measure how similar tokens are where ALGM merges them, and derive its thresholds: mean + standard deviation.
 
-    In each layer asked for, between attention and MLP, where ALGM merges, the cosine of every pair of different tokens
-    of an image; class, distillation and register tokens are in no pair. A token of norm zero has cosine 0 with all
-    others. The mean and the standard deviation are of all pairs of all images together.
+    For each layer, the cosine of every pair of different tokens of an image is taken between attention and MLP. Class,
+    distillation and register tokens are in no pair, and a token of norm zero has cosine 0 with all others. Mean and
+    standard deviation are over all pairs of all images.
 
-    ALGM sets its threshold automatically, from the similarities that the plain model has on its training images. Its
-    code has only the numbers that came of it, as settings (0.88 for ViT-S on ADE20K), and its authors' answer to who
-    asks is to take the tokens of the first layer and look at their similarities. The rule here is mean + std, as in the
-    authors' global step, which adds std / layer to the mean of the best similarities of each batch; here both are of
-    all pairs of a data set. So calibrate the plain, trained model, on images prepared as for training, and give the
-    result to `patch(model, "algm", threshold=...)`.
+    ALGM derives its threshold from the similarities in the unpatched model on its training images. The published code
+    has only the resulting numbers (0.88 for ViT-S on ADE20K), and the authors advise users to look at the similarities
+    in the first layer. The rule here is mean + std. The authors' global step is similar: it adds std / layer to the
+    mean of the best similarities of each batch. Calibrate the unpatched, trained model on images that are preprocessed
+    as for training, and pass the result to `methods.ALGM(threshold=...)`.
 
     Args:
-        model: one of timm or transformers as `patch` takes it, not patched, with trained weights.
-        batches: any iterable of images (B, 3, H, W), or of tuples or lists that start with images, as a DataLoader
-            gives; sizes may differ between batches. Gone through once. Images are moved to the model's device.
-        layers: which, counted from 1; default all.
-        window: (height, width) in tokens: only pairs inside such windows of the grid, which is what the local step
-            looks at. Neighbours are far more alike than tokens at large: mean + std can pass 1, and nothing merges.
-        group: a torch.distributed process group whose processes each go through their own batches: all get the result
-            over all of them. None for this process alone.
-        progress: show a progress bar (lines, where tqdm is not installed) on stderr.
+        model: a trained timm or transformers model that `patch` supports, not patched.
+        batches: any iterable over images (B, 3, H, W), or over tuples or lists that start with images, such as a
+            DataLoader; sizes can differ between batches. It is read once. Images are moved to the model's device.
+        layers: indices of blocks, counted from 0; default all.
+        window: (height, width) in tokens: only pairs inside such windows of the grid, like the local step of ALGM.
+            Neighbors are far more similar than other tokens: mean + std can exceed 1, and then nothing merges.
+        group: a torch.distributed process group. Each process reads its own batches, and all get the result over all
+            batches. None for this process alone.
+        progress: show a progress bar on stderr, or lines if tqdm is not installed.
 
     Returns:
-        Thresholds. No similarities are kept: sums in float64, one pass, O(N C + 512 min(N, C)) numbers at a time.
+        Thresholds. No similarities are stored: one pass sums in float64, with O(N C + 512 min(N, C)) numbers in memory.
 
-    The model runs in eval mode without gradients; afterwards every part is in the mode that it was in.
+    The model runs in eval mode without gradients. Afterwards, every module has its previous mode.
 
     Raises:
         TypeError: a wrong type, also of a batch.
-        ValueError: a patched model, no images, no pairs, a layer that is not there, a window larger than the grid, or
-            tokens that are NaN or infinite.
-        NotImplementedError: a model that `patch` does not take.
-        ImportError: the model's library is too old for patches.
+        ValueError: a patched model, no images, no pairs, a missing layer, a window larger than the grid, or tokens that
+            are NaN or infinite.
+        NotImplementedError: a model that `patch` does not support.
+        ImportError: the model's library is too old.
     """
-    anatomy = _check_model(model)
-    chosen = _check_layers(layers, len(anatomy.blocks))
+    spec = _check_model(model)
+    chosen = _check_layers(layers, len(spec.blocks))
     if window is not None:
         window = check_pair(OP, "window", window)
         if window[0] * window[1] < 2:
             raise ValueError(f"tokred_kernels.{OP}: window must hold at least 2 tokens, got {window}")
     device = next(model.parameters()).device
     sums = torch.zeros(len(chosen), 3, dtype=torch.float64, device=device)
-    watching = {
-        layer - 1: _Watch(sums=sums[row], num_prefix=anatomy.num_prefix, window=window)
+    observers = {
+        layer: _PairObserver(sums=sums[row], num_prefix=spec.num_prefix, window=window)
         for row, layer in enumerate(chosen)
     }
     modes = [(module, module.training) for module in model.modules()]
-    mark = Mark(OP, {"trace": False})
+    info = PatchInfo(_Calibration())
     show = progress and (group is None or torch.distributed.get_rank(group) == 0)
-    models.install(model, mark, lambda index: watching.get(index, Step()))
+    install(model, info, lambda index: observers.get(index, BlockReducer()))
     try:
         model.eval()
         with torch.no_grad():
             for number, batch in enumerate(_with_progress(batches) if show else batches):
                 images = _images(batch, number).to(device)
-                anatomy.model(images)
-                # Over a group the others would wait for this process: there it is noticed at the end, by all.
+                spec.model(images)
+                # In a group, the other processes would wait for this one: there, all check at the end.
                 if group is None:
                     _check_finite(sums, chosen)
     finally:
-        mark.remove(model)
+        info.remove(model)
         for module, mode in modes:
             module.training = mode
     if group is not None:
@@ -229,27 +112,35 @@ def calibrate_thresholds(
     )
 
 
-def _check_model(model: Any) -> models.ModelSpec:
-    """What `model`, one that `patch` takes and that is not patched, is made of."""
+@dataclass(frozen=True)
+class _Calibration(Method):
+    """What a model is patched with during calibration."""
+
+    name: ClassVar[str] = OP
+
+    trace: bool = False
+
+
+def _check_model(model: Any) -> ModelSpec:
     if not isinstance(model, nn.Module):
         raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, MARK):
+    if hasattr(model, PATCH_INFO):
         raise ValueError(
-            f"tokred_kernels.{OP}: model must not be patched ({getattr(model, MARK)}): a threshold says how alike the "
-            "tokens of the plain model are; call tokred_kernels.unpatch(model) first"
+            f"tokred_kernels.{OP}: model must not be patched ({getattr(model, PATCH_INFO)}): thresholds describe the "
+            "tokens of the unpatched model; call tokred_kernels.unpatch(model) first"
         )
-    return models.examine(model)
+    return inspect_model(model)
 
 
 def _check_layers(layers: Any, depth: int) -> list[int]:
     if layers is None:
-        return list(range(1, depth + 1))
+        return list(range(depth))
     if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
-        raise TypeError(f"tokred_kernels.{OP}: layers must be a sequence of ints, counted from 1, got {layers!r}")
+        raise TypeError(f"tokred_kernels.{OP}: layers must be a sequence of ints, counted from 0, got {layers!r}")
     for layer in layers:
-        check_count(OP, "layers", layer, least=1)
-        if layer > depth:
-            raise ValueError(f"tokred_kernels.{OP}: layers must be at most {depth}, the model's depth, got {layer}")
+        check_count(OP, "layers", layer)
+        if layer >= depth:
+            raise ValueError(f"tokred_kernels.{OP}: layers must be at most {depth - 1}, the last block, got {layer}")
     return sorted(set(layers))
 
 
@@ -268,13 +159,13 @@ def _images(batch: Any, number: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Watch(Step):
-    """Adds up what is seen between attention and MLP of one layer, and leaves the tokens as they are.
+class _PairObserver(BlockReducer):
+    """Sum the similarities between attention and MLP of one layer, and remove nothing.
 
     Attributes:
-        sums: the row [pairs, sum of cosines, sum of their squares] of the layer.
-        num_prefix: so many leading tokens are in no pair.
-        window: where pairs are formed; None for all.
+        sums: the layer's row [pairs, sum of cosines, sum of squared cosines].
+        num_prefix: this many leading tokens are in no pair.
+        window: the windows in which pairs are formed; None for all pairs.
     """
 
     sums: Tensor
@@ -282,19 +173,19 @@ class _Watch(Step):
     window: tuple[int, int] | None
 
     def reduce(
-        self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: State
-    ) -> tuple[Tensor, State, TokenMap | None]:
-        """See `Step`."""
+        self, block: Any, x: Tensor, keys: Tensor, importance: Tensor | None, state: TokenState
+    ) -> tuple[Tensor, TokenState, TokenMap | None]:
+        """See `BlockReducer`."""
         tokens = x[:, self.num_prefix :]
         self.sums.add_(pair_sums(tokens if self.window is None else self._windows(tokens, state.grid)))
         return x, state, None
 
     def _windows(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """(B, N, C) to (B * windows, tokens of a window, C); the rim of a grid they do not divide is in no window."""
+        """Cut (B, N, C) into (B * windows, tokens of a window, C), without the rest at the right and bottom."""
         batch, _, channels = tokens.shape
         if grid is None:
             raise NotImplementedError(
-                f"tokred_kernels.{OP}: window needs the grid of patches, which the patch embedding does not know"
+                f"tokred_kernels.{OP}: window needs a grid of patches, which the patch embedding does not define"
             )
         (down, across), (height, width) = grid, self.window or (1, 1)
         if height > down or width > across:
@@ -308,16 +199,16 @@ class _Watch(Step):
 
 
 def pair_sums(x: Tensor) -> Tensor:
-    """The number, the sum and the sum of squares of the cosines of all pairs of different tokens in a group.
+    """Return number, sum and sum of squares of the cosines of all pairs of different tokens in each group.
 
     Args:
-        x: (G, n, C), groups of n tokens; of any floating dtype, computed in float64.
+        x: (G, n, C), groups of n tokens, of any floating dtype; the sums are computed in float64.
 
     Returns:
         (3,) float64. Each pair counts once.
 
-    With unit vectors u_i, sum over i != j of u_i . u_j is |sum u_i|^2 - sum |u_i|^2. Their squares sum to
-    |U U^T|^2 - sum |u_i|^4 in the Frobenius norm, which U^T U has too: the smaller of n x n and C x C is computed, in
+    With unit vectors u_i, the sum over i != j of u_i . u_j is |sum u_i|^2 - sum |u_i|^2. The squares sum to
+    |U U^T|^2 - sum |u_i|^4 in the Frobenius norm, and |U U^T| = |U^T U|: the smaller of n x n and C x C is computed, in
     blocks of rows.
     """
     groups, tokens, channels = x.shape
@@ -352,15 +243,15 @@ def _finish(pairs: float, total: float, squares: float) -> Similarity:
     if pairs == 0:
         raise ValueError(
             f"tokred_kernels.{OP}: batches must give an image of two tokens or more, got no pair of tokens; an "
-            "iterator that was gone through before gives nothing"
+            "exhausted iterator gives no batches"
         )
     mean = total / pairs
-    # Rounding can take the difference of a constant's moments below 0.
+    # Rounding can make the variance of a constant negative.
     return Similarity(mean, math.sqrt(max(squares / pairs - mean * mean, 0.0)), round(pairs))
 
 
 def _with_progress(batches: Iterable[Any]) -> Iterator[Any]:
-    """`batches`, with a bar on stderr, or a line now and then where tqdm is not installed."""
+    """Iterate over `batches` with a progress bar on stderr, or with lines if tqdm is not installed."""
     try:
         from tqdm import tqdm  # noqa: PLC0415  (optional)
     except ImportError:
@@ -371,9 +262,9 @@ def _with_progress(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _with_lines(batches: Iterable[Any]) -> Iterator[Any]:
     of = f" of {len(batches)}" if isinstance(batches, Sized) else ""
-    said = time.monotonic()
+    printed = time.monotonic()
     for number, batch in enumerate(batches, 1):
         yield batch
-        if time.monotonic() - said >= LINE_SECONDS:
-            said = time.monotonic()
+        if time.monotonic() - printed >= LINE_SECONDS:
+            printed = time.monotonic()
             print(f"calibrate: batch {number}{of}", file=sys.stderr)

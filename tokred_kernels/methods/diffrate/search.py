@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DiffRate's search: how many tokens each block keeps, learned under a budget of operations."""
+"""DiffRate's search: learn how many tokens each block keeps, for a given number of operations."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred_kernels import flops
+from tokred_kernels.backends import prepare
 from tokred_kernels.checks import check_count
 from tokred_kernels.files import replace_json
-from tokred_kernels.models.base import anatomy
-from tokred_kernels.models.state import Record
-from tokred_kernels.nn.diffrate import compression_flops, kept_counts
-from tokred_kernels.patching import MARK, patch, unpatch
+from tokred_kernels.methods.diffrate.cost import compression_flops, kept_counts
+from tokred_kernels.methods.diffrate.method import DiffRate
+from tokred_kernels.models.base import model_spec
+from tokred_kernels.models.reducer import reducer_of
+from tokred_kernels.models.spec import PATCH_INFO, TRACE
+from tokred_kernels.models.state import ForwardTrace
 
 OP = "diffrate_search"
-METHOD = "diffrate"
-LAST_RATE = 0.1  # the learning rate at the end, of that at the start, as published
-LINE_SECONDS = 5.0  # between two lines where there is no progress bar
+LAST_RATE = 0.1  # the last learning rate divided by the first, as published
+LINE_SECONDS = 5.0  # between two lines if there is no progress bar
 
 
 class FoundRates(NamedTuple):
-    """What `diffrate_search` found; as a dict, or saved, it is a `kept` for `patch(model, "diffrate", kept=...)`.
+    """The result of `diffrate_search`; as a dict or a saved file, it is a `kept` for `methods.DiffRate`.
 
     Attributes:
-        prune_kept_num: for each block, how many tokens pruning keeps, prefix tokens included.
-        merge_kept_num: for each block, how many of these merging leaves.
-        gflops: of the model with these, an image, in the units of `flops.count`.
-        target_gflops: what was asked for.
+        prune_kept_num: for each block, how many tokens are left after pruning, prefix tokens included.
+        merge_kept_num: for each block, how many of these are left after merging.
+        gflops: the model's GFLOPs per image with these counts, in the units of `flops.count`.
+        target_gflops: the target of the search.
     """
 
     prune_kept_num: list[int]
@@ -72,60 +74,59 @@ def diffrate_search(
 ) -> FoundRates:
     """Learn how many tokens each block of a trained model prunes and merges, for a number of operations (DiffRate).
 
-    Only the counts are learned, by AdamW without weight decay under a cosine schedule that ends at a tenth of `lr`;
-    the loss is `criterion(model(images), labels) + flops_weight ((gflops - target) / target)^2`. In the published code
-    the second term is 5 (gmacs - target)^2 whatever the model's size: the same as `flops_weight` 31 for DeiT-S at 2.5,
-    and 420 for DeiT-B at 9.2.
+    Only the counts are learned, by AdamW without weight decay, with a cosine schedule that ends at a tenth of `lr`. The
+    loss is `criterion(model(images), labels) + flops_weight ((gflops - target) / target)^2`. The published code has
+    5 (gmacs - target)^2 as its second term for every model size: this equals `flops_weight` 31 for DeiT-S at 2.5, and
+    420 for DeiT-B at 9.2.
 
     Args:
-        model: a vision transformer as `patch` takes it, with trained weights: patched with "diffrate" and no counts
-            given, whose counts are learned further, or not patched, which is then done. One in DistributedDataParallel
-            is taken out of it.
-        batches: (images, labels) from a DataLoader, list or the like, which is gone through as often as it takes, or a
-            function that gives one for each time. Images and labels are moved to the model's device.
-        target_gflops: what an image shall take, in the units of `flops.count(model).gflops`: a multiply-add is two
+        model: a vision transformer with trained weights that `patch` supports: either patched with DiffRate and without
+            given counts, to train these further, or not patched, to patch it first. It can be inside
+            DistributedDataParallel.
+        batches: (images, labels) from a DataLoader, list or the like, which is repeated as needed, or a function that
+            returns one for each repetition. Images and labels are moved to the model's device.
+        target_gflops: the GFLOPs per image to reach, in the units of `flops.count(model).gflops`: a multiply-add is two
             operations. Papers on vision transformers count it as one, so double their numbers.
-        steps: batches in all.
-        lr: of the counts' logits, at the start.
-        flops_weight: how much it counts to miss the target.
-        granularity: if the model is not patched, the step between the counts that can be learned. For a model of MAE,
+        steps: the number of batches in total.
+        lr: the initial learning rate of the counts' logits.
+        flops_weight: the weight of the distance to the target.
+        granularity: if the model is not patched, the gap between the counts that can be learned. For an MAE model,
             whose last block is frozen too, call `patch(model, "diffrate", frozen=(0, -1))` first.
-        criterion: the loss, of what the model returns (of transformers' outputs the logits) and the labels.
-        group: the torch.distributed process group whose processes search together, each on batches of its own: their
-            gradients are averaged, and all end with the same counts. Default: all processes, where torch.distributed
-            is set up.
-        save: a path to write the result to, as JSON, which `patch(model, "diffrate", kept=path)` reads.
-        tolerance: by which share of the target the result may be off without a warning.
-        progress: show a progress bar (lines, where tqdm is not installed) on stderr.
+        criterion: the loss of the model's output (of `logits` for outputs of transformers) and the labels.
+        group: the torch.distributed process group that searches together. Each process reads its own batches, gradients
+            are averaged, and all processes end with the same counts. Default: all processes, if torch.distributed is
+            initialized.
+        save: a path to write the result to, as JSON, for `patch(model, "diffrate", kept=path)`.
+        tolerance: warn if the result differs from the target by more than this share of it.
+        progress: show a progress bar on stderr, or lines if tqdm is not installed.
 
     Returns:
         FoundRates. The model stays patched, and evaluates with these counts.
 
-    The search runs the model in train mode, with what it has of dropout; its weights do not change, nor their `grad`.
-    In the end, and where something is raised, every part is in the mode that it was in, and requires the gradients that
-    it did; a model that was not patched before is so again where something is raised. Under `torch.autocast` with
-    bfloat16 it runs in that.
+    The search runs the model in train mode, with its dropout. Weights and their `grad` do not change. At the end, and
+    after an error, every module has its previous mode, and every parameter its previous `requires_grad`; a model that
+    was not patched before is unpatched after an error. Under `torch.autocast` with bfloat16, the search uses it.
 
     Raises:
         TypeError: a wrong type, also of a batch.
-        ValueError: a target out of reach (the message says what is in reach), a model that is patched otherwise, no
+        ValueError: an unreachable target (the message gives the range), a model that is patched differently, no
             batches, or a wrong number.
-        RuntimeError: called inside of torch.inference_mode, where nothing can be learned.
+        RuntimeError: called inside torch.inference_mode, where nothing can be learned.
         FloatingPointError: a loss that is NaN or infinite.
-        NotImplementedError: a model that `patch` does not take, or patch dropout.
-        ImportError: the model's library is too old for patches.
+        NotImplementedError: a model that `patch` does not support, or patch dropout.
+        ImportError: the model's library is too old.
 
     Warns:
-        UserWarning: the result is off the target by more than `tolerance`.
+        UserWarning: the result differs from the target by more than `tolerance`.
     """
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     _check_numbers(target_gflops=target_gflops, lr=lr, flops_weight=flops_weight, tolerance=tolerance)
     check_count(OP, "steps", steps, least=1)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"tokred_kernels.{OP}: counts are learned by gradients; call it outside of torch.inference_mode"
+            f"tokred_kernels.{OP}: counts are learned by gradients; call it outside torch.inference_mode"
         )
-    ours = _patched(inner, granularity)
+    ours = _ensure_patched(inner, granularity)
     try:
         _check_reach(inner, target_gflops)
         if group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -136,14 +137,14 @@ def diffrate_search(
         found = FoundRates(*kept_counts(inner), float(compression_flops(inner).detach()), float(target_gflops))
     except BaseException:
         if ours:
-            unpatch(inner)
+            getattr(inner, PATCH_INFO).remove(inner)
         raise
     if save is not None and (group is None or torch.distributed.get_rank(group) == 0):
         found.save(save)
     if abs(found.gflops - target_gflops) > tolerance * target_gflops:
         warnings.warn(
             f"tokred_kernels.{OP}: the counts found take {found.gflops:.4g} GFLOPs, and the target was "
-            f"{target_gflops:.4g}; search on with the same model, or with more steps, a higher lr or flops_weight",
+            f"{target_gflops:.4g}; continue with the same model, or use more steps, or a higher lr or flops_weight",
             stacklevel=2,
         )
     return found
@@ -159,31 +160,34 @@ def _check_numbers(**numbers: Any) -> None:
             raise ValueError(f"tokred_kernels.{OP}: {name} must be finite and {least}, got {value}")
 
 
-def _patched(model: Any, granularity: int) -> bool:
-    """See to it that `model` learns its counts; whether it was patched for that."""
-    mark = getattr(model, MARK, None)
-    if mark is None:
-        patch(model, METHOD, granularity=granularity)
+def _ensure_patched(model: Any, granularity: int) -> bool:
+    """Patch `model` to learn its counts, unless it is so already; return whether it was patched here."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
+    info = getattr(model, PATCH_INFO, None)
+    if info is None:
+        prepare(model)
+        DiffRate(granularity=granularity).apply(model)
         return True
-    if getattr(mark, "method", None) != METHOD or mark.settings["kept"] is not None:
+    if not isinstance(info.method, DiffRate) or info.method.kept is not None:
         raise ValueError(
-            f'tokred_kernels.{OP}: model must not be patched, or with "{METHOD}" and no counts given, got {mark}; '
-            "call tokred_kernels.unpatch(model) first"
+            f'tokred_kernels.{OP}: model must not be patched, or with "{DiffRate.name}" and no counts given, got '
+            f"{info}; call tokred_kernels.unpatch(model) first"
         )
     return False
 
 
 def _check_reach(model: Any, target: float) -> None:
-    """Raise unless the target is between what the fewest tokens take and what all of them do."""
-    made: Any = anatomy(model)
+    """Raise unless the target is between the FLOPs with the fewest tokens and with all tokens."""
+    spec: Any = model_spec(model)
     if getattr(getattr(model, "patch_drop", None), "prob", 0) > 0:
         raise NotImplementedError(
             f"tokred_kernels.{OP}: counts are learned on all tokens, and the model's patch dropout leaves fewer; set "
             "model.patch_drop = torch.nn.Identity()"
         )
-    fewest = list(accumulate((min(block.prune_ddp.least, block.merge_ddp.least) for block in made.blocks), min))
-    everything = [made.patches + made.num_prefix] * len(fewest)
-    low, high = (_gflops_without_choice(model, tokens) for tokens in (fewest, everything))
+    fewest = list(accumulate((min(block.prune_ddp.least, block.merge_ddp.least) for block in spec.blocks), min))
+    everything = [spec.num_patches + spec.num_prefix] * len(fewest)
+    low, high = (_gflops_without_selection(model, tokens) for tokens in (fewest, everything))
     if not low <= target <= high:
         raise ValueError(
             f"tokred_kernels.{OP}: target_gflops must be from {low:.4g}, with the fewest tokens in each block, to "
@@ -191,19 +195,19 @@ def _check_reach(model: Any, target: float) -> None:
         )
 
 
-def _gflops_without_choice(model: Any, tokens: list[int]) -> float:
+def _gflops_without_selection(model: Any, tokens: list[int]) -> float:
     counted = flops.count(model, tokens=tokens)
     entering = [int(number) for number in counted.tokens[:-1]]
-    made = anatomy(model)
-    chosen = [
-        block.tokred_step.at(block).choice_flops(number, number, parts)
-        for block, parts, number in zip(made.blocks, made.parts, entering, strict=True)
+    spec = model_spec(model)
+    selection = [
+        reducer_of(block).selection_flops(number, number, block_spec)
+        for block, block_spec, number in zip(spec.blocks, spec.block_specs, entering, strict=True)
     ]
-    return (counted.total - sum(chosen)) / 1e9
+    return (counted.total - sum(selection)) / 1e9
 
 
 class _Searching:
-    """While the counts are learned: train mode, and of the parameters only the counts' logits take gradients."""
+    """Context of the search: train mode, and gradients only for the logits of the counts."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -213,12 +217,12 @@ class _Searching:
     def __enter__(self) -> list[nn.Parameter]:
         self.model.requires_grad_(False).train()
         # A frozen block has a single candidate, so the gradient of its logit is zero.
-        rates = [rate for block in anatomy(self.model).blocks for rate in (block.prune_ddp, block.merge_ddp)]
+        rates = [rate for block in model_spec(self.model).blocks for rate in (block.prune_ddp, block.merge_ddp)]
         return [rate.selected_probability.requires_grad_(True) for rate in rates]
 
     def __exit__(self, *_: object) -> None:
-        # The last one is of masked tokens, and holds the graph of their gradients.
-        anatomy(self.model).model.tokred_record = Record()
+        # The last trace keeps the autograd graph of the masked tokens alive.
+        setattr(model_spec(self.model).model, TRACE, ForwardTrace())
         for module, mode in self.modes:
             module.training = mode
         for parameter, flag in self.flags:
@@ -238,7 +242,7 @@ def _learn(
     show: bool,
 ) -> None:
     device = next(model.parameters()).device
-    # Copies: AdamW takes its gradients from `grad`, and those of the model's own parameters are not ours to touch.
+    # Copies: AdamW reads `grad`, and the `grad` of the model's parameters must not change.
     learned = [parameter.detach().clone() for parameter in logits]
     if group is not None:
         first = torch.distributed.get_global_rank(group, 0)
@@ -254,15 +258,15 @@ def _learn(
             outputs = model(images.to(device))
             loss = criterion(getattr(outputs, "logits", outputs), labels.to(device))
             gflops = compression_flops(model)
-            whole = loss + flops_weight * (gflops / target - 1).square()
-            grads = torch.autograd.grad(whole, logits, allow_unused=True)
+            total = loss + flops_weight * (gflops / target - 1).square()
+            grads = torch.autograd.grad(total, logits, allow_unused=True)
             flat = torch.cat(
                 [
                     (torch.zeros_like(own) if grad is None else grad).flatten().float()
                     for own, grad in zip(logits, grads, strict=True)
                 ]
             )
-            # One process's NaN is in the mean, so that all stop.
+            # A NaN of one process reaches the mean, so all processes stop.
             flat = torch.cat([flat, loss.detach().float().reshape(1)])
             if group is not None:
                 torch.distributed.all_reduce(flat, group=group)
@@ -277,7 +281,7 @@ def _learn(
             optimizer.step()
             schedule.step()
             _write(logits, learned)
-            report.tell(step + 1, float(gflops.detach()), float(flat[-1]))
+            report.update(step + 1, float(gflops.detach()), float(flat[-1]))
 
 
 @torch.no_grad()
@@ -287,7 +291,7 @@ def _write(logits: list[nn.Parameter], learned: list[Tensor]) -> None:
 
 
 def _endless(batches: Any) -> Iterator[Any]:
-    """Batch after batch, from the start again after the last."""
+    """Iterate over the batches, again and again."""
     first = True
     while True:
         found = False
@@ -297,7 +301,7 @@ def _endless(batches: Any) -> Iterator[Any]:
         if not found:
             raise ValueError(
                 f"tokred_kernels.{OP}: batches must give (images, labels), got "
-                + ("none" if first else "no more of them after the first time; give a DataLoader, list or function")
+                + ("none" if first else "none the second time; give a DataLoader, list or function")
             )
         first = False
 
@@ -311,13 +315,13 @@ def _batch(batch: Any, number: int) -> tuple[Tensor, Tensor]:
 
 
 class _Report:
-    """A progress bar on stderr, or a line now and then where tqdm is not installed."""
+    """A progress bar on stderr, or lines if tqdm is not installed."""
 
     def __init__(self, steps: int, show: bool) -> None:
         self.steps = steps
         self.show = show
         self.bar: Any = None
-        self.said = time.monotonic()
+        self.printed = time.monotonic()
 
     def __enter__(self) -> None:
         if not self.show:
@@ -328,12 +332,12 @@ class _Report:
             return
         self.bar = tqdm(total=self.steps, desc="search", unit="batch", leave=False)
 
-    def tell(self, step: int, gflops: float, loss: float) -> None:
+    def update(self, step: int, gflops: float, loss: float) -> None:
         if self.bar is not None:
             self.bar.set_postfix_str(f"{gflops:.4g} GFLOPs, loss {loss:.3f}", refresh=False)
             self.bar.update()
-        elif self.show and time.monotonic() - self.said >= LINE_SECONDS:
-            self.said = time.monotonic()
+        elif self.show and time.monotonic() - self.printed >= LINE_SECONDS:
+            self.printed = time.monotonic()
             print(f"search: batch {step} of {self.steps}, {gflops:.4g} GFLOPs, loss {loss:.3f}", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""timm's Eva, patched: EVA, EVA-02, DINOv3, Perception Encoder, and other ViTs with rotary positions."""
+"""Patched classes of timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder, and other ViTs with rotary positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokred_kernels.models.imports import import_timm
-from tokred_kernels.models.rope import of_all_tokens
+from tokred_kernels.models.rope import prepend_prefix_rope
 from tokred_kernels.models.timm.patched import PatchedPreNormBlock, PatchedSelfAttention, PatchedTransformer
 
 import_timm()
@@ -25,17 +25,17 @@ class PatchedEvaAttention(PatchedSelfAttention, EvaAttention):  # type: ignore[m
     original = EvaAttention
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """See `PatchedSelfAttention`; where one layer makes all three, their biases are by themselves."""
+        """See `PatchedSelfAttention`; a joint layer of queries, keys and values has separate biases."""
         if self.qkv is None or self.q_bias is None:
             return super().heads(x)
         biases: Any = (self.q_bias, self.k_bias, self.v_bias)
         bias = torch.cat(biases)
-        # Rounded once more where it is added by itself, which low precision shows.
+        # As in timm: a separate addition rounds once more, which low precision shows.
         return self.split(self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias))
 
 
 class PatchedAttentionRope(PatchedSelfAttention, AttentionRope):  # type: ignore[misc]
-    """timm's AttentionRope, which may have fewer heads of keys and values."""
+    """timm's AttentionRope, which can have fewer heads of keys and values than of queries."""
 
     original = AttentionRope
 
@@ -60,7 +60,7 @@ class PatchedEva(PatchedTransformer, Eva):
         """See `PatchedTransformer`."""
         x, rope = self._pos_embed(self.patch_embed(x))
         if rope is not None:
-            # After patch dropout each image has its own, with a dimension for heads.
+            # After patch dropout, each image has its own positions, and there is a dimension for heads.
             rope = rope.squeeze(1) if rope.dim() == 4 else rope.unsqueeze(0)
-            rope = of_all_tokens(rope, self.num_prefix_tokens)
+            rope = prepend_prefix_rope(rope, self.num_prefix_tokens)
         return self.norm_pre(x), rope

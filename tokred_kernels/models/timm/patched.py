@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What all of timm's transformers that are patched share, whatever their blocks are made of.
+"""Base classes of the patched classes of timm's transformers.
 
-A patched module keeps its object, parameters and hooks, and takes a class of ours that derives from its own. Blocks
-pass on `(x, state, token_map)`, so that the state of one forward is in its local variables alone: safe to compile, to
-checkpoint and to export. Only the finished forward leaves a record in the model.
+Blocks return `(x, state, token_map)`, so the state of a forward lives only in its local variables. This makes patched
+models safe to compile, checkpoint and export. Only a finished forward stores a trace in the model.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tokred_kernels.models.imports import import_timm
-from tokred_kernels.models.patched import Patched, ReducingBlock, ReducingModel, by_heads, count, refuse_proxy, weights
-from tokred_kernels.models.state import Record, State, whole
+from tokred_kernels.models.patched import Patched, ReducingBlock, ReducingModel, check_not_traced_by_fx, split_heads
+from tokred_kernels.models.state import ForwardTrace, TokenState, count_tokens, int_size, pooling_weights
 from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.nn.attention import attend, size_bias
 from tokred_kernels.nn.pooling import image_of_row, pool_packed, pool_sized
@@ -27,15 +26,15 @@ import_timm()
 from timm.layers import apply_rot_embed_cat  # noqa: E402
 from timm.models._manipulate import checkpoint  # noqa: E402
 
-# How a model may make one vector of its tokens, if those that are masked shall have no part in it.
+# Values of `global_pool` that can ignore masked tokens.
 MASKED_POOLS = ("token", "avg", "")
-AS_IT_IS = "hand over what forward_features returned, as it is, before the model is run again, or call the whole model"
+UNCHANGED = "pass the unchanged output of forward_features before the model runs again, or call the whole model"
 
 
 class PatchedSelfAttention(Patched):
-    """Self-attention that takes what travels with the tokens, and gives its keys and their importance too."""
+    """Self-attention that also returns its keys and their importance."""
 
-    # Of timm's.
+    # Attributes of timm's class.
     num_heads: int
     fused_attn: bool
     training: bool
@@ -46,18 +45,18 @@ class PatchedSelfAttention(Patched):
     norm: Any
     proj: Any
     proj_drop: Any
-    rotate_half = False  # EvaAttention and AttentionRope have their own, from timm 1.0.20 on
+    rotate_half = False  # EvaAttention and AttentionRope have an attribute of this name since timm 1.0.20
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of tokens (..., C), (..., H, d) each; of keys and values there may be fewer."""
+        """Return queries, keys and values (..., H, d) of tokens (..., C); keys and values can have fewer heads."""
         if self.qkv is None:
             layers = (getattr(self, f"{name}_proj") for name in "qkv")
-            return tuple(by_heads(layer(x), head_width(self)) for layer in layers)
+            return tuple(split_heads(layer(x), head_dim(self)) for layer in layers)
         return self.split(self.qkv(x))
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """(..., 3 H d), to three of (..., H, d)."""
-        return by_heads(qkv, qkv.shape[-1] // (3 * self.num_heads)).chunk(3, -2)
+        """Split (..., 3 H d) into three tensors (..., H, d)."""
+        return split_heads(qkv, qkv.shape[-1] // (3 * self.num_heads)).chunk(3, -2)
 
     def forward(
         self,
@@ -68,18 +67,18 @@ class PatchedSelfAttention(Patched):
         importance: str | None = None,
         rope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attend, x (B, N, C), or packed (T, C), with `State.rope`; the others are those of `nn.attention.attend`.
+        """Attend on x (B, N, C), or packed (T, C), with `TokenState.rope`; see `nn.attention.attend` for the rest.
 
         Returns:
-            The same shape, the keys (B, H, N, d), or (T, H, d), as queries meet them: a view, or rotated; and their
-            importance, where it was asked for.
+            The output, in the shape of x; the keys (B, H, N, d), or (T, H, d), after rotation; and their importance if
+            requested.
         """
         q, k, v = self.heads(x)
         if packing is None:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            rope = rope.unsqueeze(1)  # of heads, which come after packed tokens, and before others
+            rope = rope.unsqueeze(1)  # the dimension of heads: after the tokens if packed, else before them
             layout = {"half": True} if self.rotate_half else {}
             q, k = (apply_rot_embed_cat(part, rope, **layout).type_as(v) for part in (q, k))
         keys, heads = k, 1 if packing is None else -2
@@ -88,27 +87,27 @@ class PatchedSelfAttention(Patched):
         wanted: Any = {"size": size, "policy": policy, "packed": packing, "importance": importance}
         fused = self.fused_attn and not _is_hooked(self.attn_drop)
         wanted["dropout"] = self.attn_drop.p if fused and self.training else 0.0
-        y, worth = attend(q, k, v, **wanted, fused=fused, drop=self.attn_drop)
+        y, importance_of_keys = attend(q, k, v, **wanted, fused=fused, drop=self.attn_drop)
         if packing is None:
             y = y.transpose(1, 2)
         y = self.norm(y.flatten(-2))
         gate = getattr(self, "gate", None)  # older timm has none
         if gate is not None:
             y = y * gate(x).sigmoid()
-        return self.proj_drop(self.proj(y)), keys, worth
+        return self.proj_drop(self.proj(y)), keys, importance_of_keys
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Return whether a call of the module runs hooks."""
+    """Return whether calling the module runs hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 class PatchedPreNormBlock(ReducingBlock):
-    """timm's blocks, patched."""
+    """Base of the patched classes of timm's blocks."""
 
-    # Of timm's.
+    # Attributes of timm's class.
     attn: Any
     mlp: Any
     norm1: Any
@@ -117,49 +116,49 @@ class PatchedPreNormBlock(ReducingBlock):
     drop_path2: Any
 
     def scale(self, branch: int, x: Tensor) -> Tensor:
-        """The layer scale of the first or second residual branch."""
+        """Apply the layer scale of the first or second residual branch."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State, TokenMap | None]:
-        """See `reduced`.
+    def forward(self, x: Tensor, state: TokenState | None = None) -> tuple[Tensor, TokenState, TokenMap | None]:
+        """See `ReducingBlock.reduced`.
 
         Raises:
-            RuntimeError: the block was called without the state that its model passes on.
+            RuntimeError: the block was called without the state that its model passes to it.
         """
         if state is None:
             raise RuntimeError(
-                "tokred_kernels: the blocks of a patched model run within the model only, which tracks what each token "
-                "stands for; call model.forward_features(images) instead of model.blocks(tokens), or call "
+                "tokred_kernels: only the patched model itself can call its blocks, because it tracks the state of the "
+                "tokens; call model.forward_features(images) instead of model.blocks(tokens), or call "
                 "tokred_kernels.unpatch(model) first"
             )
         return self.reduced(x, state)
 
-    def attend(self, x: Tensor, state: State, proportional: bool, importance: str | None) -> tuple[Any, ...]:
+    def attend(self, x: Tensor, state: TokenState, prop_attn: bool, importance: str | None) -> tuple[Any, ...]:
         """See `ReducingBlock`."""
-        size = state.size if proportional else None
+        size = state.size if prop_attn else None
         return self.attn(self.norm1(x), size, state.policy, state.packing, importance, state.rope)
 
     def feed(self, x: Tensor) -> Tensor:
         """See `ReducingBlock`."""
         return self.mlp(self.norm2(x))
 
-    def branch(self, number: int, x: Tensor, state: State) -> Tensor:
+    def branch(self, number: int, x: Tensor, state: TokenState) -> Tensor:
         """See `ReducingBlock`."""
         drop = self.drop_path1 if number == 1 else self.drop_path2
         return _drop_path(drop, self.scale(number, x), state.packing)
 
 
 def _drop_path(drop: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
-    """Drop whole images from a residual branch: by the first dimension, which of packed tokens is not the image's."""
+    """Apply stochastic depth per image, for packed tokens too, whose first dimension is not the image."""
     if packing is None or not drop.training or isinstance(drop, nn.Identity):
         return drop(x)
     return x * drop(x.new_ones(len(packing.lengths), 1))[image_of_row(packing)]
 
 
 class PatchedTransformer(ReducingModel):
-    """What a vision transformer does differently once its blocks reduce tokens."""
+    """Base of the patched classes of timm's vision transformers."""
 
-    # Of timm's.
+    # Attributes of timm's class.
     patch_embed: Any
     blocks: Any
     norm: Any
@@ -172,105 +171,107 @@ class PatchedTransformer(ReducingModel):
     head: Any
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images to the tokens that enter the first block, and their `State.rope`, if the model has one."""
+        """Return the tokens that enter the first block, and their `TokenState.rope` if positions are rotary."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        """timm's; what pooling must know of the tokens goes there by hand, so that threads may share the model."""
-        x, record = self._reduced(x, attn_mask, is_causal)
-        self.tokred_record = record
-        return self._head(x, record.state)
+        """See timm. The state is passed to pooling as an argument, so threads can share the model."""
+        x, trace = self._reduced(x, attn_mask, is_causal)
+        self.tokred_trace = trace
+        return self._head(x, trace.state)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """timm's, with the blocks passing sizes on; afterwards `token_map` and `token_sizes` are those of this call."""
-        x, record = self._reduced(x, attn_mask, is_causal)
-        self.tokred_record = record
+        """See timm. Afterwards, `token_map` and `token_sizes` describe this call."""
+        x, trace = self._reduced(x, attn_mask, is_causal)
+        self.tokred_trace = trace
         return x
 
     def forward_mapped(self, x: Tensor) -> tuple[Tensor, TokenMap]:
-        """`forward_features`, and the `token_map` of this very call, whatever other threads do with the model."""
-        x, record = self._reduced(x)
-        self.tokred_record = record
-        return x, record.token_map()
+        """Return the output of `forward_features` and the `token_map` of this call, even if threads share the model."""
+        x, trace = self._reduced(x)
+        self.tokred_trace = trace
+        return x, trace.token_map()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """timm's, of what `forward_features` returned."""
+        """See timm; `x` is the output of `forward_features`."""
         return self._head(x, self._state_of(x), pre_logits)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """timm's, with each token counting by its size, so that a mean is still one over the first tokens.
+        """See timm. Each token is weighed by its size, so that a mean is one over the input tokens.
 
-        Packed tokens (T, C) of the last forward give (B, C) as others do, or, with no pooling at all, stay as they are.
+        Packed tokens (T, C) of the last forward are pooled to (B, C), and without pooling are returned unchanged. If
+        `x` has as many tokens as entered the model, for example after unmerging, all sizes are 1.
 
         Raises:
-            ValueError: `x` is not what the last `forward_features` returned, and its sizes are needed. Tokens as many
-                as entered the model (unmerged ones, say) count as one each.
+            ValueError: pooling needs sizes, and `x` is not the output of the last `forward_features`.
         """
         return self._pool(x, self._state_of(x), pool_type)
 
-    def _reduced(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Record]:
-        """The final tokens, and what there is to know of them: `forward_features`, which leaves the model as it was."""
-        refuse_proxy(x)
+    def _reduced(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, ForwardTrace]:
+        """Return the final tokens and the trace of this forward, without changing the model."""
+        check_not_traced_by_fx(x)
         if attn_mask is not None or is_causal:
             raise NotImplementedError(
-                "tokred_kernels: a patched model takes no attn_mask and no is_causal, for its tokens change from block "
-                "to block; call tokred_kernels.unpatch(model) first"
+                "tokred_kernels: a patched model does not support attn_mask and is_causal, because its tokens change "
+                "from block to block; call tokred_kernels.unpatch(model) first"
             )
-        grid = self.patch_embed.dynamic_feat_size([whole(side) for side in x.shape[-2:]]) if has_grid(self) else None
+        grid = self.patch_embed.dynamic_feat_size([int_size(side) for side in x.shape[-2:]]) if has_grid(self) else None
         x, rope = self.embed(x)
         entered = (x.shape[0], x.shape[1], x.device)
         if grid is not None and grid[0] * grid[1] + self.num_prefix_tokens != x.shape[1]:
             grid = None  # after patch dropout
-        state = State(grid=grid, patches=x.shape[1] - self.num_prefix_tokens, rope=rope)
+        state = TokenState(grid=grid, patches=x.shape[1] - self.num_prefix_tokens, rope=rope)
         maps, counts = [], []
         for block in self.blocks:
-            step: Any = block.tokred_step
-            x, state, before = step.enter(self, x, state)
-            attended = count(x, state)
+            reducer: Any = block.tokred_reducer
+            x, state, before = reducer.before_block(self, x, state)
+            attended = count_tokens(x, state)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x, state, after = checkpoint(block, x, state, use_reentrant=False)
             else:
                 x, state, after = block(x, state)
-            counts.append((attended, count(x, state)))
+            counts.append((attended, count_tokens(x, state)))
             maps += [token_map for token_map in (before, after) if token_map is not None]
         kept = tuple(maps) if self.keeps_maps() else None
-        x, record = self.norm(x), Record(kept, namedtuple_replace(state, rope=None), entered, tuple(counts))
-        record.remember(x)
-        return x, record
+        x, trace = self.norm(x), ForwardTrace(kept, namedtuple_replace(state, rope=None), entered, tuple(counts))
+        trace.set_output(x)
+        return x, trace
 
-    def _head(self, x: Tensor, state: State | None, pre_logits: bool = False) -> Any:
+    def _head(self, x: Tensor, state: TokenState | None, pre_logits: bool = False) -> Any:
         x = self.head_drop(self.fc_norm(self._pool(x, state)))
         return x if pre_logits else self.head(x)
 
-    def _state_of(self, x: Tensor) -> State | None:
-        """The state of tokens that somebody brings; None where they are others than the last forward gave."""
-        record = self.tokred_record
-        if record.gave(x):
-            return record.state
+    def _state_of(self, x: Tensor) -> TokenState | None:
+        """Return the state of the last forward if `x` is its output, else None."""
+        trace = self.tokred_trace
+        if trace.is_output(x):
+            return trace.state
         if x.dim() == 2:
-            packing = record.state.packing
-            gave = "no packed tokens" if packing is None else f"{packing.rows} of them"
+            packing = trace.state.packing
+            expected = "none that are packed" if packing is None else f"{packing.rows} tokens"
             raise ValueError(
-                f"tokred_kernels: packed tokens (T, C) must be those of the model's last forward, which gave {gave}, "
-                f"got shape {tuple(x.shape)}; {AS_IT_IS}"
+                f"tokred_kernels: packed tokens (T, C) must be the output of the last forward, which was {expected}, "
+                f"got shape {tuple(x.shape)}; {UNCHANGED}"
             )
         return None
 
-    def _pool(self, x: Tensor, state: State | None, pool_type: str | None = None) -> Tensor:
-        """`pool`, of tokens with this state; None for tokens of which nothing is known but that they are not packed."""
+    def _pool(self, x: Tensor, state: TokenState | None, pool_type: str | None = None) -> Tensor:
+        """Pool tokens with this state; None if the state is unknown and the tokens are not packed."""
         kind = self.global_pool if pool_type is None else pool_type
         begin = first_pooled(self)
         weighs = self.attn_pool is not None or kind in ("avg", "avgmax")
         if state is None:
             if weighs:
-                self._refuse_unknown(x)
+                self._check_sizes_are_ones(x)
             return super().pool(x, pool_type)  # type: ignore[misc]
         if state.policy is not None and (self.attn_pool is not None or kind not in MASKED_POOLS):
             raise ValueError(
-                f"tokred_kernels: tokens that are masked cannot be pooled by {kind!r}, which would not pass over them; "
-                f"supported are {', '.join(map(repr, MASKED_POOLS))}"
+                f"tokred_kernels: pooling by {kind!r} cannot ignore masked tokens; supported are "
+                f"{', '.join(map(repr, MASKED_POOLS))}"
             )
-        packing, size = state.packing, weights(state)
+        packing, size = state.packing, pooling_weights(state)
         if packing is not None and size is not None:
             if self.attn_pool is not None:
                 images = zip(x.split(packing.lengths), size.split(packing.lengths), strict=True)
@@ -284,22 +285,22 @@ class PatchedTransformer(ReducingModel):
         return pool_sized(x, size, kind=kind, begin=begin)
 
     def _attend(self, x: Tensor, size: Tensor) -> Tensor:
-        bias = size_bias(size, x) if self.counts_sizes() else None
+        bias = size_bias(size, x) if self.weighs_keys() else None
         return self.attn_pool(x, attn_mask=bias)
 
-    def _refuse_unknown(self, x: Tensor) -> None:
-        """Raise where a mean over tokens must weigh them, and nobody knows by what."""
-        record = self.tokred_record
-        if record.entered is None or weights(record.state) is None:
+    def _check_sizes_are_ones(self, x: Tensor) -> None:
+        """Raise ValueError if a mean needs the sizes of tokens that the last forward did not return."""
+        trace = self.tokred_trace
+        if trace.entered is None or pooling_weights(trace.state) is None:
             return
-        if x.shape[1] != record.entered[1] or record.state.policy is not None:
+        if x.shape[1] != trace.entered[1] or trace.state.policy is not None:
             raise ValueError(
-                "tokred_kernels: tokens that are pooled must be those of the model's last forward, for each counts by "
-                f"its size, got others, of shape {tuple(x.shape)}; {AS_IT_IS}"
+                "tokred_kernels: pooling weighs tokens by their size, so they must be the output of the last forward, "
+                f"got others, of shape {tuple(x.shape)}; {UNCHANGED}"
             )
 
     def forward_intermediates(self, *_: Any, **__: Any) -> Any:
-        """Refuse: the intermediates of a patched model are no grids."""
+        """Raise NotImplementedError: the intermediates of a patched model are not grids."""
         raise NotImplementedError(
             "tokred_kernels: forward_intermediates needs the same tokens after every block, and a patched model has "
             "fewer after each. For a dense grid use x = model.forward_features(images) and "
@@ -307,16 +308,16 @@ class PatchedTransformer(ReducingModel):
         )
 
 
-def head_width(attention: Any) -> int:
-    """The channels of a head; timm's Eva names them from 1.0.23 on only."""
+def head_dim(attention: Any) -> int:
+    """Return the head dimension; timm's Eva has no attribute for it before 1.0.23."""
     return attention.proj.in_features // attention.num_heads
 
 
 def has_grid(model: Any) -> bool:
-    """Whether the patch embedding tells how many patches it makes of an image, down and across."""
+    """Return whether the patch embedding defines a grid of patches."""
     return hasattr(model.patch_embed, "dynamic_feat_size")
 
 
 def first_pooled(model: Any) -> int:
-    """The first token that pooling takes: timm's Eva pools by attention over the prefix too, and leaves it out else."""
+    """Return the first pooled token: Eva pools the prefix only with attention pooling."""
     return 0 if getattr(model, "pool_include_prefix", model.attn_pool is not None) else model.num_prefix_tokens

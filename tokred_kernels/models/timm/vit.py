@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""timm's VisionTransformer, and the one of DeiT with a distillation token, patched."""
+"""Patched classes of timm's VisionTransformer, and of DeiT with a distillation token."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokred_kernels.models.imports import import_timm
-from tokred_kernels.models.state import State
+from tokred_kernels.models.state import TokenState
 from tokred_kernels.models.timm.patched import PatchedPreNormBlock, PatchedSelfAttention, PatchedTransformer
-from tokred_kernels.nn.pooling import leading
+from tokred_kernels.nn.pooling import leading_tokens
 
 import_timm()
 
@@ -45,11 +45,11 @@ class PatchedVisionTransformer(PatchedTransformer, VisionTransformer):
 
 
 class PatchedVisionTransformerDistilled(PatchedVisionTransformer, VisionTransformerDistilled):
-    """A patched DeiT with a distillation token."""
+    """timm's VisionTransformerDistilled."""
 
     original: type[nn.Module] = VisionTransformerDistilled
 
-    def _head(self, x: Tensor, state: State | None, pre_logits: bool = False) -> Any:
+    def _head(self, x: Tensor, state: TokenState | None, pre_logits: bool = False) -> Any:
         if state is not None and state.packing is not None:
-            x = leading(x, state.packing, self.num_prefix_tokens)
+            x = leading_tokens(x, state.packing, self.num_prefix_tokens)
         return VisionTransformerDistilled.forward_head(self, x, pre_logits)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the vision transformers of Hugging Face's transformers call their classes and parts."""
+"""The class and attribute names of the vision transformers of Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Layout:
-    """What families that are made alike call their parts.
+    """The names that families of the same structure use.
 
     Attributes:
-        encoder, layer: how the names of the classes end; those of attention end in "Attention".
-        layers: where the encoder has its layers.
-        attention, norms, scales, drop: parts of a layer; None where it has none. The one for drop stands for both.
-        out, dropout: the last linear layer of attention, and the probability that its weights are dropped.
+        encoder, layer: the ends of the class names; the class names of attention end in "Attention".
+        layers: the encoder's attribute for its layers.
+        attention, norms, scales, drop: the attributes of a layer; None if it has no such part. Both branches share
+            `drop`.
+        out, dropout: the attributes of attention for its last linear layer, and for the dropout of its weights.
     """
 
     encoder: str
@@ -65,14 +66,14 @@ CLIP = Layout(
 )
 
 
-class Around(NamedTuple):
+class Wrapper(NamedTuple):
     """A model around an encoder.
 
     Attributes:
-        encoder: where it has that.
-        mean: whether it takes the mean of the patches, besides or instead of what the encoder pooled.
-        class_token: whether the class token comes before that mean.
-        loss_takes_all: whether its loss gets the keywords that the encoder gets.
+        encoder: its attribute for the encoder.
+        mean: whether it uses the mean of the patches.
+        class_token: whether it uses the class token together with that mean.
+        loss_takes_all: whether its loss gets the keyword arguments of the encoder.
     """
 
     encoder: str
@@ -86,37 +87,37 @@ class Family:
     """The models of one folder of transformers.
 
     Attributes:
-        stem: how the names of their classes begin.
-        layout: of their parts.
-        around: models around the encoder, by the end of their names.
-        leading: how many tokens come before the patches, registers not counted; the first is a class token.
-        probe: the end of the name of the encoder's head, where that pools by attention.
+        stem: the start of their class names.
+        layout: the names of their parts.
+        wrappers: models around the encoder, by the end of their class names.
+        leading: how many tokens come before the patches, without registers; the first is a class token.
+        probe: the end of the class name of the encoder's head if it pools by attention.
     """
 
     stem: str
     layout: Layout
-    around: dict[str, Around]
+    wrappers: dict[str, Wrapper]
     leading: int = 1
     probe: str | None = None
 
     def num_prefix(self, config: Any) -> int:
-        """How many tokens come before the patches of an encoder with this configuration."""
+        """Return how many tokens come before the patches of an encoder with this configuration."""
         return self.leading + getattr(config, "num_register_tokens", 0)
 
 
 CLASSIFIER = "ForImageClassification"
-_TWO_TOWERS = {"Model": Around("vision_model"), "VisionModelWithProjection": Around("vision_model")}
-_CLIPS = _TWO_TOWERS | {CLASSIFIER: Around("vision_model", mean=True, loss_takes_all=False)}
+_TWO_TOWERS = {"Model": Wrapper("vision_model"), "VisionModelWithProjection": Wrapper("vision_model")}
+_CLIPS = _TWO_TOWERS | {CLASSIFIER: Wrapper("vision_model", mean=True, loss_takes_all=False)}
 
 # By the folder in transformers.models.
 FAMILIES = {
-    "vit": Family("ViT", VIT, {CLASSIFIER: Around("vit")}),
-    "deit": Family("DeiT", VIT, {CLASSIFIER: Around("deit"), f"{CLASSIFIER}WithTeacher": Around("deit")}, leading=2),
-    "vit_msn": Family("ViTMSN", VIT, {CLASSIFIER: Around("vit")}),
-    "ijepa": Family("IJepa", VIT, {CLASSIFIER: Around("ijepa", mean=True)}, leading=0),
-    "dinov2": Family("Dinov2", DINO_2, {CLASSIFIER: Around("dinov2", mean=True, class_token=True)}),
+    "vit": Family("ViT", VIT, {CLASSIFIER: Wrapper("vit")}),
+    "deit": Family("DeiT", VIT, {CLASSIFIER: Wrapper("deit"), f"{CLASSIFIER}WithTeacher": Wrapper("deit")}, leading=2),
+    "vit_msn": Family("ViTMSN", VIT, {CLASSIFIER: Wrapper("vit")}),
+    "ijepa": Family("IJepa", VIT, {CLASSIFIER: Wrapper("ijepa", mean=True)}, leading=0),
+    "dinov2": Family("Dinov2", DINO_2, {CLASSIFIER: Wrapper("dinov2", mean=True, class_token=True)}),
     "dinov2_with_registers": Family(
-        "Dinov2WithRegisters", DINO_2, {CLASSIFIER: Around("dinov2_with_registers", mean=True, class_token=True)}
+        "Dinov2WithRegisters", DINO_2, {CLASSIFIER: Wrapper("dinov2_with_registers", mean=True, class_token=True)}
     ),
     "dinov3_vit": Family("DINOv3ViT", DINO_3, {}),
     "clip": Family("CLIP", CLIP, _CLIPS),
