@@ -18,7 +18,7 @@ from benchmarks import report
 from tokred_kernels.backends.selfcheck import cache
 from tokred_kernels.files import replace_json, replace_text
 from tokred_kernels.methods.algm import Similarity, Thresholds
-from tokred_kernels.methods.diffrate.counts import counts_of_blocks, read_kept
+from tokred_kernels.methods.diffrate.counts import read_kept
 from tokred_kernels.methods.diffrate.search import FoundRates
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def read_configs(path):
 
 
 def read_counts(path):
-    return counts_of_blocks(read_kept("methods.DiffRate", path), 2, 1)
+    return read_kept("methods.DiffRate", path)
 
 
 def write_verdicts(path):

@@ -89,7 +89,7 @@ def test_algm_agrees_with_torchs_counter(name, settings, backend):
 
 def test_counts_that_depend_on_images_need_some():
     model = patch(VisionTransformer(**TINY, dynamic_img_size=True).eval(), "algm", layers=(0, 2), threshold=-1.0)
-    with pytest.raises(RuntimeError, match=r"first run a forward of images of 65 tokens \(there was none\)"):
+    with pytest.raises(RuntimeError, match=r"first run a forward with images of 65 tokens \(there was none\)"):
         flops.count(model)
     assert flops.count(model, tokens=[17, 17, 10]).tokens == (65, 17, 17, 10)
     model(torch.randn(2, 3, 32, 64))
@@ -152,7 +152,7 @@ def test_given_tokens_and_image_size():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"img_size": 32}, ValueError, "takes images of"),
+        ({"img_size": 32}, ValueError, "accepts only images of"),
         ({"img_size": 0}, ValueError, "img_size must be at least 1"),
         ({"img_size": 1.5}, TypeError, "img_size must be an int"),
         ({"img_size": (1, 2, 3)}, ValueError, "one number or"),

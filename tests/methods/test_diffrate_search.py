@@ -235,7 +235,7 @@ def test_wrong_settings_are_refused(settings, error, words):
 
 def test_inference_mode_is_refused_and_the_model_left_alone():
     model = make()
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"call it outside of torch\.inference_mode"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"call it outside torch\.inference_mode"):
         diffrate_search(model, data(), 0.001)
     assert not any("prune_ddp" in name for name in model.state_dict())
 

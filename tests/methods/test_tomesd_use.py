@@ -190,7 +190,7 @@ def test_compiled_checkpoints_merge_alike_when_they_compute_again():
         ({"stride": (1, 1)}, ValueError, "stride must leave sources"),
         ({"random": 1}, TypeError, "random must be True or False, got 1"),
         ({"merge_mlp": None}, TypeError, "merge_mlp must be True or False"),
-        ({"merge_attn": False}, ValueError, "one of merge_attn, merge_crossattn and merge_mlp must be True"),
+        ({"merge_attn": False}, ValueError, "one of merge_attn, merge_crossattn, merge_mlp must be True"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ({"merge_attn": False, "merge_crossattn": True}, ValueError, "a model without cross attention"),
     ],

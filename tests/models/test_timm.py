@@ -227,7 +227,7 @@ def test_what_a_patched_model_refuses():
         _ = model.token_map
     with pytest.raises(AttributeError, match="before its first forward"):
         _ = model.token_sizes
-    with pytest.raises(NotImplementedError, match="takes no attn_mask"):
+    with pytest.raises(NotImplementedError, match="does not support attn_mask"):
         model(images(), attn_mask=torch.zeros(37, 37))
     with pytest.raises(NotImplementedError, match="is_causal"):
         model(images(), is_causal=True)

@@ -43,7 +43,12 @@ def read_kept(owner: str, kept: Any) -> dict[str, Any]:
     check_fields(where, kept, (PRUNE, MERGE), FIGURES)
     for name in kept.keys() & FIGURES:
         check_number(f"{where} {name}", kept[name], float, 0, 1e9)
-    return {**kept, **{name: _counts(f"{where} {name}", kept[name]) for name in (PRUNE, MERGE)}}
+    prune, merged = (_counts(f"{where} {name}", kept[name]) for name in (PRUNE, MERGE))
+    if "None" not in (prune, merged) and len(prune) != len(merged):
+        raise ValueError(
+            f"{where} {PRUNE} and {MERGE} must have one number for each block, got {len(prune)} and {len(merged)}"
+        )
+    return {**kept, PRUNE: prune, MERGE: merged}
 
 
 def _counts(where: str, value: Any) -> list[int] | str:
