@@ -22,8 +22,8 @@ from benchmarks.record import release, told
 from benchmarks.timing import Visit, event_visit, graph_visit, interleave, ratio, summarise, wall_visit
 from tokred_kernels import backends
 from tokred_kernels.flops import count, image_size
-from tokred_kernels.patch import patch, unpatch
-from tokred_kernels.patch.models import anatomy
+from tokred_kernels.models.base import model_spec
+from tokred_kernels.patching import patch, unpatch
 
 UNPATCHED = "unpatched"
 PATCHED_OPS = ("bipartite_match", "merge")
@@ -126,7 +126,7 @@ def _serving(case: ModelCase, name: str, model: Any, tokens: tuple[float, ...]) 
         tensor = torch.empty(0, device=case.device, dtype=getattr(torch, case.dtype))
         served = {op: backends.choose(op, tensor) for op in PATCHED_OPS}
         attends = []
-        width = anatomy(model).parts[0].head_width
+        width = model_spec(model).block_specs[0].head_dim
         for number in tokens:
             q = tensor.new_empty(0, 1, int(number), width)
             by_torch = backends.use_sdpa(ATTENTION, q, plain=False)

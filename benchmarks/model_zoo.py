@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokred_kernels.patch.timm_import import import_beside_torchvision, import_timm
+from tokred_kernels.models.imports import import_timm, import_with_torchvision
 
 TRANSFORMERS = "transformers/"
 # The classes of model and configuration, and how the published one differs from the configuration's defaults; images
@@ -26,7 +26,7 @@ def make_model(name: str) -> nn.Module:
     """The model of a case, in eval mode."""
     if not name.startswith(TRANSFORMERS):
         return import_timm().create_model(name).eval()
-    library: Any = import_beside_torchvision("transformers")
+    library: Any = import_with_torchvision("transformers")
     kind, config, settings = OTHERS[name.removeprefix(TRANSFORMERS)]
     return getattr(library, kind)(getattr(library, config)(**settings)).eval()
 

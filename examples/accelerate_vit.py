@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from tokred_kernels import flops
 from tokred_kernels.files import replace_text
-from tokred_kernels.patch import patch, unpatch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.models.imports import import_timm
+from tokred_kernels.patching import patch, unpatch
 from tokred_kernels.token_map import TokenMap
 
 
@@ -117,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         help="algm: cosines (chosen so that 25, 50, 75 and 95 %% of windows merge)",
     )
-    parser.add_argument("--layers", type=_positive, nargs="+", help="algm: blocks that merge, from 1 on (1 5)")
+    parser.add_argument("--layers", type=int, nargs="+", help="algm: blocks that merge, from 0 on (0 4)")
     parser.add_argument("--count", choices=("image", "batch"), help="algm: whose count of merging windows (image)")
     parser.add_argument("--batch", type=_positive, help="images at once (default: 8, on a GPU 64)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU when there is one)")
@@ -131,7 +131,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         for name in names:
             if method != options.method and getattr(options, name) is not None:
                 parser.error(f"--{name} is of --method {method}, got --method {options.method}")
-    options.layers, options.count = options.layers or [1, 5], options.count or "image"
+    options.layers, options.count = options.layers or [0, 4], options.count or "image"
     return options
 
 
@@ -255,7 +255,7 @@ def numbers(model: Any, images: Tensor, options: argparse.Namespace) -> list[flo
     if options.threshold is not None:
         return sorted(set(options.threshold), reverse=True)
     seen: list[Tensor] = []
-    block = model.blocks[options.layers[0] - 1]
+    block = model.blocks[options.layers[0]]
     hook = block.norm2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(images)
     hook.remove()

@@ -37,11 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokred_kernels import flops, viz
-from tokred_kernels.calibrate import Thresholds, calibrate_thresholds
 from tokred_kernels.files import replace_text
+from tokred_kernels.methods.algm import Thresholds, calibrate_thresholds
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.segmenter import LinearSegmenter
-from tokred_kernels.patch import patch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.patching import patch
 
 PATCH = 8
 HEAD_WIDTH = 64
@@ -52,7 +52,7 @@ COMMON = 0.6  # of all steps
 CALIBRATED = "calibrated"
 CALIBRATION = 4  # batches of training crops
 PICTURE = 320  # pixels of one picture
-QUICK: dict[str, Any] = {"size": 64, "crop": 64, "steps": 3, "batch": 2, "width": 64, "depth": 3, "layers": [1, 2]}
+QUICK: dict[str, Any] = {"size": 64, "crop": 64, "steps": 3, "batch": 2, "width": 64, "depth": 3, "layers": [0, 1]}
 # Of Okabe and Ito: eight colours that the colour-blind tell apart too.
 COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#555555"]
 
@@ -106,7 +106,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=positive, default=128, help="channels of the transformer (%(default)s)")
     parser.add_argument("--depth", type=positive, default=8, help="its blocks (%(default)s)")
     parser.add_argument(
-        "--layers", type=positive, nargs="+", default=[1, 5], help="that merge tokens: windows, then pairs"
+        "--layers", type=int, nargs="+", default=[0, 4], help="blocks, from 0, that merge windows, then pairs"
     )
     parser.add_argument("--threshold", type=_threshold, default=0.98, help="a cosine, or calibrated (%(default)s)")
     parser.add_argument("--steps", type=positive, default=300, help="of training (%(default)s)")
@@ -127,8 +127,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
     if options.width % HEAD_WIDTH:
         parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
-    if options.layers != sorted(set(options.layers)) or options.layers[-1] > options.depth:
-        parser.error(f"--layers must rise, up to --depth {options.depth}, got {options.layers}")
+    first, last = options.layers[0], options.layers[-1]
+    if options.layers != sorted(set(options.layers)) or not 0 <= first <= last < options.depth:
+        parser.error(f"--layers must rise, from 0 to below --depth {options.depth}, got {options.layers}")
     if not 2 <= options.classes < IGNORE:
         parser.error(f"--classes must be 2 to {IGNORE - 1}, got {options.classes}")
     return options

@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 import tokred_kernels as tk
 from tokred_kernels.files import replace_text
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.lookupvit_positions import smooth_positions
-from tokred_kernels.patch.timm_import import import_timm
 
 METHODS = ("none", "tome", "dynamicvit", "evit", "diffrate", "lookupvit")
 ALL = "all"

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 
 import torch
 
 import tokred_kernels as tk
-from tokred_kernels.calibrate import Similarity
-from tokred_kernels.patch import METHODS
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.methods.algm.thresholds import Similarity
+from tokred_kernels.models.imports import import_timm
+from tokred_kernels.patching import METHODS
 
 
 def op_calls():
@@ -93,8 +92,9 @@ def stateful_calls():
         "LinearSegmenter": (tk.nn.LinearSegmenter, {"encoder": vit(), "num_classes": 3}),
         "LinearSegmenter.forward": (tk.nn.LinearSegmenter(vit(), 3).eval().forward, {"images": images}),
         "unpatch": (unpatched, {"model": torch.nn.Identity()}),
+        "patched_method": (tk.patched_method, {"model": torch.nn.Identity()}),
         "set_keep_rate": (rated, {"keep_rate": (0.5,)}),
-        "calibrate_thresholds": (calibrated, {"batches": [images], "layers": (1, 2), "window": (2, 2)}),
+        "calibrate_thresholds": (calibrated, {"batches": [images], "layers": (0, 1), "window": (2, 2)}),
         "diffrate_search": (searched, {"batches": [(images, torch.tensor([0, 1]))], "target_gflops": 0.0003}),
         "compression_flops": (tk.nn.compression_flops, {"model": torch.nn.Identity()}),
         "kept_counts": (tk.nn.kept_counts, {"model": torch.nn.Identity()}),
@@ -112,7 +112,7 @@ def stateful_calls():
 # A setting of each method for a model of two blocks and 16 patches; the others have their defaults.
 PATCHES = {
     "tome": {"r": 2},
-    "algm": {"layers": (1, 2), "threshold": 0.2},
+    "algm": {"layers": (0, 1), "threshold": 0.2},
     "dynamicvit": {"layers": (1,), "keep": (0.5,)},
     "evit": {"layers": (1,), "keep_rate": (0.5,)},
     "diffrate": {"kept": {"prune_kept_num": [15, 12], "merge_kept_num": [14, 9]}},
@@ -143,8 +143,8 @@ def patched_with(method):
         with torch.no_grad():
             return model(torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32))
 
-    _, *settings = inspect.signature(importlib.import_module(METHODS[method]).apply).parameters.values()
-    call.__signature__ = inspect.Signature(settings)
+    settings = inspect.signature(METHODS.get(method, tk.nn.LookupViT.from_vit)).parameters.values()
+    call.__signature__ = inspect.Signature([setting for setting in settings if setting.name != "vit"])
     return call
 
 

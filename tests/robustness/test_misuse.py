@@ -7,7 +7,7 @@ from robustness import misuse
 
 import tokred_kernels as tk
 from tokred_kernels import backends
-from tokred_kernels.patch import METHODS
+from tokred_kernels.patching import METHODS
 
 WITHOUT_ARGUMENTS = {"views", "as_rows"}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokred_kernels.checks import MAX_ROWS, check_count
-from tokred_kernels.flops import Flops, linear_flops
+from tokred_kernels.nn.flops import Flops, linear_flops
 from tokred_kernels.nn.lookupvit import LookupViT
 from tokred_kernels.nn.lookupvit_resize import resize_flops
 

@@ -33,7 +33,7 @@ def pool_sized(x: Tensor, size: Tensor, *, kind: str, begin: int) -> Tensor:
 def pool_packed(x: Tensor, size: Tensor, packing: Packing, *, kind: str, begin: int) -> Tensor:
     """The same of packed tokens x (T, C) with sizes (T, 1), where `kind` may be "max" and "token" (the first) too."""
     if kind == "token":
-        return leading(x, packing, 1)[:, 0]
+        return leading_tokens(x, packing, 1)[:, 0]
     image = image_of_row(packing).int()
     if begin:
         image = image.index_fill(0, _leading_rows(packing, begin).flatten(), -1)
@@ -44,7 +44,7 @@ def pool_packed(x: Tensor, size: Tensor, packing: Packing, *, kind: str, begin: 
     return mean if kind == "avg" else 0.5 * (merge(x[None], to_image, reduce="amax")[0] + mean)
 
 
-def leading(x: Tensor, packing: Packing, number: int) -> Tensor:
+def leading_tokens(x: Tensor, packing: Packing, number: int) -> Tensor:
     """The first `number` tokens of each image, (B, number, C), of packed tokens (T, C)."""
     return x[_leading_rows(packing, number)]
 
