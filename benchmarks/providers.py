@@ -190,7 +190,7 @@ def providers(case: Case, chosen: list[str], compile_chain: bool, failed: Failed
 def reason_against(case: Case, backend: str, failed: Failed = NONE_FAILED) -> str | None:
     """Return why a backend cannot run a case, or must not, as its kernels did not pass the self-check; else None."""
     for op in KERNEL_OPS[case.op] + (BACKWARD_OPS[case.op] if case.training else ()):
-        reason = backends.reason_against(op, backend, case.device, getattr(torch, case.dtype))
+        reason = backends.can_run(op, backend, case.device, getattr(torch, case.dtype))
         reason = reason or failed.get((backend, op))
         if reason is not None:
             return reason

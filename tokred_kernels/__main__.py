@@ -30,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--deep", action="store_true", help="run many more cases")
     check.add_argument("--json", action="store_true", help="print the verdicts as JSON on the last line")
     options = parser.parse_args(arguments)
+    try:
+        backends.requested()
+    except ValueError as error:
+        parser.error(str(error))
     if options.command == "info":
         show_config()
         return 0

@@ -26,10 +26,9 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.checks import FLOATING, MAX_ROWS, shape
+from tokred_kernels.ops.registry import KERNEL_BACKENDS, SPECS
 
 NO_RANK = torch.iinfo(torch.int32).max
-# Ops that a backend without a kernel for them leaves to the reference, with the same arguments.
-BY_REFERENCE = ("build_match_map", "window_map", "count_above_threshold")
 _FIXED = {"int32": torch.int32, "float32": torch.float32}
 _TENSOR = re.compile(r"(\w+) (\([^;]*\))(?:; (.*))?")
 
@@ -97,10 +96,10 @@ class _Rules:
         return [values[name] for name in self.names]
 
     def _check_backend(self, backend: str, first: Tensor) -> None:
-        if backend not in backends.BACKENDS or (backend == "reference" and self.op not in BY_REFERENCE):
-            known = ", ".join(backends.BACKENDS[1:])
+        if backend not in KERNEL_BACKENDS:
+            known = ", ".join(KERNEL_BACKENDS)
             raise ValueError(f"tokred_kernels.{self.op}: backend must be one of {known}, got {backend!r}")
-        reason = backends.reason_against(self.op, backend, first.device, first.dtype)
+        reason = backends.can_run(self.op, backend, first.device, first.dtype)
         if reason is not None:
             raise RuntimeError(f"tokred_kernels.{self.op}: backend {backend!r} cannot run this call: {reason}")
 
@@ -234,6 +233,7 @@ def _joinable(counts: Tensor, starts: Tensor, protected_src: int, protected_dst:
 
 _FUNCTIONS = {
     "ROWS": MAX_ROWS,
+    "max_head_dim": lambda op, backend: SPECS[op].max_head_dim.get(backend, MAX_ROWS),
     "entries": _entries,
     "segments": _segments,
     "starts_of": _starts,

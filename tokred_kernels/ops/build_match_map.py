@@ -42,13 +42,15 @@ def build_match_map(
         None if packed is None else packed.cu_seqlens,
     )
     num_out = partition.num_out() if packed is None else packed.rows
+    if backend != "reference":
+        backend = backends.companion("build_match_map", backend, partner)
+    if backend == "reference" and packed is None:  # a selector that is exported computes only `dest`
+        return TokenMap._trusted(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
     if backend == "reference":
-        if packed is None:  # no second view before it is asked for: this is what is exported
-            return TokenMap._trusted(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
         views = reference.build_match_map(partner, rank, partition, num_tokens, counts, *starts, num_out)
     else:
         lists = partition.sources, partition.destinations
-        others = counts, *starts, num_out, backends.companion("build_match_map", backend, partner)
+        others = counts, *starts, num_out, backend
         views = _build_match_map(partner, rank, *lists, *partition.numbers(), num_tokens, *others)
     return TokenMap._trusted(views[0], num_out, *views[1:], packed, packed_in)
 

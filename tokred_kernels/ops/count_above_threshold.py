@@ -18,11 +18,11 @@ def count_above_threshold(score: Tensor, threshold: float, divisor: float, own: 
     float64: mean and unbiased std of each image, averaged over the batch unless every image shall have its `own`. An
     image with fewer than two scores has no std: nothing reaches its threshold, nor, averaged, anybody's.
     """
+    if backend != "reference":
+        backend = backends.companion("count_above_threshold", backend, score)
     if backend == "reference":
         return reference.count_above_threshold(score, threshold, divisor, own)
-    return _count_above_threshold(
-        score, threshold, divisor, own, backends.companion("count_above_threshold", backend, score)
-    )
+    return _count_above_threshold(score, threshold, divisor, own, backend)
 
 
 def _fake(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:

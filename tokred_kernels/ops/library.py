@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 
 from tokred_kernels import backends
 from tokred_kernels.ops.arguments import checker
+from tokred_kernels.ops.registry import SPECS
 
 LIBRARY = torch.library.Library("tokred", "DEF")
 DEVICES = ("CPU", "CUDA")
@@ -127,7 +128,7 @@ def register(
             return overload(*arguments)
         return direct(*arguments)
 
-    return call if name in backends.MAP_OPS else call_floats
+    return call if SPECS[name].is_integer else call_floats
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:

@@ -24,7 +24,6 @@ from tokred_kernels.ops.library import (
     register,
     with_memory,
 )
-from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_gather"
 # Whose kernel takes over what a scatter by the same weights gives q and k, and what an lse carries so that it does.
@@ -35,7 +34,7 @@ LOOKUP_RULES = {
     "k": "float (B, H, N, D)",
     "v": "float (B, H, N, D)",
     "scale": "1 <= M <= N",
-    "backend": "D <= {'triton': 128, 'cuda': 256}.get(backend, D)",
+    "backend": "D <= max_head_dim('lookup_gather', backend)",
 }
 
 
@@ -65,7 +64,7 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     q, k, v = lookup_inputs(OP, q, k, v, k)
     scale = default_scale(q) if scale is None else check_real(OP, "scale", scale)
     differentiated = is_differentiated(q, k, v)
-    backend = backends.choose(OP, q, unfit=too_wide(q), training=differentiated)
+    backend = backends.choose(OP, q, head_dim=q.shape[-1], training=differentiated)
     if backend == "reference":
         return reference.lookup_gather(q, k, v, scale)
     if differentiated:

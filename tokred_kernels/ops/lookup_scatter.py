@@ -22,7 +22,6 @@ from tokred_kernels.ops.lookup_gather import (
     heads_first,
     lookup_inputs,
 )
-from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"
 
@@ -54,7 +53,7 @@ def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float
     _check_lse(q, lse)
     scale = default_scale(q) if scale is None else check_real(OP, "scale", scale)
     differentiated = is_differentiated(q, k, v, lse)
-    backend = backends.choose(OP, q, unfit=too_wide(q), training=differentiated)
+    backend = backends.choose(OP, q, head_dim=q.shape[-1], training=differentiated)
     if backend == "reference":
         return reference.lookup_scatter(q, k, v, lse, scale)
     if differentiated:

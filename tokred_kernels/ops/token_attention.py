@@ -27,7 +27,6 @@ from tokred_kernels.ops.library import (
 from tokred_kernels.packing import Packing, check_packing
 
 OP = "token_attention"
-WIDEST = {"triton": 128, "cuda": 256}  # head widths that fit their tiles
 IMPORTANCES = ("class", "mean", "last")
 IMPORTANCE_RULE = "importance in ('', 'class', 'mean', 'last')"
 ATTENTION_RULES = {
@@ -35,7 +34,7 @@ ATTENTION_RULES = {
     **dict.fromkeys(("bias", "policy"), "sums (B, N)"),
     "longest": "longest >= 0",
     "importance": IMPORTANCE_RULE,
-    "backend": "D <= {'triton': 128}.get(backend, D)",
+    "backend": "D <= max_head_dim('token_attention', backend)",
 }
 PACKED_RULES = {
     **dict.fromkeys(("q", "k", "v"), "float (T, H, D)"),
@@ -115,18 +114,15 @@ def token_attention(
     if policy is None and importance is None and packed is None and q.shape[1] > 0:
         wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         eager = q.is_cpu and can_bypass_dispatcher(q, but_the_profiler=True)
-        plain, training = bias is None, is_differentiated(q, k, v)
-        if not wants_bias and backends.use_sdpa(OP, q, plain=plain, eager=eager, unfit=too_wide(q), training=training):
+        training = is_differentiated(q, k, v)
+        if not wants_bias and backends.use_sdpa(
+            OP, q, plain=bias is None, eager=eager, head_dim=q.shape[-1], training=training
+        ):
             return torchs_attention(q, k, v, bias, scale=scale)
     training = is_differentiated(q, k, v, bias, policy)
-    backend = backends.choose(OP, q, unfit=too_wide(q), training=training)
+    backend = backends.choose(OP, q, head_dim=q.shape[-1], training=training)
     out, worth = _attend(q, k, v, bias, policy, packed, scale, importance or "", backend)
     return out if importance is None else (out, worth)
-
-
-def too_wide(q: Tensor) -> tuple[str, ...]:
-    """The backends whose kernels do not take heads as wide as q's."""
-    return tuple(name for name, widest in WIDEST.items() if q.shape[-1] > widest)
 
 
 def _check(q: Any, k: Any, v: Any, packed: Packing | None) -> tuple[int, ...]:

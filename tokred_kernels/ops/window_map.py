@@ -28,13 +28,14 @@ def window_map(score: Tensor, windows: Windows, r: int, backend: str, counts: Te
         packed = packing_after((windows.num_tokens(),) * score.shape[0], counts, each=gone)
     starts_out = None if packed is None else packed.cu_seqlens
     num_out = windows.num_tokens() - r * gone if packed is None else packed.rows
+    if backend != "reference":
+        backend = backends.companion("window_map", backend, score)
+    if backend == "reference" and packed is None:  # a selector that is exported computes only `dest`
+        return TokenMap._trusted(reference.window_dest(score, windows, r), num_out)
     if backend == "reference":
-        if packed is None:  # no second view before it is asked for: this is what is exported
-            return TokenMap._trusted(reference.window_dest(score, windows, r), num_out)
         views = reference.window_map(score, windows, r, counts, starts_out, num_out)
     else:
-        others = counts, starts_out, num_out, backends.companion("window_map", backend, score)
-        views = _window_map(score, *windows, r, *others)
+        views = _window_map(score, *windows, r, counts, starts_out, num_out, backend)
     return TokenMap._trusted(views[0], num_out, *views[1:], packed)
 
 

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     EPS,
     LN_2,
     LOG2_E,
-    check_width,
     finite_level,
     first_highest,
     head_start,
@@ -38,6 +36,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_vectors,
     weight_share,
 )
+from tokred_kernels.backends.triton.common import narrow, on_device
 from tokred_kernels.backends.triton.configs_attention import architecture_of, attention_config, importance_config
 
 # Weights are multiplied by this before they are rounded to float16, so that those of kept keys that lie far below a
@@ -58,7 +57,6 @@ def token_attention(
     importance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.token_attention`: out as it lies in memory, what the backward needs of each row, importance."""
-    check_width("token_attention", q)
     q, k, v = (inner_dense(t) for t in (q, k, v))
     images, heads, tokens, channels = sizes(q, starts, longest)
     layout = attention_layout(q, starts)

@@ -17,12 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_rows import rows_kernel
 from tokred_kernels.backends.triton.attention_tiles import (
     EPS,
     LOG2_E,
-    check_width,
     counts_query,
     head_start,
     head_strides,
@@ -41,6 +39,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_vectors,
     weight_share,
 )
+from tokred_kernels.backends.triton.common import narrow, on_device
 from tokred_kernels.backends.triton.configs_attention import (
     AttentionConfig,
     architecture_of,
@@ -72,7 +71,6 @@ def token_attention_backward(
 
     `grad_out` lies as `out` does: (B, N, H, d), or (T, H, d).
     """
-    check_width("token_attention", q)
     q, k, v, grad_out = (inner_dense(t) for t in (q, k, v, grad_out))
     if grad_importance is not None:
         grad_importance = grad_importance.contiguous()
