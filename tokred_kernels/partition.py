@@ -50,7 +50,7 @@ SCHEMA = (
     "bool sources_by_index, SymInt r"
 )
 METRIC_RULE = "float (B, N, D) or (B, H, N, D); B * N <= ROWS and 0 not in metric.shape[1:-2]"
-# What they must be for images of N tokens; see `ops.arguments`.
+# Their rules for images of N tokens; see `backends.arguments`.
 RULES = {
     "sources": "int32 (B, num_src); entries(sources, 0, N)",
     "destinations": "int32 (B, num_dst); entries(destinations, 0, N)",

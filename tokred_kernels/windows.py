@@ -41,7 +41,7 @@ class Windows(NamedTuple):
 
 # The windows among the arguments of a registered op.
 SCHEMA = "SymInt first, SymInt grid_height, SymInt grid_width, SymInt height, SymInt width"
-# What they must be; see `ops.arguments`.
+# Their rules; see `backends.arguments`.
 RULES = {
     "first": "first >= 0",
     "grid_height": "grid_height >= 0",

@@ -10,11 +10,11 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.checks import check_floating, check_metric, check_real, check_same_device, prefix_length, shape
 from tokred_kernels.namedtuples import namedtuple_replace
+from tokred_kernels.ops.autograd import constant
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.build_match_map import build_match_map
 from tokred_kernels.ops.count_above_threshold import count_above_threshold
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_readable, check_threshold, smallest
-from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.rank_candidates import rank_candidates
 from tokred_kernels.packing import Packing, check_packing
 from tokred_kernels.partition import every_other

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import bipartite_match as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_count, check_metric, prefix_length
-from tokred_kernels.ops.library import constant, register
+from tokred_kernels.ops.autograd import constant
 from tokred_kernels.partition import METRIC_RULE, RULES, SCHEMA, Partition, every_other
 from tokred_kernels.token_map import TokenMap
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tokred_kernels import backends
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import (
     check_count,
     check_floating,
@@ -19,7 +20,7 @@ from tokred_kernels.checks import (
 )
 from tokred_kernels.ops import bipartite_match as match_op
 from tokred_kernels.ops import merge as merge_op
-from tokred_kernels.ops.library import is_differentiated, register
+from tokred_kernels.ops.autograd import is_differentiated
 from tokred_kernels.ops.merge import prepare_weight
 from tokred_kernels.ops.merge_wavg import like_size, merge_wavg
 from tokred_kernels.partition import METRIC_RULE, NO_LISTS, RULES, SCHEMA, Partition, every_other

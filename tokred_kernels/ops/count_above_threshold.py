@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import count_above_threshold as reference
-from tokred_kernels.ops.library import register
+from tokred_kernels.backends.registration import register
 
 
 def count_above_threshold(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:

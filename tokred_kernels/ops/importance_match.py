@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.checks import check_count, check_metric, prefix_length
+from tokred_kernels.ops.autograd import constant
 from tokred_kernels.ops.build_match_map import build_match_map
-from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.rank_candidates import rank_candidates
 from tokred_kernels.partition import prefix_and_rest
 from tokred_kernels.token_map import TokenMap

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import keep_topk as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import MAX_ROWS, check_count, check_flag, check_floating, has_too_many, shape
-from tokred_kernels.ops.library import register
 from tokred_kernels.token_map import TokenMap
 
 OP = "keep_topk"

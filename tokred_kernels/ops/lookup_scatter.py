@@ -11,9 +11,10 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import Function, distinct, forbid_double_backward, is_differentiated, register
+from tokred_kernels.ops.autograd import Function, distinct, forbid_double_backward, is_differentiated
 from tokred_kernels.ops.lookup_gather import (
     LOOKUP_RULES,
     TAKES_OVER,

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_choice, check_floating, check_same_device, check_tokens, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import Function, forbid_double_backward, is_differentiated, register
+from tokred_kernels.ops.autograd import Function, forbid_double_backward, is_differentiated
 from tokred_kernels.token_map import TokenMap
 
 REDUCES = ("mean", "sum", "amax")

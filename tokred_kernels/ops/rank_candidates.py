@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import rank_candidates as reference
-from tokred_kernels.ops.library import register
+from tokred_kernels.backends.registration import register
 from tokred_kernels.partition import METRIC_RULE, PACKED_RULES, RULES, SCHEMA, Partition
 
 

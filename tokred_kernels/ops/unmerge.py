@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import unmerge as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_same_device, check_tokens, shape
-from tokred_kernels.ops.library import Function, forbid_double_backward, is_differentiated, register
+from tokred_kernels.ops.autograd import Function, forbid_double_backward, is_differentiated
 from tokred_kernels.ops.merge import _merge, check_map
 from tokred_kernels.token_map import TokenMap
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import window_map as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.ops.counts import packing_after
-from tokred_kernels.ops.library import register
 from tokred_kernels.token_map import TokenMap
 from tokred_kernels.windows import RULES, SCHEMA, Windows
 

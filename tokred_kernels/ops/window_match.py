@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.checks import MAX_ROWS, check_choice, check_count, check_tokens, has_too_many, shape, shown
+from tokred_kernels.ops.autograd import constant
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_readable, check_threshold, smallest
-from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.window_map import window_map
 from tokred_kernels.ops.window_similarity import window_similarity
 from tokred_kernels.token_map import TokenMap

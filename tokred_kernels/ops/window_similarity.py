@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import window_similarity as reference
-from tokred_kernels.ops.library import register
+from tokred_kernels.backends.registration import register
 from tokred_kernels.windows import RULES, SCHEMA, Windows
 
 

@@ -13,7 +13,7 @@ from tokred_kernels.backends.triton.configs import SCAN_CONFIG
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """See `ops.compose`."""
+    """See `token_map_ops.compose`."""
     first = first.contiguous()
     dest = torch.empty_like(first)
     if dest.numel():
