@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokred_kernels as tk
-from tokred_kernels.backends import registration
+from tokred_kernels import torch_state
 from tokred_kernels.ops.registry import SPECS
 
 OPS = torch.ops.tokred
@@ -322,7 +322,7 @@ def test_modes_see_every_op():
 def test_the_dispatcher_and_the_direct_way_give_the_same(monkeypatch):
     x, size, keys = inputs(21)
     direct = reduce_twice(x, size, keys)
-    monkeypatch.setattr(registration, "_CAN_SKIP", False)
+    monkeypatch.setattr(torch_state, "_CAN_SKIP", False)
     dispatched = reduce_twice(x, size, keys)
     for got, want in zip(direct[:3], dispatched[:3], strict=True):
         assert torch.equal(got, want)

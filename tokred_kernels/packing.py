@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.registration import can_bypass_dispatcher
 from tokred_kernels.checks import MAX_ROWS, check_count, shape, shown
+from tokred_kernels.torch_state import can_bypass_dispatcher
 
 
 class Packing(NamedTuple):

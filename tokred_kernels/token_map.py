@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tokred_kernels.backends.registration import can_bypass_dispatcher
 from tokred_kernels.checks import MAX_ROWS, check_count, shape
 from tokred_kernels.packing import Packing
 from tokred_kernels.token_map_ops import compose, to_csr
+from tokred_kernels.torch_state import can_bypass_dispatcher
 
 
 class TokenMap:

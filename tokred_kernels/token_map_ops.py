@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`to_csr` and `compose`: the registered ops that a TokenMap calls itself.
 
-They are here and not in `ops`, because the layers are ops -> token_map, packing, partition, windows -> backends: each
-imports only what stands to its right.
+They are not in `ops`, whose functions return and take token maps. The layers are ops -> token_map and this file ->
+backends -> packing, partition, windows, ops.registry and other modules of plain data; no import goes the other way.
 """
 
 from __future__ import annotations

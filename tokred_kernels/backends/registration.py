@@ -18,60 +18,10 @@ from torch.compiler import is_compiling
 from tokred_kernels import backends
 from tokred_kernels.backends.arguments import checker
 from tokred_kernels.ops.registry import SPECS
+from tokred_kernels.torch_state import can_bypass_dispatcher, is_batched
 
 LIBRARY = torch.library.Library("tokred", "DEF")
 DEVICES = ("CPU", "CUDA")
-
-# Private names, which a later torch can drop. If one is missing, every call goes through the dispatcher.
-_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
-_transform_level: Any = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
-_profiler_runs: Any = getattr(torch.autograd, "_profiler_enabled", None)
-# True for the gradients in torch.autograd.grad(is_grads_batched=True).
-_is_batched: Any = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
-_is_tracing: Any = getattr(torch._C, "_is_tracing", None)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_batched, _is_tracing)
-
-
-def can_bypass_dispatcher(*tensors: Any, but_the_profiler: bool = False) -> bool:
-    """Return whether an eager call on these tensors can skip the dispatcher, ignoring those that are None.
-
-    With `but_the_profiler`, the profiler can miss the call.
-
-    The dispatcher is needed by compilers, tensor subclasses, modes (flop counters, fake tensors), transforms and the
-    profiler, and it gives memory to tensors that have none (negated views, zero tensors). Otherwise it only costs time.
-    """
-    if not _CAN_SKIP or is_compiling():
-        return False
-    last = None
-    for tensor in tensors:
-        if tensor is None or tensor is last:
-            continue
-        if type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
-            return False
-        last = tensor
-    return (
-        _dispatch_modes() == 0
-        and _transform_level() is None
-        and (but_the_profiler or not _profiler_runs())
-        and not _is_tracing()
-    )
-
-
-def in_functorch_transform() -> bool:
-    """Return whether the call is inside a transform of torch.func."""
-    return _transform_level is not None and _transform_level() is not None
-
-
-def with_memory(*tensors: Any) -> tuple[torch.Tensor, ...]:
-    """Return the tensors for a kernel that bypasses the dispatcher: negated views and zero tensors are copied."""
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            raise RuntimeError(
-                f"tokred_kernels: this gradient needs plain tensors, got {type(tensor).__name__}; "
-                'use tokred_kernels.use_backend("reference")'
-            )
-    return tuple(t.clone() if t._is_zerotensor() else t.resolve_neg() for t in tensors)
 
 
 def register(
@@ -126,7 +76,7 @@ def register(
         if is_compiling() or not can_bypass_dispatcher(*tensors_of(arguments)):
             return overload(*arguments)
         first, second = arguments[:2]
-        if _is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second)):
+        if is_batched(first) or (isinstance(second, torch.Tensor) and is_batched(second)):
             return overload(*arguments)
         return direct(*arguments)
 

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from tokred_kernels.backends.registration import in_functorch_transform
+from tokred_kernels.torch_state import in_functorch_transform
 
 
 def constant(tensor: torch.Tensor) -> torch.Tensor:

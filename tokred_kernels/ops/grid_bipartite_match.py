@@ -8,12 +8,12 @@ import functools
 import torch
 from torch import Tensor
 
-from tokred_kernels.backends.registration import can_bypass_dispatcher
 from tokred_kernels.checks import check_count, check_flag, check_generator, check_metric
 from tokred_kernels.ops.bipartite_match import match
 from tokred_kernels.ops.window_match import check_pair
 from tokred_kernels.partition import Partition
 from tokred_kernels.token_map import TokenMap
+from tokred_kernels.torch_state import can_bypass_dispatcher
 
 OP = "grid_bipartite_match"
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_gather as reference
-from tokred_kernels.backends.registration import can_bypass_dispatcher, register, with_memory
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
 from tokred_kernels.ops.autograd import Function, anchor_of, distinct, forbid_double_backward, is_differentiated
+from tokred_kernels.torch_state import can_bypass_dispatcher, with_memory
 
 OP = "lookup_gather"
 # Whose kernel takes over what a scatter by the same weights gives q and k, and what an lse carries so that it does.

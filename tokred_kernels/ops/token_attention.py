@@ -12,12 +12,13 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
-from tokred_kernels.backends.registration import can_bypass_dispatcher, register
+from tokred_kernels.backends.registration import register
 from tokred_kernels.backends.torch_attention import torchs_attention
 from tokred_kernels.checks import check_choice, check_floating, check_real, check_same_device, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
 from tokred_kernels.ops.autograd import Function, anchor_of, distinct, forbid_double_backward, is_differentiated
 from tokred_kernels.packing import Packing, check_packing
+from tokred_kernels.torch_state import can_bypass_dispatcher
 
 OP = "token_attention"
 IMPORTANCES = ("class", "mean", "last")
