@@ -114,7 +114,7 @@ def ours(case: Case) -> Callable[[Inputs], Any]:
         return own.ours(case)
 
     def window_merge(i: Inputs) -> tk.MergeOutput:
-        token_map = tk.window_match(i.x, i.threshold, window=window)
+        token_map = tk.window_match(i.x, i.threshold, window=window, num_prefix=1)
         return tk.MergeOutput(*tk.merge_wavg(i.x, token_map), token_map)
 
     return {
@@ -125,7 +125,7 @@ def ours(case: Case) -> Callable[[Inputs], Any]:
         "merge_wavg": lambda i: tk.merge_wavg(i.x, i.token_map, i.size),
         "unmerge": lambda i: tk.unmerge(i.y, i.token_map),
         "bipartite_merge": lambda i: tk.bipartite_merge(i.x, r, metric=i.metric, size=i.size, class_token=True),
-        "window_match": lambda i: tk.window_match(i.x, i.threshold, window=window),
+        "window_match": lambda i: tk.window_match(i.x, i.threshold, window=window, num_prefix=1),
         "window_merge": window_merge,
         "adaptive_bipartite_match": lambda i: tk.adaptive_bipartite_match(
             i.metric, layer_index=i.layer_index, class_token=True

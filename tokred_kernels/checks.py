@@ -146,19 +146,19 @@ def check_same_device(op: str, name: str, value: Tensor, other_name: str, other:
         )
 
 
-def prefix_length(op: str, num_prefix: int | None, class_token: bool, distill_token: bool) -> int | None:
-    """Return the number of protected leading tokens if `num_prefix` gives it, None if ToMe's two flags do.
+def prefix_length(op: str, num_prefix: int, class_token: bool, distill_token: bool) -> int | None:
+    """Return `num_prefix`, or None if it is 0: then ToMe's two flags say which tokens are protected.
 
     Raises:
         TypeError: a flag is not a bool, or `num_prefix` is not an int.
-        ValueError: `num_prefix` is negative, or given together with a flag.
+        ValueError: `num_prefix` is negative, or is above 0 together with a flag.
     """
     if type(class_token) is not bool or type(distill_token) is not bool:
         check_flag(op, "class_token", class_token)
         check_flag(op, "distill_token", distill_token)
-    if num_prefix is None:
-        return None
     num_prefix = check_count(op, "num_prefix", num_prefix)
+    if num_prefix == 0:
+        return None
     if class_token or distill_token:
         raise ValueError(
             f"tokred_kernels.{op}: give num_prefix or class_token/distill_token, not both, "

@@ -174,7 +174,7 @@ def check_keep_topk(run: Run, tokens: int, dtype: torch.dtype) -> None:
     scores[0, -1] = torch.nan
     for k in sorted({0, (tokens - 1) // 2, tokens - 1}):
         for fuse in (False, True):
-            run.on_both(lambda k=k, fuse=fuse: of_map(tk.keep_topk(scores, k, fuse=fuse)))
+            run.on_both(lambda k=k, fuse=fuse: of_map(tk.keep_topk(scores, k, fuse=fuse, num_prefix=1)))
 
 
 def check_packed(run: Run, lengths: tuple[int, ...], dtype: torch.dtype) -> None:

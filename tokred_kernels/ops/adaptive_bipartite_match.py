@@ -30,7 +30,7 @@ def adaptive_bipartite_match(
     threshold: float | None = None,
     class_token: bool = False,
     distill_token: bool = False,
-    num_prefix: int | None = None,
+    num_prefix: int = 0,
     count: int | str = BATCH,
     packed: Packing | None = None,
     group: Any = None,

@@ -52,7 +52,7 @@ class Function(torch.autograd.Function):
                 "tokred_kernels: torch.func cannot differentiate the kernels; use "
                 'tokred_kernels.use_backend("reference") around the call, or torch.autograd.grad for gradients'
             )
-        return super().apply(*args)
+        return super().apply(*args)  # type: ignore[no-untyped-call]
 
 
 class _ForbidDoubleBackward(torch.autograd.Function):
@@ -75,7 +75,7 @@ def forbid_double_backward(op: str, gradient: torch.Tensor | None, anchor: torch
     """Return `gradient` such that differentiating it again, through `anchor`, raises a clear error."""
     if gradient is None or not torch.is_grad_enabled():
         return gradient
-    return _ForbidDoubleBackward.apply(op, gradient, anchor)
+    return _ForbidDoubleBackward.apply(op, gradient, anchor)  # type: ignore[no-untyped-call]
 
 
 def anchor_of(*tensors: torch.Tensor | None) -> torch.Tensor:

@@ -23,7 +23,7 @@ def bipartite_match(
     *,
     class_token: bool = False,
     distill_token: bool = False,
-    num_prefix: int | None = None,
+    num_prefix: int = 0,
 ) -> TokenMap:
     """Choose the `r` most similar pairs of an even token and an odd token to merge (ToMe, section 3.1, algorithm 1).
 

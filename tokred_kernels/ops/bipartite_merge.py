@@ -43,7 +43,7 @@ def bipartite_merge(
     size: Tensor | None = None,
     class_token: bool = False,
     distill_token: bool = False,
-    num_prefix: int | None = None,
+    num_prefix: int = 0,
 ) -> MergeOutput:
     """Merge the `r` most similar pairs of tokens by size-weighted average (ToMe, section 3.1): match, then merge_wavg.
 

@@ -17,7 +17,7 @@ from tokred_kernels.token_map import TokenMap
 OP = "keep_topk"
 
 
-def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False) -> TokenMap:
+def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 0, fuse: bool = False) -> TokenMap:
     """Keep the prefix and the `k` tokens of highest score; drop the others, or fuse them into one.
 
     (DynamicViT, section 3.2; EViT, section 3.2; DiffRate, section 3.1.)

@@ -16,7 +16,7 @@ from tokred_kernels.dtypes import accumulator_of
 from tokred_kernels.ops.autograd import Function, forbid_double_backward, is_differentiated
 from tokred_kernels.token_map import TokenMap
 
-REDUCES = ("mean", "sum", "amax")
+REDUCES = ("mean", "sum", "amax", "max")
 VIEW_RULES = {"members": "int32 (B * N,)", "begin": "int32 (B, M)"}
 
 
@@ -26,8 +26,8 @@ def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tenso
     Args:
         x: (B, N, C), or (T, C) if the map takes packed tokens.
         token_map: from N tokens to N' slots.
-        reduce: "mean", "sum" or "amax". With weights w, mean is sum(w x) / sum(w) and sum is sum(w x). Sums are kept in
-            float32 (float64 for float64) and rounded once.
+        reduce: "mean", "sum", or "amax" ("max" is the same). With weights w, mean is sum(w x) / sum(w) and sum is
+            sum(w x). Sums are kept in float32 (float64 for float64) and rounded once.
         weight: (B, N) or (B, N, 1), or (T,) or (T, 1), float32 whatever x is (other floats are converted); not with
             "amax".
 
@@ -47,6 +47,8 @@ def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tenso
     """
     check_against_map("merge", x, token_map)
     check_choice("merge", "reduce", reduce, REDUCES)
+    if reduce == "max":
+        reduce = "amax"
     if weight is not None:
         if reduce == "amax":
             raise ValueError('tokred_kernels.merge: weight must be None with reduce="amax": a maximum has no weights')

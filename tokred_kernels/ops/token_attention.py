@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +36,34 @@ PACKED_RULES = {
     "starts": "int32 (S,); starts_of(starts, T, longest)",
     "longest": "0 <= longest <= T or S == 1",
 }
+
+
+@overload
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: Tensor | None = None,
+    policy: Tensor | None = None,
+    scale: float | None = None,
+    importance: None = None,
+    packed: Packing | None = None,
+) -> Tensor: ...
+
+
+@overload
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: Tensor | None = None,
+    policy: Tensor | None = None,
+    scale: float | None = None,
+    importance: str,
+    packed: Packing | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def token_attention(

@@ -23,11 +23,11 @@ KEEP, REFUSE = "keep", "refuse"
 
 def window_match(
     x: Tensor,
-    threshold: float,
+    threshold: float | None = None,
     *,
     window: tuple[int, int] = (2, 2),
     grid: tuple[int, int] | None = None,
-    num_prefix: int = 1,
+    num_prefix: int = 0,
     count: int | str = BATCH,
     uneven: str = KEEP,
     group: Any = None,
@@ -40,7 +40,7 @@ def window_match(
 
     Args:
         x: (B, N, C), `num_prefix` leading tokens and a grid row by row. Not differentiated.
-        threshold: a cosine. Not looked at where `count` is an int.
+        threshold: a cosine. Not needed, and not used, if `count` is an int.
         window: height and width in tokens, two tokens or more.
         grid: height and width in tokens; default square.
         num_prefix: so many leading tokens (class, distillation, registers) are in no window and stay first.
@@ -66,10 +66,12 @@ def window_match(
         RuntimeError: the backend asked for cannot serve the call.
     """
     windows = _check(x, window, grid, num_prefix, uneven)
-    threshold = check_threshold(OP, threshold)
     count = check_count_mode(OP, count, group)
     if isinstance(count, str):
+        threshold = check_threshold(OP, threshold)
         check_readable(OP, "x", x)
+    else:
+        threshold = 0.0 if threshold is None else check_threshold(OP, threshold)
     x = constant(x)
     backend = backends.choose("window_similarity", x)
     score, counts = window_similarity(x, windows, threshold, backend)
