@@ -73,7 +73,7 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _device(name: str | None, parser: argparse.ArgumentParser) -> torch.device:
-    """Return the device to check; exit if there is no such device."""
+    """Return the device to check; exit if it does not exist."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -222,10 +222,10 @@ def test_a_backend_that_cannot_serve_raises():
         (
             lambda x: tk.window_match(x, 0.5, num_prefix=2),
             ValueError,
-            "grid must be given where.* 17 - 2 is not the sq",
+            "grid must be given if.* 17 - 2 is not a sq",
         ),
-        (lambda x: tk.window_match(x, 0.5, num_prefix=17), ValueError, "grid must be given where .* 17 - 17 is not"),
-        (lambda x: tk.window_match(x, 0.5, num_prefix=18), ValueError, "grid must be given where .* 17 - 18 is not"),
+        (lambda x: tk.window_match(x, 0.5, num_prefix=17), ValueError, "grid must be given if .* 17 - 17 is not"),
+        (lambda x: tk.window_match(x, 0.5, num_prefix=18), ValueError, "grid must be given if .* 17 - 18 is not"),
         (lambda x: tk.window_match(x, 0.5, num_prefix=-1), ValueError, "num_prefix must be at least 0, got -1"),
         (lambda x: tk.window_match(x, 0.5, num_prefix=1.0), TypeError, "num_prefix must be an int, got float"),
         (

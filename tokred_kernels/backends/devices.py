@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def limits(op: OpSpec, backend: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype], head_dim: int) -> str | None:
-    """Return None if `backend` has a kernel of `op` for this dtype and head dimension, or the reason why not."""
+    """Return None if `backend` runs `op` with this dtype and head dimension, or the reason why not."""
     if backend not in op.backends:
         return f"{op.name} has no {backend} kernel"
     if dtype not in dtypes and not op.is_integer:

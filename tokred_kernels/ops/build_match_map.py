@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The map of a match whose partners and ranks are known, once it is decided how many tokens join."""
+"""Build the token map of a match from partners, ranks and the number of tokens that join."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ def build_match_map(
     counts: Tensor | None = None,
     packed_in: Packing | None = None,
 ) -> TokenMap:
-    """Merge the sources of lowest rank into their partners, both (B, num_src) from `rank_candidates`.
+    """Return the map that merges the sources of lowest rank into their partners.
 
-    In every image `partition.r` of them join; or, with `counts` (B,) int32, so many in each, and the map is packed. An
-    image in which none joins keeps its tokens in their order. `num_tokens` is N, or T where packed tokens go in.
-
-    Reads `counts` back to the host, once.
+    Args:
+        partner, rank: (B, num_src), from `rank_candidates`.
+        partition: of the metric; `partition.r` sources of each image join, unless `counts` is given.
+        num_tokens: N, or T if the input is packed.
+        backend: the backend that computed `rank`.
+        counts: (B,) int32, how many sources of each image join; then the map is packed. An image without any keeps its
+            tokens in order. Read back to the host once.
+        packed_in: the packing of the input, or None.
     """
     packed = None
     if counts is not None:

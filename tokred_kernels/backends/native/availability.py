@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether the C++ and CUDA kernels can run a call."""
+"""Say whether the C++ and CUDA kernels can run a call."""
 
 from __future__ import annotations
 

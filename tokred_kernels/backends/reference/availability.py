@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether the reference can run a call: always."""
+"""The reference can run every call."""
 
 from __future__ import annotations
 

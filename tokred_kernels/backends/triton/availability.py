@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether the Triton kernels can run a call."""
+"""Say whether the Triton kernels can run a call."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def keys_kernel(
     bias,  # (rows), if BIAS
     policy,  # (rows), if POLICY
     starts,  # (B + 1), if PACKED
-    grad_worth,  # (rows), if IMPORTANCE
+    grad_importance,  # (rows), if IMPORTANCE
     delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next four are from `rows_kernel`
     level,  # as delta
     top,  # as delta, if POLICY
@@ -189,7 +189,7 @@ def keys_kernel(
     if POLICY:
         kept = load_tokens(policy, first, j, count)
     if IMPORTANCE != "":
-        worth = load_tokens(grad_worth, first, j, count) * weight_share(heads, count, IMPORTANCE)
+        from_importance = load_tokens(grad_importance, first, j, count) * weight_share(heads, count, IMPORTANCE)
 
     to_keys = tl.zeros((BLOCK_KEYS, BLOCK_CHANNELS), tl.float32)
     to_values = tl.zeros((BLOCK_KEYS, BLOCK_CHANNELS), tl.float32)
@@ -210,7 +210,7 @@ def keys_kernel(
         grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(values, grads)
         if IMPORTANCE != "":
-            reached += tl.where(counts_query(i, count, IMPORTANCE)[None, :], worth[:, None], 0.0)
+            reached += tl.where(counts_query(i, count, IMPORTANCE)[None, :], from_importance[:, None], 0.0)
         moved = weights * (reached - mean[None, :])
         if POLICY:
             own = i[None, :] == j[:, None]
@@ -242,7 +242,7 @@ def queries_kernel(
     bias,  # (rows), if BIAS
     policy,  # (rows), if POLICY
     starts,  # (B + 1), if PACKED
-    grad_worth,  # (rows), if IMPORTANCE
+    grad_importance,  # (rows), if IMPORTANCE
     delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next four are from `rows_kernel`
     level,  # as delta
     top,  # as delta, if POLICY
@@ -310,8 +310,8 @@ def queries_kernel(
         values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(grads, values)
         if IMPORTANCE != "":
-            worth = load_tokens(grad_worth, first, j, count)
-            reached += share[:, None] * worth[None, :]
+            from_importance = load_tokens(grad_importance, first, j, count)
+            reached += share[:, None] * from_importance[None, :]
         moved = weights * (reached - mean[:, None])
         if POLICY:
             kept = load_tokens(policy, first, j, count)
