@@ -43,7 +43,6 @@ def op_calls():
         tk.Packing.of: {"lengths": (3, 0, 9), "device": torch.device("cpu")},
         tk.flops.count: {"model": model},
         tk.flops.image_size: {"model": model},
-        tk.flops.made_of: {"model": model},
         tk.viz.draw_tokens: {"image": torch.rand(3, 12, 16), "token_map": token_map, "grid": (3, 4), "num_prefix": 0},
         tk.nn.CompressionRate: {"patch_number": 12},
         tk.nn.TokenPredictor: {"embed_dim": 8},
