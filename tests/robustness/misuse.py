@@ -103,8 +103,9 @@ def valid_calls():
     return {function.__qualname__: (function, given) for function, given in calls.items()}
 
 
-# Public names without numbers or tensors of their own to misuse, or whose misuse other tests cover (tests/patch).
+# Public names without numbers or tensors of their own to misuse, or whose misuse other tests cover (tests/methods).
 NOT_CALLED = {"patch", "unpatch", "set_keep_rate", "calibrate_thresholds", "diffrate_search", "show_config"}
+NOT_CALLED |= {"methods", "patched_method"}
 NOT_CALLED |= {"FoundRates", "MergeOutput", "Packing", "Thresholds", "TokenMap", "__version__", "flops", "nn", "viz"}
 
 

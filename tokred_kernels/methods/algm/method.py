@@ -138,7 +138,10 @@ class ALGM(Method):
         reducers: dict[int, BlockReducer] = {
             first: WindowReducer(
                 threshold=self.threshold,  # type: ignore[arg-type]
-                window=self.window, count=counts[0], uneven=self.uneven, **common
+                window=self.window,
+                count=counts[0],
+                uneven=self.uneven,
+                **common,
             )
         }
         for layer, count, threshold in zip(later, counts[1:], thresholds, strict=True):
