@@ -48,7 +48,7 @@ KNOWN_UPWARD = {
 DISPATCH = "tokred_kernels.backends.support"
 NOT_OPS = {"__init__", "arguments", "library", "counts"}
 NOT_KERNELS = {"dispatch", "pages"}
-# Registered beside the op whose gradient it is; the reference's gradients are autograd's.
+# Registered in the file of the op; autograd computes the gradients of the reference.
 GRADIENTS = {
     "merge_backward",
     "token_attention_backward",
@@ -80,7 +80,7 @@ def test_every_op_has_a_file_in_each_layer():
 def test_every_public_op_has_a_benchmark_case():
     cases = (ROOT / "benchmarks/cases.py").read_text()
     for op in {*backends.OPS, *BUILT_ON} & set(tk.__all__):
-        assert re.search(rf'"{op}"', cases), f"benchmarks/cases.py has no case of {op}"
+        assert re.search(rf'"{op}"', cases), f"benchmarks/cases.py must have a case of {op}"
 
 
 def package_modules():

@@ -70,7 +70,7 @@ def patch(model: Model, method: str | Method, *, replace: bool = False, **settin
         if settings:
             raise TypeError(
                 f"tokred_kernels.patch: settings must be given to {type(method).__name__}(...), got "
-                f"{', '.join(settings)} beside it"
+                f"{', '.join(settings)} in patch"
             )
     else:
         if method not in METHODS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a grid of tokens is cut into windows."""
+"""The partition of a grid of tokens into windows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class Windows(NamedTuple):
-    """Windows of `height` x `width` tokens over a grid that follows `first` tokens, row by row, from its top left.
+    """Windows of `height` x `width` tokens, in row order, over the grid that follows the first `first` tokens.
 
-    What is left at the right and the bottom of a grid that they do not divide, the rim, is in no window.
+    If the window does not divide the grid, the tokens left at the right and bottom are in no window.
     """
 
     first: int
@@ -19,29 +19,29 @@ class Windows(NamedTuple):
     width: int
 
     def num_tokens(self) -> int:
-        """N, with the leading tokens."""
+        """Return N, which includes the first tokens."""
         return self.first + self.grid_height * self.grid_width
 
     def down(self) -> int:
-        """Windows in a column."""
+        """Return the windows in a column."""
         return self.grid_height // self.height
 
     def across(self) -> int:
-        """Windows in a row."""
+        """Return the windows in a row."""
         return self.grid_width // self.width
 
     def number(self) -> int:
-        """W, all windows of an image."""
+        """Return W, the windows of an image."""
         return self.down() * self.across()
 
     def size(self) -> int:
-        """Tokens of a window."""
+        """Return the tokens in a window."""
         return self.height * self.width
 
 
-# The windows among the arguments of a registered op.
+# The fields of `Windows` as arguments of a registered op.
 SCHEMA = "SymInt first, SymInt grid_height, SymInt grid_width, SymInt height, SymInt width"
-# What they must be; see `ops.arguments`.
+# The conditions on these arguments; see `ops.arguments`.
 RULES = {
     "first": "first >= 0",
     "grid_height": "grid_height >= 0",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Inspect and patch a model of any supported library.
 
-Each library has a folder of its name beside this file. Its `adapter.py` has `supports(model)`, `check(model)`,
+Each library has a folder in `models/`. Its `adapter.py` has `supports(model)`, `check(model)`,
 `model_spec(model)` and `install(model, info, reducers)`, which do for its models what the functions here describe. Its
 `flops.py` has the costs outside the blocks that `tokred_kernels.flops` counts.
 """

@@ -27,7 +27,7 @@ from tokred_kernels.token_map import TokenMap
 OP = "calibrate_thresholds"
 BLOCK_ROWS = 512  # of a Gram matrix at once
 BLOCK_NUMBERS = 2**23  # float64 numbers at once: 64 MiB
-LINE_SECONDS = 5.0  # between two lines if there is no progress bar
+LINE_SECONDS = 5.0  # between two lines of progress, if tqdm is not installed
 
 
 def calibrate_thresholds(

@@ -29,7 +29,7 @@ from tokred_kernels.models.state import ForwardTrace
 
 OP = "diffrate_search"
 LAST_RATE = 0.1  # the last learning rate divided by the first, as published
-LINE_SECONDS = 5.0  # between two lines if there is no progress bar
+LINE_SECONDS = 5.0  # between two lines of progress, if tqdm is not installed
 
 
 class FoundRates(NamedTuple):
@@ -83,7 +83,7 @@ def diffrate_search(
         model: a vision transformer with trained weights that `patch` supports: either patched with DiffRate and without
             given counts, to train these further, or not patched, to patch it first. It can be inside
             DistributedDataParallel.
-        batches: (images, labels) from a DataLoader, list or the like, which is repeated as needed, or a function that
+        batches: (images, labels) from a DataLoader or list, which is repeated as needed, or a function that
             returns one for each repetition. Images and labels are moved to the model's device.
         target_gflops: the GFLOPs per image to reach, in the units of `flops.count(model).gflops`: a multiply-add is two
             operations. Papers on vision transformers count it as one, so double their numbers.
@@ -301,7 +301,7 @@ def _endless(batches: Any) -> Iterator[Any]:
         if not found:
             raise ValueError(
                 f"tokred_kernels.{OP}: batches must give (images, labels), got "
-                + ("none" if first else "none the second time; give a DataLoader, list or function")
+                + ("none" if first else "no batches the second time; give a DataLoader, list or function")
             )
         first = False
 
