@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tokred_kernels import backends
+from tokred_kernels.checks import check_flag, shown
 from tokred_kernels.methods import ALGM, DiffRate, DynamicViT, EViT, Method, ToMe, ToMeSD
 from tokred_kernels.methods.tomesd import DENOISERS
 from tokred_kernels.models.patched import PatchInfo
@@ -64,7 +65,8 @@ def patch(model: Model, method: str | Method, *, replace: bool = False, **settin
         NotImplementedError: a model, block or attention that is not supported.
         ImportError: timm, transformers or diffusers is too old, or not installed.
     """
-    if method == LOOKUPVIT:
+    check_flag("patch", "replace", replace)
+    if isinstance(method, str) and method == LOOKUPVIT:
         return _lookupvit(model, settings)
     if isinstance(method, Method):
         if settings:
@@ -73,11 +75,11 @@ def patch(model: Model, method: str | Method, *, replace: bool = False, **settin
                 f"{', '.join(settings)} in patch"
             )
     else:
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             names = ", ".join(map(repr, (*METHODS, LOOKUPVIT)))
             raise ValueError(
                 f"tokred_kernels.patch: method must be a method of tokred_kernels.methods or one of {names}, got "
-                f"{method!r}"
+                f"{shown(method)}"
             )
         kind = METHODS[method]
         known = {field.name: field.default is MISSING for field in fields(kind)}

@@ -12,6 +12,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from tokred_kernels.models.patched import PatchInfo
 from tokred_kernels.models.reducer import BlockReducer
 from tokred_kernels.models.spec import OWN_BLOCK, PATCH_INFO, SUPPORTED, ModelSpec
@@ -23,9 +25,12 @@ def inspect_model(model: Any) -> ModelSpec:
     Only exact classes are supported: patching would silently discard what a subclass overrides.
 
     Raises:
+        TypeError: the model is not a module.
         NotImplementedError: the model, or a part of it, is not supported.
         ValueError: a module inside the model is already patched.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tokred_kernels: model must be a torch.nn.Module, got {type(model).__name__}")
     if not _is_supported(model):
         patched = next((part for part in model.modules() if PATCH_INFO in vars(part)), None)
         if patched is not None:

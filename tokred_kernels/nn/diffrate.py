@@ -67,6 +67,8 @@ class CompressionRate(nn.Module):
         that are large enough. With `token_number`, only the first `token_number` entries are set to 0: the tokens after
         them were masked before, and their gradient passes.
         """
+        if token_number is not None:
+            token_number = check_count("nn.CompressionRate", "token_number", token_number)
         total = self.patch_number + self.prefix
         probability = _full(self.selected_probability).softmax(-1)
         # Candidate c keeps tokens 0 to c + prefix - 1: store its probability there, and sum from the end.

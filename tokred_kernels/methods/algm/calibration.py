@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.checks import check_count, shape
+from tokred_kernels.checks import check_count, check_flag, shape, shown
 from tokred_kernels.methods.algm.thresholds import Similarity, Thresholds
 from tokred_kernels.methods.method import Method
 from tokred_kernels.models.base import inspect_model, install
@@ -75,6 +75,9 @@ def calibrate_thresholds(
         ImportError: the model's library is too old.
     """
     spec = _check_model(model)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"tokred_kernels.{OP}: batches must be an iterable of images, got {shown(batches)}")
+    check_flag(OP, "progress", progress)
     chosen = _check_layers(layers, len(spec.blocks))
     if window is not None:
         window = check_pair(OP, "window", window)
@@ -122,8 +125,6 @@ class _Calibration(Method):
 
 
 def _check_model(model: Any) -> ModelSpec:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, PATCH_INFO):
         raise ValueError(
             f"tokred_kernels.{OP}: model must not be patched ({getattr(model, PATCH_INFO)}): thresholds describe the "
@@ -136,7 +137,7 @@ def _check_layers(layers: Any, depth: int) -> list[int]:
     if layers is None:
         return list(range(depth))
     if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
-        raise TypeError(f"tokred_kernels.{OP}: layers must be a sequence of ints, counted from 0, got {layers!r}")
+        raise TypeError(f"tokred_kernels.{OP}: layers must be a sequence of ints, counted from 0, got {shown(layers)}")
     for layer in layers:
         check_count(OP, "layers", layer)
         if layer >= depth:

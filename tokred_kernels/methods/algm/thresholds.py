@@ -8,8 +8,10 @@ import re
 import reprlib
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
+from tokred_kernels.checks import shown
 from tokred_kernels.files import check_fields, check_number, read_json, replace_json
 
 VERSION = 2  # of the JSON file; version 1 counted layers from 1
@@ -58,9 +60,9 @@ class Thresholds:
         Raises:
             ValueError: the layer was not calibrated.
         """
-        if layer not in self.layers:
+        if not isinstance(layer, Integral) or layer not in self.layers:
             known = ", ".join(map(str, self.layers))
-            raise ValueError(f"tokred_kernels.Thresholds: layer must be one of {known}, got {layer!r}")
+            raise ValueError(f"tokred_kernels.Thresholds: layer must be one of {known}, got {shown(layer)}")
         return self.layers[layer].mean + self.layers[layer].std
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -115,7 +117,7 @@ class Thresholds:
 def _check_values(where: str, layers: Any, window: Any) -> None:
     """Raise TypeError or ValueError unless these can be the fields of a Thresholds."""
     if not isinstance(layers, dict) or not all(isinstance(entry, Similarity) for entry in layers.values()):
-        raise TypeError(f"{where} layers must be a dict of Similarity, got {reprlib.repr(layers)}")
+        raise TypeError(f"{where} layers must be a dict of Similarity, got {shown(layers)}")
     if not layers:
         raise ValueError(f"{where} layers must have at least one layer, got none")
     for layer, similarity in layers.items():
@@ -127,6 +129,6 @@ def _check_values(where: str, layers: Any, window: Any) -> None:
             raise ValueError(f"{where} layers must ascend, got {after} after {before}")
     if window is not None:
         if not isinstance(window, tuple) or len(window) != 2:
-            raise ValueError(f"{where} window must be two ints or null, got {reprlib.repr(window)}")
+            raise ValueError(f"{where} window must be two ints or null, got {shown(window)}")
         for length in window:
             check_number(f"{where} window", length, *COUNT)
