@@ -31,7 +31,7 @@ REGISTRY = "tokred_kernels.ops.registry"
 DISPATCH = "tokred_kernels.backends.support"
 NOT_OPS = {"__init__", "autograd", "availability", "counts", "registry"}
 NOT_KERNELS = {"dispatch", "pages"}
-# Registered beside the op whose gradient it is; the reference's gradients are autograd's.
+# Registered in the file of the op; autograd computes the gradients of the reference.
 GRADIENTS = {name for name in OPS if name.endswith("_backward")}
 # Two whole-number kernels that share a file, and are tested with the token map.
 MAP_OPS = {"to_csr", "compose"}
@@ -59,7 +59,7 @@ def test_every_op_has_a_file_in_each_layer():
 def test_every_public_op_has_a_benchmark_case():
     cases = (ROOT / "benchmarks/cases.py").read_text()
     for op in set(SPECS) & set(tk.__all__):
-        assert re.search(rf'"{op}"', cases), f"benchmarks/cases.py has no case of {op}"
+        assert re.search(rf'"{op}"', cases), f"benchmarks/cases.py must have a case of {op}"
 
 
 def package_modules():

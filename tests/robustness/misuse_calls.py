@@ -9,7 +9,7 @@ import inspect
 import torch
 
 import tokred_kernels as tk
-from tokred_kernels.methods.algm.thresholds import Similarity
+from tokred_kernels.methods.algm import Similarity
 from tokred_kernels.models.imports import import_timm
 from tokred_kernels.patching import METHODS
 
@@ -95,8 +95,9 @@ def stateful_calls():
         "set_keep_rate": (rated, {"keep_rate": (0.5,)}),
         "calibrate_thresholds": (calibrated, {"batches": [images], "layers": (0, 1), "window": (2, 2)}),
         "diffrate_search": (searched, {"batches": [(images, torch.tensor([0, 1]))], "target_gflops": 0.0003}),
-        "compression_flops": (tk.nn.compression_flops, {"model": torch.nn.Identity()}),
-        "kept_counts": (tk.nn.kept_counts, {"model": torch.nn.Identity()}),
+        "compression_flops": (tk.methods.compression_flops, {"model": torch.nn.Identity()}),
+        "kept_counts": (tk.methods.kept_counts, {"model": torch.nn.Identity()}),
+        "patched_method": (tk.patched_method, {"model": torch.nn.Identity()}),
         "patch": (tk.patch, {"model": torch.nn.Identity(), "method": "tome"}),
     }
     for size in ("tiny", "small", "base", "large"):
@@ -142,8 +143,7 @@ def patched_with(method):
         with torch.no_grad():
             return model(torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32))
 
-    settings = inspect.signature(METHODS.get(method, tk.nn.LookupViT.from_vit)).parameters.values()
-    call.__signature__ = inspect.Signature([setting for setting in settings if setting.name != "vit"])
+    call.__signature__ = inspect.signature(METHODS.get(method, functools.partial(tk.nn.LookupViT.from_vit, vit())))
     return call
 
 
