@@ -69,7 +69,7 @@ class Listening(Tensor):
 
 # Public names without arguments, and records and modules whose members are called.
 NOT_CALLED = {"show_config", "__version__", "flops", "methods", "nn", "viz"}
-NOT_CALLED |= {"FoundRates", "LookupLogits", "MergeOutput"}
+NOT_CALLED |= {"FoundRates", "ImportanceMatch", "LookupLogits", "MergeOutput"}
 
 
 def public_cases(full):
