@@ -110,7 +110,7 @@ def reason_against(case: ModelCase, backend: str, failed: Failed = NONE_FAILED) 
     if backend == backends.AUTO:
         return None
     dtype = getattr(torch, case.dtype)
-    reasons = [backends.reason_against(op, backend, case.device, dtype) for op in PATCHED_OPS]
+    reasons = [backends.can_run(op, backend, case.device, dtype) for op in PATCHED_OPS]
     reasons += [failed.get((backend, op)) for op in (*PATCHED_OPS, ATTENTION)]
     return next((reason for reason in reasons if reason is not None), None)
 

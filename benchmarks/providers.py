@@ -114,7 +114,7 @@ def ours(case: Case) -> Callable[[Inputs], Any]:
         return own.ours(case)
 
     def window_merge(i: Inputs) -> tk.MergeOutput:
-        token_map = tk.window_match(i.x, i.threshold, window=window)
+        token_map = tk.window_match(i.x, i.threshold, window=window, num_prefix=1)
         return tk.MergeOutput(*tk.merge_wavg(i.x, token_map), token_map)
 
     return {
@@ -125,7 +125,7 @@ def ours(case: Case) -> Callable[[Inputs], Any]:
         "merge_wavg": lambda i: tk.merge_wavg(i.x, i.token_map, i.size),
         "unmerge": lambda i: tk.unmerge(i.y, i.token_map),
         "bipartite_merge": lambda i: tk.bipartite_merge(i.x, r, metric=i.metric, size=i.size, class_token=True),
-        "window_match": lambda i: tk.window_match(i.x, i.threshold, window=window),
+        "window_match": lambda i: tk.window_match(i.x, i.threshold, window=window, num_prefix=1),
         "window_merge": window_merge,
         "adaptive_bipartite_match": lambda i: tk.adaptive_bipartite_match(
             i.metric, layer_index=i.layer_index, class_token=True
@@ -190,7 +190,7 @@ def providers(case: Case, chosen: list[str], compile_chain: bool, failed: Failed
 def reason_against(case: Case, backend: str, failed: Failed = NONE_FAILED) -> str | None:
     """Return why a backend cannot run a case, or must not, as its kernels did not pass the self-check; else None."""
     for op in KERNEL_OPS[case.op] + (BACKWARD_OPS[case.op] if case.training else ()):
-        reason = backends.reason_against(op, backend, case.device, getattr(torch, case.dtype))
+        reason = backends.can_run(op, backend, case.device, getattr(torch, case.dtype))
         reason = reason or failed.get((backend, op))
         if reason is not None:
             return reason

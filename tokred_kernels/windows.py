@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The partition of a grid of tokens into windows."""
+"""The windows of a grid of tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class Windows(NamedTuple):
-    """Windows of `height` x `width` tokens, in row order, over the grid that follows the first `first` tokens.
+    """Windows of `height` x `width` tokens from the top left of a grid that follows `first` tokens, row by row.
 
-    If the window does not divide the grid, the tokens left at the right and bottom are in no window.
+    If they do not divide the grid, the rest at its right and bottom, the rim, is in no window.
     """
 
     first: int
@@ -19,29 +19,29 @@ class Windows(NamedTuple):
     width: int
 
     def num_tokens(self) -> int:
-        """Return N, which includes the first tokens."""
+        """Return N, including the leading tokens."""
         return self.first + self.grid_height * self.grid_width
 
     def down(self) -> int:
-        """Return the windows in a column."""
+        """Return the number of windows in a column."""
         return self.grid_height // self.height
 
     def across(self) -> int:
-        """Return the windows in a row."""
+        """Return the number of windows in a row."""
         return self.grid_width // self.width
 
     def number(self) -> int:
-        """Return W, the windows of an image."""
+        """Return W, the number of windows of an image."""
         return self.down() * self.across()
 
     def size(self) -> int:
-        """Return the tokens in a window."""
+        """Return the number of tokens in a window."""
         return self.height * self.width
 
 
-# The fields of `Windows` as arguments of a registered op.
+# The windows among the arguments of a registered op.
 SCHEMA = "SymInt first, SymInt grid_height, SymInt grid_width, SymInt height, SymInt width"
-# The conditions on these arguments; see `ops.arguments`.
+# Their rules; see `backends.arguments`.
 RULES = {
     "first": "first >= 0",
     "grid_height": "grid_height >= 0",

@@ -138,7 +138,7 @@ def test_a_fair_share_of_windows_merges():
     windows = case.grid[0] // 2 * (case.grid[1] // 2)
     assert 0.5 <= case.r / windows <= 0.6
     inputs = draw(case, 0)
-    packed = tk.window_match(inputs.x, inputs.threshold, count="image").packed
+    packed = tk.window_match(inputs.x, inputs.threshold, count="image", num_prefix=1).packed
     merged = [(case.shape[1] - length) / 3 / windows for length in packed.lengths]
     assert min(merged) == case.r / windows and max(merged) < 0.65
 

@@ -91,6 +91,7 @@ def stateful_calls():
         "LinearSegmenter": (tk.nn.LinearSegmenter, {"encoder": vit(), "num_classes": 3}),
         "LinearSegmenter.forward": (tk.nn.LinearSegmenter(vit(), 3).eval().forward, {"images": images}),
         "unpatch": (unpatched, {"model": torch.nn.Identity()}),
+        "patched_method": (tk.patched_method, {"model": torch.nn.Identity()}),
         "set_keep_rate": (rated, {"keep_rate": (0.5,)}),
         "calibrate_thresholds": (calibrated, {"batches": [images], "layers": (0, 1), "window": (2, 2)}),
         "diffrate_search": (searched, {"batches": [(images, torch.tensor([0, 1]))], "target_gflops": 0.0003}),

@@ -6,7 +6,7 @@ from types import FunctionType
 from robustness import misuse
 
 import tokred_kernels as tk
-from tokred_kernels import backends
+from tokred_kernels.ops.registry import SPECS
 from tokred_kernels.patching import METHODS
 
 WITHOUT_ARGUMENTS = {"views", "as_rows"}
@@ -28,4 +28,4 @@ def test_every_public_function_and_every_op_is_misused():
         assert {f"{kind.__name__}.{name}" for name in with_arguments} <= called
     methods = {f"patch:{method}" for method in (*METHODS, "lookupvit")}
     assert methods - called == {"patch:tomesd"}  # needs diffusers: see tests/methods
-    assert set(misuse.recorded_calls()) == {*backends.OPS, *backends.COMPOUNDS}
+    assert set(misuse.recorded_calls()) == {name for name, spec in SPECS.items() if spec.is_registered}

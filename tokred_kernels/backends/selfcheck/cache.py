@@ -21,7 +21,7 @@ import torch
 
 from tokred_kernels.backends import native
 from tokred_kernels.backends.selfcheck.verdict import HUNG, UNKNOWN, Verdict, Verdicts
-from tokred_kernels.backends.support import triton_interprets
+from tokred_kernels.backends.triton.availability import triton_interprets
 from tokred_kernels.files import replace_text
 from tokred_kernels.version import __version__
 

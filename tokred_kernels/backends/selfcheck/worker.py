@@ -23,7 +23,8 @@ from tokred_kernels.backends.selfcheck.cases import Case, cases, reference_call,
 from tokred_kernels.backends.selfcheck.memory import Guarded
 from tokred_kernels.backends.selfcheck.supervisor import ANSWER
 from tokred_kernels.backends.selfcheck.verdict import CRASHED, PASSED, UNKNOWN, WRONG, Verdict
-from tokred_kernels.backends.support import implementation, triton_interprets
+from tokred_kernels.backends.support import implementation
+from tokred_kernels.backends.triton.availability import triton_interprets
 
 # For each run, the byte that fills new memory and that of the guard bands. As floats they are NaN, 1e36 and a moderate
 # number: NaN hides where a maximum drops it, and a number where it is multiplied by 0. Results must not depend on them.

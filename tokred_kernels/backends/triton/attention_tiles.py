@@ -12,22 +12,13 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.token_attention import packed_strides
 from tokred_kernels.backends.reference.token_attention import POLICY_EPS
-from tokred_kernels.backends.triton import INTERPRETED, multiply_add, narrow
-from tokred_kernels.backends.triton.configs_attention import MAX_HEAD_WIDTH, AttentionConfig
+from tokred_kernels.backends.triton.common import INTERPRETED, multiply_add, narrow
+from tokred_kernels.backends.triton.configs_attention import AttentionConfig
 
 # Exponentials are of base 2, which GPUs have an instruction for; scores are scaled to match.
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 EPS = tl.constexpr(POLICY_EPS)
-
-
-def check_width(op: str, q: Tensor) -> None:
-    """Raise ValueError where a head has more channels than a program can hold."""
-    if q.shape[-1] > MAX_HEAD_WIDTH:
-        raise ValueError(
-            f"tokred_kernels.{op}: q must have at most {MAX_HEAD_WIDTH} channels a head, which is the most "
-            f'that triton kernels take (use the backend "cpu" or "reference"), got shape {tuple(q.shape)}'
-        )
 
 
 def head_strides(tensor: Tensor, starts: Tensor | None) -> tuple[int, int, int]:

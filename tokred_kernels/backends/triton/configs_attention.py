@@ -24,7 +24,6 @@ from tokred_kernels.backends.triton.configs_tables import (
 )
 from tokred_kernels.backends.triton.configs_tuned import apply, read
 
-MAX_HEAD_WIDTH = 128
 FEW = 64  # compressed tokens up to which lookup attention has configs of their own
 
 # Lookup attention has few queries, so that few programs would take them all: the keys are split until there are enough
@@ -55,7 +54,7 @@ def gpu_architecture(index: int) -> str:
 
 
 def attention_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
-    """For attention by heads of `channels`, at most MAX_HEAD_WIDTH."""
+    """Return the config of attention with this head dimension."""
     return choose(_of("attention", policy), channels, dtype, architecture)
 
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import narrow
 from tokred_kernels.backends.triton.attention_tiles import (
     LOG2_E,
     head_start,
@@ -25,6 +24,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_rows,
     store_vectors,
 )
+from tokred_kernels.backends.triton.common import narrow
 from tokred_kernels.backends.triton.configs_attention import architecture_of, lookup_config, lookup_splits
 from tokred_kernels.backends.triton.lookup_tiles import (
     combine,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.reference.rank_candidates import MIN_SQUARED_NORM, NO_RANK
-from tokred_kernels.backends.triton import is_nan, multiply_add, narrow, on_device
+from tokred_kernels.backends.triton.common import is_nan, multiply_add, narrow, on_device
 from tokred_kernels.backends.triton.configs import MEAN_IN_MATCH_BLOCKS, RANK_CONFIG, match_config, rows_config
 from tokred_kernels.partition import Partition
 
