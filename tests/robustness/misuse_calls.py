@@ -97,7 +97,7 @@ def stateful_calls():
         "diffrate_search": (searched, {"batches": [(images, torch.tensor([0, 1]))], "target_gflops": 0.0003}),
         "compression_flops": (tk.methods.compression_flops, {"model": torch.nn.Identity()}),
         "kept_counts": (tk.methods.kept_counts, {"model": torch.nn.Identity()}),
-        "patch": (tk.patch, {"model": torch.nn.Identity(), "method": "tome"}),
+        "patch": (tk.patch, {"model": torch.nn.Identity(), "method": tk.methods.ToMe(2)}),
     }
     for size in ("tiny", "small", "base", "large"):
         make = getattr(tk.nn, f"lookupvit_{size}")
