@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.checks import check_count, shape
+from tokred_kernels.checks import check_count, check_flag, shape, shown
 from tokred_kernels.files import check_fields, check_number, read_json, replace_json
 from tokred_kernels.ops.window_match import check_pair
 from tokred_kernels.patch import MARK, models
@@ -74,9 +75,9 @@ class Thresholds:
         Raises:
             ValueError: the layer was not calibrated.
         """
-        if layer not in self.layers:
+        if not isinstance(layer, Integral) or layer not in self.layers:
             known = ", ".join(map(str, self.layers))
-            raise ValueError(f"tokred_kernels.Thresholds: layer must be one of {known}, got {layer!r}")
+            raise ValueError(f"tokred_kernels.Thresholds: layer must be one of {known}, got {shown(layer)}")
         return self.layers[layer].mean + self.layers[layer].std
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -128,7 +129,7 @@ class Thresholds:
 def _check_values(where: str, layers: Any, window: Any) -> None:
     """Raise TypeError or ValueError unless these can be the fields of a Thresholds."""
     if not isinstance(layers, dict) or not all(isinstance(entry, Similarity) for entry in layers.values()):
-        raise TypeError(f"{where} layers must be a dict of Similarity, got {reprlib.repr(layers)}")
+        raise TypeError(f"{where} layers must be a dict of Similarity, got {shown(layers)}")
     if not layers:
         raise ValueError(f"{where} layers must have at least one layer, got none")
     for layer, similarity in layers.items():
@@ -140,7 +141,7 @@ def _check_values(where: str, layers: Any, window: Any) -> None:
             raise ValueError(f"{where} layers must ascend, got {after} after {before}")
     if window is not None:
         if not isinstance(window, tuple) or len(window) != 2:
-            raise ValueError(f"{where} window must be two ints or null, got {reprlib.repr(window)}")
+            raise ValueError(f"{where} window must be two ints or null, got {shown(window)}")
         for length in window:
             check_number(f"{where} window", length, *COUNT)
 
@@ -191,6 +192,9 @@ def calibrate_thresholds(
         ImportError: the model's library is too old for patches.
     """
     anatomy = _check_model(model)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"tokred_kernels.{OP}: batches must be an iterable of images, got {shown(batches)}")
+    check_flag(OP, "progress", progress)
     chosen = _check_layers(layers, len(anatomy.blocks))
     if window is not None:
         window = check_pair(OP, "window", window)
@@ -244,7 +248,7 @@ def _check_layers(layers: Any, depth: int) -> list[int]:
     if layers is None:
         return list(range(1, depth + 1))
     if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
-        raise TypeError(f"tokred_kernels.{OP}: layers must be a sequence of ints, counted from 1, got {layers!r}")
+        raise TypeError(f"tokred_kernels.{OP}: layers must be a sequence of ints, counted from 1, got {shown(layers)}")
     for layer in layers:
         check_count(OP, "layers", layer, least=1)
         if layer > depth:

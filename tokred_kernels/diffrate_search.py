@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokred_kernels import flops
-from tokred_kernels.checks import check_count
+from tokred_kernels.checks import check_count, check_flag, check_real, shown
 from tokred_kernels.files import replace_json
 from tokred_kernels.nn.diffrate import compression_flops, kept_counts
 from tokred_kernels.patch import MARK, patch, unpatch
@@ -121,6 +120,10 @@ def diffrate_search(
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     _check_numbers(target_gflops=target_gflops, lr=lr, flops_weight=flops_weight, tolerance=tolerance)
     check_count(OP, "steps", steps, least=1)
+    check_flag(OP, "progress", progress)
+    target_gflops, flops_weight = float(target_gflops), float(flops_weight)
+    if not isinstance(batches, Iterable) and not callable(batches):
+        raise TypeError(f"tokred_kernels.{OP}: batches must be an iterable or a function, got {shown(batches)}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"tokred_kernels.{OP}: counts are learned by gradients; call it outside of torch.inference_mode"
@@ -151,10 +154,8 @@ def diffrate_search(
 
 def _check_numbers(**numbers: Any) -> None:
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"tokred_kernels.{OP}: {name} must be a number, got {value!r}")
-        positive = value > 0 if name in ("target_gflops", "lr") else value >= 0
-        if not (positive and math.isfinite(value)):
+        number = check_real(OP, name, value)
+        if number < 0 or (number == 0 and name in ("target_gflops", "lr")):
             least = "above 0" if name in ("target_gflops", "lr") else "0 or above"
             raise ValueError(f"tokred_kernels.{OP}: {name} must be finite and {least}, got {value}")
 

@@ -15,14 +15,15 @@ _profiler_runs: Any = getattr(torch.autograd, "_profiler_enabled", None)
 # True for the gradients in torch.autograd.grad(is_grads_batched=True).
 is_batched: Any = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
 _is_tracing: Any = getattr(torch._C, "_is_tracing", None)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 _CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, is_batched, _is_tracing)
 
 
-def can_bypass_dispatcher(*tensors: Any, but_the_profiler: bool = False) -> bool:
+def can_bypass_dispatcher(*tensors: Any, indices: tuple[Any, ...] = (), but_the_profiler: bool = False) -> bool:
     """Return whether an eager call on these tensors can skip the dispatcher, ignoring those that are None.
 
-    With `but_the_profiler`, the profiler can miss the call.
+    `indices` are tensors of a TokenMap or Packing, which are never lazily negated views. With `but_the_profiler`, the
+    profiler can miss the call.
 
     The dispatcher is needed by compilers, tensor subclasses, modes (flop counters, fake tensors), transforms and the
     profiler, and it gives memory to tensors that have none (negated views, zero tensors). Otherwise it only costs time.
@@ -37,7 +38,8 @@ def can_bypass_dispatcher(*tensors: Any, but_the_profiler: bool = False) -> bool
             return False
         last = tensor
     return (
-        _dispatch_modes() == 0
+        _PLAIN.issuperset(map(type, indices))
+        and _dispatch_modes() == 0
         and _transform_level() is None
         and (but_the_profiler or not _profiler_runs())
         and not _is_tracing()

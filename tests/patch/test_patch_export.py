@@ -132,6 +132,17 @@ def test_torch_export(method, backend, strict):
             torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", ["avg", "avgmax", "map"])
+def test_an_exported_model_can_be_moved_to_another_dtype(pool):
+    model, x = make(global_pool=pool, class_token=pool != "map"), images()
+    with torch.no_grad():
+        expected = model(x)
+        moved = torch.export.export(model, (x,)).module().to(torch.bfloat16)
+        actual = moved(x.bfloat16())
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+
+
 class Grid(nn.Module):
     """Tokens brought back to their places, as a dense head takes them."""
 

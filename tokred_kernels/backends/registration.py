@@ -62,18 +62,19 @@ def register(
     torch.library.register_fake(f"tokred::{name}", checked_fake, lib=LIBRARY)
     torch.library.register_vmap(f"tokred::{name}", _no_vmap(name), lib=LIBRARY)
     kinds = [str(argument.type) for argument in overload._schema.arguments]
-    places = [place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
-    leading = places == list(range(len(places)))
-    tensors_of: Any = itemgetter(slice(len(places)) if leading else places[0], *([] if leading else places[1:]))
+    tensors = [place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+    names = [argument.name for argument in overload._schema.arguments]
+    index_places = [place for place in tensors if rules.get(names[place], "").startswith("int32")]
+    values_of, indices_of = _getter([place for place in tensors if place not in index_places]), _getter(index_places)
 
     def call(*arguments: Any) -> Any:
-        if is_compiling() or not can_bypass_dispatcher(*tensors_of(arguments)):
+        if is_compiling() or not can_bypass_dispatcher(*values_of(arguments), indices=indices_of(arguments)):
             return overload(*arguments)
         return direct(*arguments)
 
     # A gradient can be batched, and is one of the first two arguments. Ops on integers take no gradients.
     def call_floats(*arguments: Any) -> Any:
-        if is_compiling() or not can_bypass_dispatcher(*tensors_of(arguments)):
+        if is_compiling() or not can_bypass_dispatcher(*values_of(arguments), indices=indices_of(arguments)):
             return overload(*arguments)
         first, second = arguments[:2]
         if is_batched(first) or (isinstance(second, torch.Tensor) and is_batched(second)):
@@ -81,6 +82,15 @@ def register(
         return direct(*arguments)
 
     return call if SPECS[name].is_integer else call_floats
+
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return a function that returns the arguments at these places."""
+    if places == list(range(len(places))):
+        return itemgetter(slice(len(places)))
+    if places == list(range(places[0], places[-1] + 1)):
+        return itemgetter(slice(places[0], places[-1] + 1))
+    return itemgetter(*places)
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:

@@ -68,6 +68,8 @@ class CompressionRate(nn.Module):
         are large enough. With `token_number` only tokens up to there are set to 0: those after it were out already, and
         keep their gradient's way.
         """
+        if token_number is not None:
+            token_number = check_count("nn.CompressionRate", "token_number", token_number)
         total = self.patch_number + self.prefix
         probability = _full(self.selected_probability).softmax(-1)
         # Candidate c keeps tokens 0 to c + prefix - 1. Put at its last token, the sum from the end is each token's own.

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import MAX_ROWS, WIDEST, check_count, check_flag, check_floating, shape, shown
+from tokred_kernels.checks import (
+    MAX_ROWS,
+    WIDEST,
+    check_count,
+    check_dense,
+    check_flag,
+    check_floating,
+    check_real,
+    check_same_device,
+    shape,
+    shown,
+)
 from tokred_kernels.nn.lookupvit_block import (
     NORM_EPS,
     LookupViTBlock,
@@ -54,6 +65,23 @@ def lookup_loss(logits: LookupLogits, labels: Tensor, *, label_smoothing: float 
         raise TypeError(
             f"tokred_kernels.nn.lookup_loss: logits must be a LookupLogits, got {type(logits).__name__}; a LookupViT "
             "gives it when training: call model.train()"
+        )
+    op = "nn.lookup_loss"
+    for part in logits:
+        check_floating(op, "logits", part)
+    check_dense(op, "labels", labels)
+    check_same_device(op, "labels", labels, "logits", logits.lookup)
+    check_real(op, "label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"tokred_kernels.{op}: label_smoothing must be from 0 to 1, got {label_smoothing}")
+    if logits.lookup.dim() != 2 or logits.compressed.shape != logits.lookup.shape:
+        got = f"{shape(logits.compressed)} and {shape(logits.lookup)}"
+        raise ValueError(f"tokred_kernels.{op}: logits must be two tensors (B, classes), got {got}")
+    indices = labels.dtype in (torch.int64, torch.uint8)
+    if labels.shape != (logits.lookup.shape[:1] if indices else logits.lookup.shape):
+        raise ValueError(
+            f"tokred_kernels.{op}: labels must be int64 (B,) or probabilities (B, classes) as the logits are "
+            f"{shape(logits.lookup)}, got {labels.dtype} of shape {shape(labels)}"
         )
     compressed, lookup = (F.cross_entropy(own, labels, label_smoothing=label_smoothing) for own in logits)
     return compressed + lookup

@@ -25,7 +25,8 @@ def pool_sized(x: Tensor, size: Tensor, *, kind: str, begin: int) -> Tensor:
     """
     total = size[:, begin:].sum(1, keepdim=True)
     weight = size[:, begin:] / torch.where(total == 0, 1.0, total)  # an image may have dropped all its tokens
-    mean = (x[:, begin:] * weight).sum(1).to(x.dtype)
+    # type_as, not `to`: an exported model would keep the dtype of its export when it is moved to another.
+    mean = (x[:, begin:] * weight).sum(1).type_as(x)
     return mean if kind == "avg" else 0.5 * (x[:, begin:].amax(1) + mean)
 
 

@@ -25,7 +25,11 @@ def is_differentiated(*tensors: torch.Tensor | None) -> bool:
     """
     if getattr(forward_ad, "_current_level", -1) >= 0:  # a private name, which a later torch can drop
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

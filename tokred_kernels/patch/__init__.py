@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tokred_kernels import backends
+from tokred_kernels.checks import shown
 
 # The module that puts each method in, imported at first use. It has a function `apply(model, **settings)`, which checks
 # the settings and the model (by `models.py`, or an adapter of its own), and hands it what each block shall do. Where a
@@ -103,8 +104,10 @@ def patch(model: Model, method: str, **settings: Any) -> Model:
         NotImplementedError: a model, block or attention that the method's adapters do not know.
         ImportError: timm, transformers or diffusers is too old, or not installed.
     """
-    if method not in METHODS:
-        raise ValueError(f"tokred_kernels.patch: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(
+            f"tokred_kernels.patch: method must be one of {', '.join(map(repr, METHODS))}, got {shown(method)}"
+        )
     module = importlib.import_module(METHODS[method])
     target = module.resolve(model) if hasattr(module, "resolve") else model
     if not isinstance(target, nn.Module):

@@ -189,9 +189,9 @@ def apply(
         kept: how many tokens leave each stage: a JSON file, or a dict, with "prune_kept_num" and "merge_kept_num", one
             number for each block, prefix tokens included; what `diffrate_search` saves, or one entry of the published
             compression_rate.json, such as `json.load(file)["ViT-S-DeiT"]["2.9"]`. The text "None" instead of a list,
-            as in that file, removes nothing in any block. A count above the number of tokens removes nothing either, so
-            merge_kept_num can exceed prune_kept_num, as it does in some published entries. None (default): the counts
-            are learned, see below.
+            as in that file, removes nothing in any block. A count above the number of tokens removes nothing either. A
+            block whose merge_kept_num is not below its prune_kept_num only prunes, as in the published code, where 7
+            of 31 entries have such blocks. None (default): the counts are learned, see below.
         granularity: with kept=None, the gap between the counts that may be learned.
         frozen: with kept=None, the blocks that always keep all tokens; counted from 0, or, if negative, from the end.
             (0,) (default) is the published setting for DeiT. State dicts published for MAE need (0, -1).

@@ -82,7 +82,7 @@ def apply(
     Raises as `patch` says.
     """
     models.check_switches(fuse=fuse, trace=trace)
-    if importance not in ("class", "mean"):
+    if not isinstance(importance, str) or importance not in ("class", "mean"):
         raise ValueError(f'tokred_kernels.patch: importance must be "class" or "mean", got {importance!r}')
     anatomy = models.examine(model)
     if importance == "class" and not anatomy.class_token:
