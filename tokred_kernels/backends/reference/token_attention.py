@@ -26,7 +26,7 @@ def token_attention(
     scale: float,
     importance: str,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.token_attention`: the output and the importance, which is empty where none is asked for."""
+    """See `ops.token_attention`: the output and the importance, which is empty without `importance`."""
     if packed is None:
         return _attend(q, k, v, bias, policy, scale, importance)
     lengths = list(packed.lengths)

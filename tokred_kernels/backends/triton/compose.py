@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One map after another in Triton: a gather of slots, in one launch bound by latency."""
+"""Compose two maps in Triton: a gather of slots, in one launch bound by latency."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Keeping the highest scores in Triton.
+"""Keep the highest scores in Triton.
 
 One launch, in which one program writes both views of an image's map. Above 1024 candidates, a launch before it ranks
 them with many programs per image.

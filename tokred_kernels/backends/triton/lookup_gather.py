@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookup attention's gather in Triton: a block of few queries past its share of many keys, then shares put together."""
+"""Lookup attention's gather in Triton: programs for blocks of queries and splits of keys, then the sum of splits."""
 
 from __future__ import annotations
 

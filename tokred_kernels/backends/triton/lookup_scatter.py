@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookup attention's scatter in Triton: a block of many keys past all the few queries, with weights made anew."""
+"""Lookup attention's scatter in Triton: each program takes a block of keys and all queries, and recomputes weights."""
 
 from __future__ import annotations
 

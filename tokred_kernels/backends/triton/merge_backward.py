@@ -190,5 +190,5 @@ def amax_backward_kernel(
 
 @triton.jit
 def reaches(value, highest):
-    """Whether a value is the maximum; NaN is NaN's."""
+    """Return whether a value equals the maximum; NaN equals NaN."""
     return (value == highest) | (is_nan(value) & is_nan(highest))

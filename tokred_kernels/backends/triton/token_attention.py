@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token attention in Triton: a block of queries past all keys, with the softmax kept running; then the importance."""
+"""Token attention in Triton: each program takes a block of queries and all keys, with an online softmax."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The gradients of token attention in Triton: terms of rows, then the gradient of queries, then of keys and values.
 
-Each kernel computes the scores again, possibly with another order of summation. A weight so has a relative error of a
-score's rounding, about |score| * 2^-24, as in FlashAttention. Without a policy no weight exceeds 1, and no gradient is
-larger than its terms. With a policy, gradients are divided by a sum that may be as small as eps. There, the highest
-score's exponential is 1 by definition, and D_i and Z_i come from one kernel; see `rows_kernel`.
+Each kernel computes the scores again, possibly with another order of summation. So the relative error of a weight is
+the rounding of its score, about |score| * 2^-24, as in FlashAttention. Without a policy no weight exceeds 1, and no
+gradient is larger than its terms. With a policy, gradients are divided by a sum that can be as small as eps. There, the
+exponential of the highest score is 1 by definition, and D_i and Z_i come from one kernel; see `rows_kernel`.
 """
 
 from __future__ import annotations
