@@ -24,12 +24,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
+if not __package__:  # run as a file
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import machine
+from benchmarks.harness import machine
 from tokred_kernels.backends import support
 from tokred_kernels.backends.selfcheck import DTYPES, LOOKUP_OPS, MOST_WORKERS, TRITON_FIRST, supervisor, timing, worker
 from tokred_kernels.backends.selfcheck.cases import cases, timing_cases
@@ -122,9 +122,7 @@ def compile_all() -> dict[str, dict[str, Any]]:
             spent.clear()
             for case in (*cases(op), *timing_cases(op)):
                 if case.name.startswith(dtype):
-                    with Guarded(
-                        CPU, poison=0, band=0
-                    ) as guarded:  # nothing runs: what is allocated must hold valid indices
+                    with Guarded(CPU, poison=0, band=0) as guarded:  # nothing runs: new memory must hold valid indices
                         function(*guarded.place(case.arguments))
             by_dtype[dtype] = {"kernels": len(spent), "seconds": round(sum(spent), 2)}
         found[op] = by_dtype

@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import report, table, tune, tune_trials
-from benchmarks.tune_trials import Means, relative_error
+from benchmarks import table, tune
+from benchmarks.harness import records, trials
+from benchmarks.harness.trials import Means, relative_error
 from tokred_kernels.backends.triton import configs_attention, configs_tables, configs_tuned
 from tokred_kernels.backends.triton import token_attention as forward
 
@@ -83,7 +84,7 @@ def tried(monkeypatch):
 
         means = Means(measure or timed, compiled, lambda: None)
         deadline = time.monotonic() + minutes * 60
-        rows = tune.tune(jobs, "sm_90", "bfloat16", 64, means, deadline, 2, {"attention": BLOCKS})
+        rows = tune.tune(jobs, "sm_90", "bfloat16", 64, means, deadline, {"attention": BLOCKS})
         return {tuple(row["config"][n] for n in NUMBERS): row for row in rows}
 
     return run
@@ -117,7 +118,7 @@ def test_an_architecture_without_a_table_gets_none(tried):
 
 
 def tune_using(architecture):
-    from benchmarks.tune_trials import using
+    from benchmarks.harness.trials import using
 
     return using(architecture, "attention", "bfloat16", configs_tables.AttentionConfig(64, 64, 64, 2, 2))
 
@@ -181,7 +182,7 @@ def test_configs_that_do_not_reach_the_kernel_are_not_timed(monkeypatch):
     monkeypatch.setattr(forward, "architecture_of", lambda _: "sm_80")
     means = Means(lambda _: 1.0, lambda _: None, lambda: None)
     with pytest.raises(RuntimeError, match="was not launched with"):
-        list(tune.tune(jobs, "sm_90", "bfloat16", 64, means, time.monotonic() + 60, 2, {"attention": BLOCKS}))
+        list(tune.tune(jobs, "sm_90", "bfloat16", 64, means, time.monotonic() + 60, {"attention": BLOCKS}))
 
 
 def test_a_lost_device_is_not_taken_for_a_bad_config(monkeypatch):
@@ -190,7 +191,7 @@ def test_a_lost_device_is_not_taken_for_a_bad_config(monkeypatch):
 
     _, jobs = jobs_of_a_fake(monkeypatch, failing=[IN_USE])
     with pytest.raises(RuntimeError, match="illegal memory"):
-        list(tune.tune(jobs, "sm_90", "bfloat16", 64, Means(None, lambda _: None, lost), time.monotonic() + 60, 2))
+        list(tune.tune(jobs, "sm_90", "bfloat16", 64, Means(None, lambda _: None, lost), time.monotonic() + 60))
 
 
 def test_rows_come_before_what_stops_their_kernel(monkeypatch):
@@ -204,7 +205,7 @@ def test_rows_come_before_what_stops_their_kernel(monkeypatch):
 
     made = []
     _, jobs = jobs_of_a_fake(monkeypatch)
-    trying = tune.tune(jobs, "sm_90", "bfloat16", 64, Means(timed, lambda _: None, settle), time.monotonic() + 60, 2)
+    trying = tune.tune(jobs, "sm_90", "bfloat16", 64, Means(timed, lambda _: None, settle), time.monotonic() + 60)
     assert next(trying)["status"] == "measured"
     with pytest.raises(RuntimeError, match="illegal memory"):
         list(trying)
@@ -212,7 +213,7 @@ def test_rows_come_before_what_stops_their_kernel(monkeypatch):
 
 def test_nothing_is_timed_while_others_compile(tried, monkeypatch):
     done = []
-    monkeypatch.setattr(tune_trials.Trial, "_compile", lambda self, launches: (time.sleep(0.02), done.append(launches)))
+    monkeypatch.setattr(trials.Trial, "_compile", lambda self, launches: (time.sleep(0.02), done.append(launches)))
     counts = []
 
     def timed(call):
@@ -272,13 +273,13 @@ MACHINE = {
 
 
 def test_everything_measured_is_a_result_that_the_readme_does_not_take(on_a_gpu, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     tuned = tmp_path / "elsewhere" / "tuned.json"
     tuned.parent.mkdir()
     assert tune.main(["--kernel", "attention", "--tuned", str(tuned)]) == 0
     (path,) = tmp_path.glob("*.json")
     assert path.name == "2026-01-02-cuda-tune.json"
-    rows = report.read_json(path)["rows"]
+    rows = records.read_json(path)["rows"]
     assert len(rows) > 10
     assert configs_tuned.read(tuned) == tune.winning(rows)
     assert len(tune.winning(rows)) == 1
@@ -293,7 +294,7 @@ def test_what_was_measured_before_a_stop_is_kept(on_a_gpu, tmp_path, capsys, mon
     path, tuned = tmp_path / "run.json", tmp_path / "tuned.json"
     assert tune.main(["--tuned", str(tuned), "--json", str(path)]) == 1
     assert "stopped: ZeroDivisionError" in capsys.readouterr().err
-    run = report.read_json(path)
+    run = records.read_json(path)
     assert run["settings"]["stopped"].startswith("ZeroDivisionError")
     assert len(run["rows"]) == 1 + len(set(tune.CANDIDATES["attention"]) - {IN_USE})
     assert configs_tuned.read(tuned).keys() == {PLACE}
@@ -329,14 +330,14 @@ def test_what_cannot_be_is_said(arguments, words, capsys, monkeypatch):
 INTERPRETED = """
 import json, time
 from benchmarks import tune
-from benchmarks.tune_trials import Means
+from benchmarks.harness.trials import Means
 shapes = tune.Shapes((1, 1, 9), (1, 1, 65, 66), 3)
 tune.ENOUGH = (2, 9)
 means = Means(lambda call: call() or 1.0, lambda launch: None, lambda: None)
 for variant in tune.VARIANTS:
     jobs = tune.make_jobs(variant, 32, "float32", shapes, "cpu")
     few = dict.fromkeys((*tune.ATTENTION, *tune.LOOKUP), [(32, 32, 4, 1)])
-    for row in tune.tune(jobs, "portable", "float32", 32, means, time.monotonic() + 200, 2, few):
+    for row in tune.tune(jobs, "portable", "float32", 32, means, time.monotonic() + 200, few):
         print(json.dumps([row["kernel"], row["status"], row["config"]["block_queries"], row["config"]["enough"]]))
 """
 

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""The chain of torch ops of ToMe for diffusion, as in the authors' code (github.com/dbolya/tomesd)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GridPlan(NamedTuple):
+    """The tokens that are sources and destinations, (1, num_src, 1) and (1, num_dst, 1), and who joins whom.
+
+    Among the sources those that stay (B, num_src - r, 1) and that join (B, r, 1), and the destinations that these join.
+    """
+
+    sources: Tensor
+    destinations: Tensor
+    staying: Tensor
+    joining: Tensor
+    joined: Tensor
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sources and the destinations of (B, N, C)."""
+        batch, _, channels = x.shape
+        source = x.gather(dim=1, index=self.sources.expand(batch, -1, channels))
+        return source, x.gather(dim=1, index=self.destinations.expand(batch, -1, channels))
+
+    def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
+        """Reduce (B, N, C) to (B, N', C)."""
+        source, destination = self.split(x)
+        channels = x.shape[-1]
+        stay = source.gather(-2, self.staying.expand(-1, -1, channels))
+        join = source.gather(-2, self.joining.expand(-1, -1, channels))
+        destination = destination.scatter_reduce(-2, self.joined.expand(-1, -1, channels), join, reduce=mode)
+        return torch.cat([stay, destination], dim=1)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Spread (B, N', C) over (B, N, C)."""
+        batch, channels, num_staying = y.shape[0], y.shape[-1], self.staying.shape[1]
+        stay, destination = y[..., :num_staying, :], y[..., num_staying:, :]
+        join = destination.gather(-2, self.joined.expand(-1, -1, channels))
+        tokens = self.sources.shape[1] + self.destinations.shape[1]
+        x = torch.zeros(batch, tokens, channels, device=y.device, dtype=y.dtype)
+        x.scatter_(-2, self.destinations.expand(batch, -1, channels), destination)
+        sources = self.sources.expand(batch, -1, 1)
+        x.scatter_(-2, sources.gather(1, self.staying).expand(-1, -1, channels), stay)
+        x.scatter_(-2, sources.gather(1, self.joining).expand(-1, -1, channels), join)
+        return x
+
+
+def grid_plan(metric: Tensor, r: int, grid: tuple[int, int], stride: tuple[int, int]) -> GridPlan:
+    """The `bipartite_soft_matching_random2d` of ToMe for diffusion up to its closures, without its randomness."""
+    height, width = grid
+    down, across = stride
+    with torch.no_grad():
+        rows, columns = height // down, width // across
+        device, whole = metric.device, torch.int64
+        # Every cell's destination is marked -1 in a buffer as large as the grid; sorted, the destinations come first.
+        drawn = torch.zeros(rows, columns, 1, device=device, dtype=whole)
+        marks = torch.zeros(rows, columns, down * across, device=device, dtype=whole)
+        marks.scatter_(dim=2, index=drawn, src=-torch.ones_like(drawn, dtype=whole))
+        marks = marks.view(rows, columns, down, across).transpose(1, 2).reshape(rows * down, columns * across)
+        if rows * down < height or columns * across < width:
+            inner = marks
+            marks = torch.zeros(height, width, device=device, dtype=whole)
+            marks[: rows * down, : columns * across] = inner
+        order = marks.reshape(1, -1, 1).argsort(dim=1)
+        sources, destinations = order[:, rows * columns :, :], order[:, : rows * columns, :]
+
+        unit = metric / metric.norm(dim=-1, keepdim=True)
+        plan = GridPlan(sources, destinations, sources, sources, sources)  # not matched yet: only to split by
+        a, b = plan.split(unit)
+        scores = a @ b.transpose(-1, -2)
+        r = min(a.shape[1], r)
+        best, where = scores.max(dim=-1)
+        ranked = best.argsort(dim=-1, descending=True)[..., None]
+        staying, joining = ranked[..., r:, :], ranked[..., :r, :]
+        joined = where[..., None].gather(dim=-2, index=joining)
+    return plan._replace(staying=staying, joining=joining, joined=joined)
