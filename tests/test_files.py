@@ -226,7 +226,9 @@ def test_json_has_no_nan(value, tmp_path):
 def test_no_other_code_writes_a_file_in_place():
     allowed = {"benchmarks/harness/memory.py", "tokred_kernels/files.py", "tokred_kernels/backends/selfcheck/worker.py"}
     for path in [
-        file for folder in ("tokred_kernels", "benchmarks", "examples", "experiments") for file in ROOT.glob(f"{folder}/**/*.py")
+        file
+        for folder in ("tokred_kernels", "benchmarks", "examples", "experiments")
+        for file in ROOT.glob(f"{folder}/**/*.py")
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or path.relative_to(ROOT).as_posix() in allowed:

@@ -13,10 +13,10 @@ if getattr(sys.modules.get("benchmarks"), "__file__", None) is None:
     sys.modules.pop("benchmarks", None)
     importlib.import_module("benchmarks")
 
-from benchmarks import run
-from benchmarks.families.merge import MergeCase
-from benchmarks.harness import rates, timing
-from benchmarks.harness.case import Target
+from benchmarks import run  # noqa: E402
+from benchmarks.families.merge import MergeCase  # noqa: E402
+from benchmarks.harness import rates, timing  # noqa: E402
+from benchmarks.harness.case import Target  # noqa: E402
 
 
 @pytest.fixture
