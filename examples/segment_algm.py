@@ -23,7 +23,7 @@ def main() -> None:
     expected = segmenter(images)
     print(f"plain: {tk.flops.count(encoder).gflops:.2f} GFLOPs per image")
 
-    # Each image merges as many of its own tokens as are similar: first 2 x 2 windows, later any pairs.
+    # The number of merged tokens depends on the image: first 2 x 2 windows merge, then any similar pairs.
     tk.patch(encoder, "algm", layers=(1, 5), threshold=0.9, count="image")
     found = segmenter(images)
     kept = encoder.token_map.packed.lengths

@@ -115,7 +115,7 @@ def test_merged_values_are_checked_on_the_map_that_was_chosen():
 
 
 def test_float64_inputs_keep_what_needs_a_gradient():
-    case, inputs, _ = of("token_attention", training=True)
+    _, inputs, _ = of("token_attention", training=True)
     exact = in_float64(inputs)
     assert exact.q.dtype == torch.float64 and exact.q.requires_grad
     assert [grad.dtype for grad in exact.grads] == [torch.float64] * len(inputs.grads)
