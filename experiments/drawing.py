@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the example draws: the tokens of photographs, and how fast the model was."""
+"""Pictures of merged tokens, and plots of speed and accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import tokred_kernels as tk
 
-PICTURE = 448  # pixels of one picture, drawn at twice a ViT's usual resolution
+PICTURE = 448  # pixels, twice the usual resolution of a ViT
 
 
 def write_pictures(
@@ -23,10 +23,15 @@ def write_pictures(
     grid: tuple[int, int],
     prefix: int,
 ) -> None:
-    """A strip for each photograph, the picture and then its tokens in each row of the table; and all strips in one.
+    """Save a strip for each photograph, with its tokens for each row of the table, and one sheet with all strips.
 
-    `maps` has the maps of all pictures by the label of the row; rows without a merge are left out. `size` is (width,
-    height) of what the model sees, `grid` its patches, down and across, after `prefix` tokens.
+    Args:
+        out: the folder.
+        pictures: the photographs by name.
+        maps: the maps of all pictures by the label of the row; rows without a merge are not drawn.
+        size: width and height of the model's input.
+        grid: number of patches down and across.
+        prefix: number of tokens before the patches.
     """
     scale = PICTURE / max(size)
     size = (round(size[0] * scale), round(size[1] * scale))
@@ -40,14 +45,20 @@ def write_pictures(
             captions.append(f"{label}: {own[index].num_out} of {own[index].num_tokens} tokens")
         strips.append(side_by_side(parts, captions))
         strips[-1].save(out / f"tokens-{name}.png")
-    rows = strips[:8]  # more would be a picture that nobody can open
+    save_sheet(strips, out / "tokens.png")
+
+
+def save_sheet(strips: list[Image.Image], path: Path) -> None:
+    """Save the first eight strips below each other."""
+    rows = strips[:8]
     sheet = Image.new("RGB", (rows[0].width, sum(strip.height for strip in rows)), "white")
     for number, strip in enumerate(rows):
         sheet.paste(strip, (0, number * rows[0].height))
-    sheet.save(out / "tokens.png")
+    sheet.save(path)
 
 
 def side_by_side(parts: list[Image.Image], captions: list[str], gap: int = 12, line: int = 34) -> Image.Image:
+    """Return the pictures in a row, with captions above."""
     width, height = parts[0].size
     strip = Image.new("RGB", (len(parts) * (width + gap) + gap, height + line + gap), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(20)
@@ -59,7 +70,7 @@ def side_by_side(parts: list[Image.Image], captions: list[str], gap: int = 12, l
 
 
 def write_plot(path: Path, rows: list[dict[str, Any]], title: str, axis: str) -> None:
-    """Speed and operations against the value of each row but the first, the unpatched model's."""
+    """Plot speed and operations against the values of the rows. The first row, of the unpatched model, has none."""
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("Agg")
@@ -74,13 +85,13 @@ def write_plot(path: Path, rows: list[dict[str, Any]], title: str, axis: str) ->
     ]
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     axes.axhline(1, color="0.7", linewidth=1)
-    axes.plot(values, [row["flops_ratio"] for row in measured], "--", color="0.45", label="fewer operations")
-    axes.errorbar(values, speed, spread, marker="o", capsize=3, color="C0", label="faster (median, lowest to highest)")
+    axes.plot(values, [row["flops_ratio"] for row in measured], "--", color="0.45", label="operations ratio")
+    axes.errorbar(values, speed, spread, marker="o", capsize=3, color="C0", label="speed ratio (median and range)")
     for x, y, row in zip(values, speed, measured, strict=True):
         axes.annotate(
             f"{row['tokens']:.4g} tokens", (x, y), (6, -13), textcoords="offset points", fontsize=8, color="0.3"
         )
-    axes.set(xlabel=axis, ylabel="times the unpatched model")
+    axes.set(xlabel=axis, ylabel="relative to the unpatched model")
     axes.set_xticks(values, [f"{value:.4g}" for value in values])
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
@@ -90,7 +101,7 @@ def write_plot(path: Path, rows: list[dict[str, Any]], title: str, axis: str) ->
 
 
 def plot_accuracy(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Accuracy against operations, a point for each row, a line over all its seeds; the first is the plain model's."""
+    """Plot accuracy against operations, with a point and the range of the seeds for each row."""
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("Agg")
@@ -113,11 +124,11 @@ def plot_accuracy(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def label_points(axes: Any, points: list[tuple[float, float]], labels: list[str]) -> None:
-    """Write beside each point, in its colour, where no other point or label is."""
+    """Write a label next to each point, in its colour, so that it covers no other point or label."""
     from matplotlib.transforms import Bbox  # noqa: PLC0415
 
-    axes.figure.canvas.draw()  # from here on places on paper are known
-    size = 5  # of a point, as it is drawn, in each direction
+    axes.figure.canvas.draw()  # computes the layout
+    size = 5  # half the width of a point
     middles = axes.transData.transform(points)
     taken = [Bbox.from_extents(x - size, y - size, x + size, y + size) for x, y in middles]
     for number, (point, text) in enumerate(zip(points, labels, strict=True)):

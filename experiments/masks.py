@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the segmentation example learns: photographs, and masks derived from them, or both from folders."""
+"""Data of the segmentation experiment: photographs with masks derived from them, or both from folders."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-IGNORE = 255  # a pixel of no class: in no loss and in no figure
-SCALE = 4.0  # pixels over which colour and texture are averaged (standard deviation of a Gaussian)
-TEXTURE = 2.0  # what a unit of texture weighs against a unit of colour
-SAMPLES = 2000  # pixels of each photograph that the classes are found from
-ROUNDS = 30  # of k-means
+IGNORE = 255  # a pixel without a class, which losses and scores skip
+SCALE = 4.0  # standard deviation, in pixels, of the Gaussian that averages colour and texture
+TEXTURE = 2.0  # weight of texture relative to colour
+SAMPLES = 2000  # pixels of each photograph for k-means
+ROUNDS = 30  # iterations of k-means
 
-# sRGB to CIE XYZ under D65, each row over the white point (IEC 61966-2-1), and on to CIE Lab.
+# sRGB to CIE XYZ (D65, IEC 61966-2-1), and the constants of CIE Lab.
 TO_XYZ = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 WHITE = torch.tensor([0.9505, 1.0, 1.089]).view(3, 1, 1)
 LAB_LINEAR = (6 / 29) ** 3
 
 
 class Data(NamedTuple):
-    """What is learnt and what is tested, pictures as numbers from -1 to 1.
+    """Training pictures and test crops, with values from -1 to 1.
 
     Attributes:
-        train: pictures (3, H, W) and their masks (H, W), the end that is held out cut off.
-        images: (T, 3, S, S), the test crops.
-        truth: (T, S, S), their masks.
-        names: of the test crops' pictures.
-        classes: how many there are.
+        train: pictures (3, H, W) and masks (H, W) without the part that is held out.
+        images: the test crops (T, 3, S, S).
+        truth: the masks of the test crops (T, S, S).
+        names: the names of the test crops' pictures.
+        classes: the number of classes.
     """
 
     train: list[tuple[Tensor, Tensor]]
@@ -46,10 +46,10 @@ class Data(NamedTuple):
 
 
 def load(options: argparse.Namespace, device: torch.device) -> Data:
-    """The pictures and masks that the command line asks for.
+    """Return the pictures and masks for the command line.
 
     Raises:
-        SystemExit: one cannot be used, with a line that says why.
+        SystemExit: a picture or mask cannot be used.
     """
     pictures = photos.load(options.images)
     if options.masks is None:
@@ -68,13 +68,13 @@ def load(options: argparse.Namespace, device: torch.device) -> Data:
 
 
 def split(name: str, picture: Tensor, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Of a picture (C, H, W) what is trained on, and the test crop: the middle of its right or of its lower end."""
+    """Split a picture (C, H, W) into the part for training and the test crop at its right or lower end."""
     size, crop = options.size, options.crop
     height, width = picture.shape[1:]
     if max(height, width) < size + crop or min(height, width) < max(size, crop):
         raise SystemExit(
-            f"{name}: a test crop of {size} pixels beside training crops of {crop} do not fit into {width} x {height}; "
-            "take smaller ones (--size, --crop) or a larger picture"
+            f"{name}: a test crop of {size} and training crops of {crop} pixels do not fit into {width} x {height}; "
+            "use smaller ones (--size, --crop) or a larger picture"
         )
     if height > width:
         top, left = height - size, (width - size) // 2
@@ -84,7 +84,7 @@ def split(name: str, picture: Tensor, options: argparse.Namespace) -> tuple[Tens
 
 
 def crops(data: Data, options: argparse.Namespace, number: int) -> tuple[Tensor, Tensor]:
-    """The batch of that number of random crops, half of them mirrored: (B, 3, C, C) and (B, C, C)."""
+    """Return a batch of random crops (B, 3, C, C), half of them mirrored, and their masks. `number` is the seed."""
     generator = torch.Generator().manual_seed(options.seed * 2**20 + number)
 
     def below(high: int) -> int:
@@ -102,13 +102,12 @@ def crops(data: Data, options: argparse.Namespace, number: int) -> tuple[Tensor,
 
 
 def derive(pictures: dict[str, Image.Image], classes: int) -> dict[str, Tensor]:
-    """A mask (H, W) for each picture: k-means of colour and texture, over all of them together.
+    """Return a mask (H, W) for each picture, from k-means of colour and texture over all pictures.
 
-    Of each pixel, CIE Lab averaged over its neighbourhood, and how much the lightness varies there; the classes are the
-    k-means clusters of these four numbers, so that "dark and smooth", "reddish" or "textured" is one class in all
-    pictures. At last every pixel takes what most of its neighbours are. No class is an object: what a mask says can be
-    seen from the pixels around, and nothing else is needed to learn it. Nothing is random but the pixels looked at,
-    and those are drawn from a fixed seed.
+    The features of a pixel are the mean of CIE Lab and the deviation of the lightness in its neighbourhood. The classes
+    are the clusters of these four numbers, such as "dark and smooth" or "reddish", the same in all pictures. Then each
+    pixel takes the majority of its neighbourhood. A model can learn the classes from the pixels alone, because they
+    are no objects. The sampled pixels depend on a fixed seed, so the masks are the same in every run.
     """
     features = {name: _features(picture) for name, picture in pictures.items()}
     generator = torch.Generator().manual_seed(0)
@@ -121,17 +120,17 @@ def derive(pictures: dict[str, Image.Image], classes: int) -> dict[str, Tensor]:
 
 
 def read(folder: Path, pictures: dict[str, Image.Image]) -> tuple[dict[str, Tensor], int]:
-    """The mask (H, W) of each picture, `folder`/<its name>.png, and the number of classes: the largest id + 1.
+    """Return the mask (H, W) of each picture, from `folder`/<name>.png, and the number of classes: the largest id + 1.
 
     Raises:
-        SystemExit: a mask is missing, cannot be read, has no class ids or another size than its picture.
+        SystemExit: a mask is missing, unreadable, without class ids, or not of its picture's size.
     """
     if not folder.is_dir():
-        raise SystemExit(f"--masks {folder}: there is no such folder.")
+        raise SystemExit(f"--masks {folder}: the folder does not exist.")
     masks = {name: _read(folder / f"{name}.png", picture.size) for name, picture in pictures.items()}
     largest = max(int(mask[mask != IGNORE].max()) if (mask != IGNORE).any() else -1 for mask in masks.values())
     if largest < 1:
-        raise SystemExit(f"--masks {folder}: there must be two classes or more, the largest class id is {largest}.")
+        raise SystemExit(f"--masks {folder}: expected at least two classes, but the largest class id is {largest}.")
     return masks, largest + 1
 
 
@@ -140,20 +139,22 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor:
         with Image.open(path) as file:
             ids = np.array(file)
     except FileNotFoundError:
-        raise SystemExit(f"{path}: there is no such mask; each picture needs one of its name.") from None
+        raise SystemExit(f"{path}: the mask does not exist; each picture needs one with its name.") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise SystemExit(f"{path}: this mask cannot be read: {error}") from None
+        raise SystemExit(f"{path}: the mask cannot be read: {error}") from None
     if ids.ndim != 2 or ids.dtype == bool or not np.issubdtype(ids.dtype, np.integer):
-        raise SystemExit(f"{path}: a mask must have one channel of class ids, not {ids.shape} {ids.dtype}.")
+        raise SystemExit(f"{path}: expected one channel of class ids, got {ids.shape} {ids.dtype}.")
     if ids.shape != size[::-1]:
-        raise SystemExit(f"{path}: this mask is {ids.shape[1]} x {ids.shape[0]}, its picture {size[0]} x {size[1]}.")
+        raise SystemExit(
+            f"{path}: expected {size[0]} x {size[1]}, the size of the picture, got {ids.shape[1]} x {ids.shape[0]}."
+        )
     if ids.max() > IGNORE or ids.min() < 0:
-        raise SystemExit(f"{path}: class ids must be 0 to {IGNORE - 1}, or {IGNORE} for no class, not {ids.max()}.")
+        raise SystemExit(f"{path}: class ids must be 0 to {IGNORE - 1}, or {IGNORE} for no class, got {ids.max()}.")
     return torch.from_numpy(ids.astype(np.int64))
 
 
 def _features(picture: Image.Image) -> Tensor:
-    """(4, H, W): CIE Lab and the standard deviation of lightness, of each pixel's neighbourhood."""
+    """Return (4, H, W): mean CIE Lab, and standard deviation of the lightness, in each pixel's neighbourhood."""
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     linear = torch.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
     xyz = torch.einsum("ij,jhw->ihw", TO_XYZ, linear) / WHITE
@@ -166,7 +167,7 @@ def _features(picture: Image.Image) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: float) -> Tensor:
-    """(C, H, W) under a Gaussian of `sigma` pixels; what is beyond the rim is mirrored."""
+    """Blur (C, H, W) with a Gaussian of `sigma` pixels; the picture is mirrored at its border."""
     reach = min(math.ceil(3 * sigma), *(length - 1 for length in x.shape[1:]))
     kernel = torch.exp(-(torch.arange(-reach, reach + 1).float() ** 2) / (2 * sigma**2))
     kernel /= kernel.sum()
@@ -175,7 +176,7 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def _k_means(points: Tensor, number: int) -> Tensor:
-    """(number, D) centres of points (n, D), which start far apart: each at the point farthest from those before."""
+    """Return centres (number, D) of points (n, D). Each starts at the point farthest from those before."""
     centers = points[(points - points.mean(0)).norm(dim=1).argmin()][None]
     while len(centers) < number:
         centers = torch.cat([centers, points[torch.cdist(points, centers).amin(1).argmax()][None]])
@@ -187,6 +188,6 @@ def _k_means(points: Tensor, number: int) -> Tensor:
 
 
 def _nearest(features: Tensor, centers: Tensor) -> Tensor:
-    """(H, W): the class that most pixels around each have."""
+    """Return the most frequent class (H, W) in each pixel's neighbourhood."""
     ids = torch.cdist(features.flatten(1).T, centers).argmin(1).view(features.shape[1:])
     return _blur(F.one_hot(ids, len(centers)).permute(2, 0, 1).float(), SCALE).argmax(0)

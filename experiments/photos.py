@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The photographs that the examples run on."""
+"""The photographs of the experiments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Photographs inside the packages themselves; scikit-image downloads others, which are left alone.
+# Photographs that the packages contain. scikit-image would download others.
 INSIDE = {
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
     "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
@@ -19,12 +19,12 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".
 
 
 def load(folder: Path | None) -> dict[str, Image.Image]:
-    """Name and picture of each photograph, in RGB: of `folder`, or of those that scikit-learn and scikit-image have.
+    """Return the pictures of `folder`, or of scikit-learn and scikit-image, by name, in RGB.
 
-    Files that cannot be read are named on stderr and left out.
+    Prints the names of files that cannot be read.
 
     Raises:
-        SystemExit: there is none, with a line that says what to do.
+        SystemExit: there is no picture.
     """
     paths = _packaged() if folder is None else _inside(folder)
     pictures: dict[str, Image.Image] = {}
@@ -33,32 +33,32 @@ def load(folder: Path | None) -> dict[str, Image.Image]:
             with Image.open(path) as file:
                 picture = _in_rgb(ImageOps.exif_transpose(file))
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            print(f"{path.name} is left out, it cannot be read: {error}", file=sys.stderr)
+            print(f"skipped {path.name}, which cannot be read: {error}", file=sys.stderr)
             continue
         name, number = path.stem, 2
-        while name in pictures:  # the same stem with another ending
+        while name in pictures:  # the same stem with a different extension
             name, number = f"{path.stem}-{number}", number + 1
         pictures[name] = picture
     if not pictures and folder is None:
         raise SystemExit(
-            "No photographs: neither scikit-learn nor scikit-image is installed (pip install scikit-learn "
-            "scikit-image). Or name a folder of your own with --images."
+            "No photographs: install scikit-learn or scikit-image (pip install scikit-learn scikit-image), or name a "
+            "folder with --images."
         )
     if not pictures:
-        raise SystemExit(f"--images {folder}: no picture in it can be read ({', '.join(ENDINGS)} are looked for).")
+        raise SystemExit(f"--images {folder}: it has no readable picture ({', '.join(ENDINGS)}).")
     return pictures
 
 
 def _in_rgb(picture: Image.Image) -> Image.Image:
-    """Pillow's own conversion, but for grey of 16 bits, whose upper 8 are what is seen: Pillow makes it nearly white.
+    """Convert to RGB. For 16-bit grey, keep the upper 8 bits: Pillow's conversion would make it nearly white.
 
     Raises:
-        ValueError: a mode whose white nobody knows.
+        ValueError: the mode does not define the value of white.
     """
     if picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
-        raise ValueError(f"a picture of mode {picture.mode!r} does not say how bright white is")
+        raise ValueError(f"mode {picture.mode!r} does not define the value of white")
     return picture.convert("RGB")
 
 
@@ -73,5 +73,5 @@ def _packaged() -> list[Path]:
 
 def _inside(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise SystemExit(f"--images {folder}: there is no such folder.")
+        raise SystemExit(f"--images {folder}: the folder does not exist.")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small real pictures with a class each, as packages ship them: handwritten digits, patches of textures, and faces."""
+"""Small data sets that Python packages contain: handwritten digits, patches of textures, and faces."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIDE = 32  # pixels
-SHIFT, TURN, SCALE = 0.1, 12.0, 0.1  # of training pictures, at most: of the side, degrees, and of the size
+SHIFT, TURN, SCALE = 0.1, 12.0, 0.1  # largest augmentation: share of the side, degrees, share of the size
 
-# scikit-learn's scans are of 8 x 8 pixels, from 0 to 16; here they are enlarged.
+# scikit-learn's scans have 8 x 8 pixels with values from 0 to 16.
 SCANNED, BRIGHTEST = 8, 16.0
-SCANS_TESTED = 500  # held out, of each class alike
+SCANS_TESTED = 500  # held out, with the same share of each class
 
-# Of scikit-image's pictures, grey, cut into blocks: patches lie within one, and those to test with in blocks that are
-# held out, here and there in the picture. Held-out halves would test something else: the moon's edge is not its plains.
+# Patches of scikit-image's pictures, in grey. A picture is cut into blocks; some blocks, spread over the picture, are
+# held out for testing. One half of a picture would be a different task: the moon's edge looks unlike its plains.
 TEXTURES = ("brick", "grass", "gravel", "moon", "hubble_deep_field", "immunohistochemistry")
 BLOCK = 64  # pixels
-HELD_OUT = 0.3  # of the blocks
-FLAT = 0.005  # deviation, of 0 to 1: no texture is to be seen in such a patch of sky
+HELD_OUT = 0.3  # share of the blocks
+FLAT = 0.005  # a patch with a smaller standard deviation, such as sky, has no texture
 PATCHES_TRAINED, PATCHES_TESTED = 2600, 1200
 
-# scikit-image's 200 patches of Labeled Faces in the Wild, of 25 x 25 pixels: the first half are faces, the others are
-# what lies beside them. So few are tested fold by fold: FOLDS seeds that follow each other test each of them once.
+# scikit-image's 200 patches of Labeled Faces in the Wild, with 25 x 25 pixels; the first half are faces. There are few
+# patches, so they are tested by cross-validation: FOLDS consecutive seeds test each patch once.
 FACES = 100
 FOLDS = 5
 
 
 class Pictures(NamedTuple):
-    """Pictures (n, 1, 32, 32), and their classes (n,)."""
+    """Pictures (n, 1, 32, 32) and their classes (n,)."""
 
     train: Tensor
     train_labels: Tensor
@@ -43,12 +43,12 @@ class Pictures(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """The number of classes."""
         return int(self.train_labels.max()) + 1
 
 
 def digits(seed: int) -> Pictures:
-    """Scans of handwritten digits, split by the seed, of mean 0 and deviation 1."""
+    """Return scans of handwritten digits, split by the seed, with mean 0 and standard deviation 1."""
     from sklearn.datasets import load_digits  # noqa: PLC0415  (slow to import)
     from sklearn.model_selection import train_test_split  # noqa: PLC0415
 
@@ -65,7 +65,7 @@ def digits(seed: int) -> Pictures:
 
 
 def textures(seed: int) -> Pictures:
-    """Patches of six textures, each of mean 0 and deviation 1: how bright one is does not tell what it is."""
+    """Return patches of six textures, each with mean 0 and standard deviation 1, so that brightness gives no hint."""
     generator = np.random.default_rng(seed)
     parts: list[list[Tensor]] = [[], []]
     for name in TEXTURES:
@@ -86,7 +86,7 @@ def textures(seed: int) -> Pictures:
 
 
 def faces(seed: int) -> Pictures:
-    """Faces and what is none, each of mean 0 and deviation 1; the seed says which fold is held out."""
+    """Return faces and other patches, each with mean 0 and standard deviation 1; the seed chooses the fold."""
     import skimage.data  # noqa: PLC0415  (slow to import)
     from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415
 
@@ -99,7 +99,7 @@ def faces(seed: int) -> Pictures:
 
 
 def _scaled(pictures: Tensor) -> Tensor:
-    """Each of mean 0 and deviation 1."""
+    """Return each picture with mean 0 and standard deviation 1."""
     return (pictures - pictures.mean((1, 2, 3), True)) / pictures.std((1, 2, 3), keepdim=True)
 
 
@@ -114,14 +114,14 @@ SOURCES: dict[str, Callable[[int], Pictures]] = {"digits": digits, "textures": t
 
 
 def load(name: str, seed: int, device: torch.device) -> Pictures:
-    """The pictures of a source, split by the seed."""
+    """Return the pictures of a source, split by the seed."""
     return Pictures(*(part.to(device) for part in SOURCES[name](seed)))
 
 
 def varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The images, each shifted, turned and scaled a little at random."""
+    """Return the images, each randomly shifted, rotated and scaled a little."""
     drawn = torch.rand(4, len(images), generator=generator).to(images.device) * 2 - 1
-    shift = drawn[:2] * SHIFT * 2  # the picture reaches from -1 to 1
+    shift = drawn[:2] * SHIFT * 2  # coordinates range from -1 to 1
     angle, scale = drawn[2] * math.radians(TURN), 1 + drawn[3] * SCALE
     cosine, sine = angle.cos() * scale, angle.sin() * scale
     turned = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], 1).view(-1, 2, 3)

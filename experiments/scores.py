@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How good and how fast models are that name pictures: what is measured of each, over several seeds, and the table."""
+"""Accuracy of classifiers over several seeds, and the table of results."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from pictures import Pictures
 from torch import Tensor
 
-LEGEND = """Accuracy: percent of the test pictures; with several seeds the mean, each seed with pictures, beginnings and
-order of its own, and in brackets the least and the greatest change from the plain model of the same seed. Tokens left:
-after the last block; of LookupViT the compressed ones, beside which all others stay. GFLOPs: an image, a multiply-add
-being two. Faster: median over rounds, each against the plain model in the same round, the first seed's models."""
+LEGEND = """Accuracy: percent of the test pictures, the mean over the seeds; each seed has its own split, weights and order
+of training. Change: relative to the plain model of the same seed, with the smallest and largest in brackets. Tokens left: after the last block; for LookupViT, the compressed tokens, while all others stay as well. GFLOPs: per
+image, a multiply-add counts as two. Faster: median over rounds, relative to the plain model in the same round, for the
+models of the first seed."""
 
 
 class Variant(NamedTuple):
-    """A row of the table: a model, or one way to run it."""
+    """A row of the table: a model, or a model at one of its grids."""
 
     name: str
     forward: Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(variant: Variant, data: Pictures) -> dict[str, Any]:
-    """How many test pictures it names, with how many tokens and operations."""
+    """Return a row: accuracy on the test pictures, tokens and operations."""
     right = (variant.forward(data.test).argmax(1) == data.test_labels).sum().item()
     return {
         "method": variant.name,
@@ -39,7 +39,7 @@ def evaluate(variant: Variant, data: Pictures) -> dict[str, Any]:
 
 
 def over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The mean row of each method over the runs, a run being the rows of one seed; all runs have the same methods."""
+    """Return the mean row of each method. A run has the rows of one seed; all runs have the same methods."""
     return [
         {
             "method": rows[0]["method"],
@@ -52,13 +52,8 @@ def over_seeds(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     ]
 
 
-def changes(row: dict[str, Any], first: dict[str, Any]) -> list[float]:
-    """By how many points each seed's accuracy differs from the plain model's of that seed."""
-    return [own - plain for own, plain in zip(row["accuracies"], first["accuracies"], strict=True)]
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table that is printed, and stands in the README and docs/; its first row is the plain model."""
+    """Return the table of the README and docs/. The first row is the plain model."""
     first = rows[0]
     lines = [
         "| method | accuracy | change | tokens left | GFLOPs | fewer | images/s | faster |",
@@ -66,10 +61,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         fewer = 1 - row["gflops"] / first["gflops"]
-        each = changes(row, first)
+        changes = [own - plain for own, plain in zip(row["accuracies"], first["accuracies"], strict=True)]
         change = f"{row['accuracy'] - first['accuracy']:+.1f}"
-        if min(each) < max(each):
-            change += f" ({min(each):+.1f} to {max(each):+.1f})"
+        if min(changes) < max(changes):
+            change += f" ({min(changes):+.1f} to {max(changes):+.1f})"
         lines.append(
             f"| {row['method']} | {row['accuracy']:.1f} % | {change} | "
             f"{row['tokens'][-1]:g} of {row['tokens'][0]:g} | {row['gflops']:.4f} | {fewer:.0%} | "

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""A segmenter on real photographs, with all its tokens and with ALGM: how good, how fast, and why.
+"""A segmenter on photographs, with all tokens and with ALGM: accuracy, speed and pictures.
 
     python experiments/segment.py
     python experiments/segment.py --images photos --masks masks
 
-Trains a small vision transformer with a linear decoder (Segmenter) on crops of photographs, and then, from the same
-beginnings, to its end without ALGM and with it; the plain one is tested with ALGM put into it too. Prints a table, and
-writes into --out: a picture of each test crop with its masks and tokens, the thresholds that calibration gives, and the
+Trains a small vision transformer with a linear decoder (Segmenter) on crops of photographs. After a common first part,
+the training ends once without ALGM and once with it; ALGM is also put into the model trained without it. Prints a
+table, and writes into --out: a picture of each test crop with its masks and tokens, the calibrated thresholds, and the
 figures as JSON.
 
-The masks are derived from the photographs (see masks.py), or are PNGs of class ids, named as the pictures of --images
-are; 255 is no class. Of every picture one end is held out: training never sees it, and the test crops are cut from it.
+The masks are derived from the photographs (see masks.py), or are PNGs of class ids with the names of the pictures in
+--images, where 255 means no class. The test crops are cut from one end of each picture, which training never sees.
 """
 
 from __future__ import annotations
@@ -25,48 +25,46 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks
+
 import torch
 import torch.nn.functional as F
-from accelerate_vit import _positive as positive
-from accelerate_vit import choose_device, describe
-from drawing import side_by_side
+from drawing import save_sheet, side_by_side
 from masks import IGNORE, Data, crops, load
-from measuring import speeds
+from measuring import choose_device, describe, make_folder, positive, print_columns, speeds
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import tokred_kernels as tk
-from tokred_kernels.files import replace_text
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks.harness
 from benchmarks.harness.torchvision_shim import import_library
+from tokred_kernels.files import replace_text
 
 PATCH = 8
 HEAD_WIDTH = 64
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
-WARM_UP = 0.1  # of all steps
-COMMON = 0.6  # of all steps
+WARM_UP = 0.1  # share of all steps
+COMMON = 0.6  # share of all steps
 CALIBRATED = "calibrated"
-CALIBRATION = 4  # batches of training crops
-PICTURE = 320  # pixels of one picture
+CALIBRATION = 4  # batches
+PICTURE = 320  # pixels
+LEGEND = """
+mIoU: percent, over all test crops. tokens: at the decoder, mean over the test crops. GFLOPs: per image, a multiply-add
+counts as two. faster: median over rounds, relative to the plain model in the same round."""
 QUICK: dict[str, Any] = {"size": 64, "crop": 64, "steps": 3, "batch": 2, "width": 64, "depth": 3, "layers": [1, 2]}
-# Of Okabe and Ito: eight colours that the colour-blind tell apart too.
+# The palette of Okabe and Ito, which suits colour-blind readers.
 COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#555555"]
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--out {options.out}: cannot write there ({error.strerror})") from None
+    make_folder(options.out)
     device = choose_device(options.device)
     data = load(options, device)
     print(f"{len(data.train)} pictures, {data.classes} classes, {options.size} px, {describe(device)}")
 
-    # The first part of the training is common, as published models have their pretraining in common.
+    # A common first part of the training stands for pretraining.
     begun = begin(data, options, device)
     common = round(COMMON * options.steps)
     train(*begun, data, options, range(common), "training")
@@ -75,8 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     calibrated = calibrate(plain, data, options)
     print(f"\n{calibrated}")
     settings = algm(options, calibrated)
-    none = ", which none has" if settings["threshold"] > 1 else ""
-    print(f"Windows merge from a mean cosine of {settings['threshold']:.4f} on{none}.")
+    print(f"Windows merge if their mean cosine is at least {settings['threshold']:.4f}.")
     put_in = copy.deepcopy(plain)
     tk.patch(put_in.encoder, "algm", **settings)
     tk.patch(algm_begun[0].encoder, "algm", **settings)
@@ -92,42 +89,42 @@ def main(arguments: list[str] | None = None) -> None:
     report = {"device": describe(device), "torch": torch.__version__, "classes": data.classes, "test": data.names}
     report |= {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     replace_text(options.out / "segment.json", json.dumps({**report, "rows": rows}, indent=1) + "\n")
-    print(f"\nIn {options.out}/: segment.png and one picture a test crop, segment.json, thresholds.json")
+    print(f"\nIn {options.out}/: segment.png, one picture per test crop, segment.json, thresholds.json")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=Path, help="a folder (default: photographs of scikit-learn and scikit-image)")
-    parser.add_argument("--masks", type=Path, help="the folder of their masks")
-    parser.add_argument("--classes", type=positive, default=6, help="of derived masks (%(default)s)")
+    parser.add_argument("--masks", type=Path, help="folder of their masks")
+    parser.add_argument("--classes", type=positive, default=6, help="number of classes of derived masks (%(default)s)")
     parser.add_argument("--size", type=positive, default=256, help="pixels of a test crop (%(default)s)")
     parser.add_argument("--crop", type=positive, default=128, help="pixels of a training crop (%(default)s)")
-    parser.add_argument("--width", type=positive, default=128, help="channels of the transformer (%(default)s)")
-    parser.add_argument("--depth", type=positive, default=8, help="its blocks (%(default)s)")
+    parser.add_argument("--width", type=positive, default=128, help="embedding dimension (%(default)s)")
+    parser.add_argument("--depth", type=positive, default=8, help="number of blocks (%(default)s)")
     parser.add_argument(
-        "--layers", type=positive, nargs="+", default=[1, 5], help="that merge tokens: windows, then pairs"
+        "--layers", type=positive, nargs="+", default=[1, 5], help="blocks that merge tokens: first windows, then pairs"
     )
-    parser.add_argument("--threshold", type=_threshold, default=0.98, help="a cosine, or calibrated (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=300, help="of training (%(default)s)")
-    parser.add_argument("--batch", type=positive, default=8, help="crops at once (%(default)s)")
-    parser.add_argument("--seconds", type=positive, default=30, help="of timing, at most (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU when there is one)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where to write (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps: to see whether it runs")
+    parser.add_argument("--threshold", type=_threshold, default=0.98, help="a cosine, or 'calibrated' (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=300, help="training steps (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=8, help="batch size (%(default)s)")
+    parser.add_argument("--seconds", type=positive, default=30, help="time limit of the timings (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed (%(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps, as a test")
     if parser.parse_known_args(arguments)[0].quick:
         parser.set_defaults(**QUICK, seconds=1)
     options = parser.parse_args(arguments)
     if (options.images is None) != (options.masks is None):
-        parser.error("--images and --masks go together")
+        parser.error("--images needs --masks, and --masks needs --images")
     if any(length % PATCH or length < 2 * PATCH for length in (options.size, options.crop)):
         parser.error(
-            f"--size and --crop must be multiples of {PATCH}, two or more, got {options.size} and {options.crop}"
+            f"--size and --crop must be multiples of {PATCH} from {2 * PATCH} on, got {options.size} and {options.crop}"
         )
     if options.width % HEAD_WIDTH:
         parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
     if options.layers != sorted(set(options.layers)) or options.layers[-1] > options.depth:
-        parser.error(f"--layers must rise, up to --depth {options.depth}, got {options.layers}")
+        parser.error(f"--layers must be ascending and at most --depth {options.depth}, got {options.layers}")
     if not 2 <= options.classes < IGNORE:
         parser.error(f"--classes must be 2 to {IGNORE - 1}, got {options.classes}")
     return options
@@ -148,7 +145,7 @@ def _threshold(text: str) -> float | str:
 def begin(
     data: Data, options: argparse.Namespace, device: torch.device
 ) -> tuple[tk.nn.LinearSegmenter, torch.optim.Optimizer]:
-    """A segmenter from its seed. It has no position embedding: what a pixel is does not hang on where it is."""
+    """Return a new segmenter and its optimizer. It has no position embedding: classes do not depend on positions."""
     torch.manual_seed(options.seed)
     vit = import_library("timm").models.vision_transformer.VisionTransformer
     encoder = vit(
@@ -168,9 +165,9 @@ def begin(
 
 
 def algm(options: argparse.Namespace, calibrated: tk.Thresholds) -> dict[str, Any]:
-    """What is given to `patch`: every image merges as many of its own tokens as are alike.
+    """Return the settings for `tk.patch`. The number of merged tokens depends on the image.
 
-    Sizes count in attention: the plain model, which has learnt with all tokens, is to see the same mixture of them.
+    Attention counts the sizes of tokens, because the plain model has learnt with all tokens.
     """
     first = options.layers[0]
     threshold = calibrated.threshold(first) if options.threshold == CALIBRATED else options.threshold
@@ -185,7 +182,7 @@ def train(
     steps: range,
     title: str,
 ) -> tk.nn.LinearSegmenter:
-    """These steps of the training, whose crops hang on the step's number alone; then the segmenter is in eval mode."""
+    """Train for these steps, and return the segmenter in eval mode. The crops depend only on the number of the step."""
     segmenter.train()
     progress = tqdm(steps, desc=title, unit="step", leave=False)
     for step in progress:
@@ -202,14 +199,14 @@ def train(
 
 
 def calibrate(segmenter: tk.nn.LinearSegmenter, data: Data, options: argparse.Namespace) -> tk.Thresholds:
-    """How alike the plain model's tokens are on training crops."""
+    """Return thresholds from the similarity of the plain model's tokens on training crops."""
     batches = [crops(data, options, options.steps + number) for number in range(CALIBRATION)]
     return tk.calibrate_thresholds(segmenter.encoder, batches, layers=options.layers)
 
 
 @torch.inference_mode()
 def evaluate(name: str, segmenter: tk.nn.LinearSegmenter, data: Data, options: argparse.Namespace) -> dict[str, Any]:
-    """How well it does on the test crops, and with how many tokens and operations."""
+    """Return a row: scores on the test crops, tokens and operations."""
     confusion = torch.zeros(data.classes, data.classes, dtype=torch.long, device=data.truth.device)
     kept, gflops = [], []
     for images, truth in zip(data.images.split(options.batch), data.truth.split(options.batch), strict=True):
@@ -218,10 +215,10 @@ def evaluate(name: str, segmenter: tk.nn.LinearSegmenter, data: Data, options: a
         index = truth[counted] * data.classes + found[counted]
         confusion += index.bincount(minlength=data.classes**2).view_as(confusion)
         kept += tokens_left(segmenter, images)
-        gflops += [tk.flops.count(segmenter.encoder, options.size).gflops] * len(images)  # their mean
+        gflops += [tk.flops.count(segmenter.encoder, options.size).gflops] * len(images)  # the mean over the batch
     hit = confusion.diag().double()
     union = confusion.sum(0) + confusion.sum(1) - hit
-    iou = (hit / union)[union > 0]  # a class that is nowhere has none
+    iou = (hit / union)[union > 0]  # without the classes that do not occur
     decoder = 2 * statistics.mean(kept) * segmenter.decoder.head.weight.numel() / 1e9
     return {
         "setting": name,
@@ -235,7 +232,7 @@ def evaluate(name: str, segmenter: tk.nn.LinearSegmenter, data: Data, options: a
 
 
 def tokens_left(segmenter: tk.nn.LinearSegmenter, images: Tensor) -> list[int]:
-    """How many tokens of each image reached the decoder in the last forward, which was of these images."""
+    """Return how many tokens of each image reached the decoder in the last forward pass, which must be of `images`."""
     if not hasattr(segmenter.encoder, "token_map"):
         return [images[0, 0].numel() // PATCH**2] * len(images)
     token_map = segmenter.encoder.token_map
@@ -243,7 +240,7 @@ def tokens_left(segmenter: tk.nn.LinearSegmenter, images: Tensor) -> list[int]:
 
 
 def timings(segmenters: list[tk.nn.LinearSegmenter], data: Data, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Images a second of each on a batch of test crops."""
+    """Return the speed of each segmenter on a batch of test crops."""
     images = data.images.repeat(math.ceil(options.batch / len(data.images)), 1, 1, 1)[: options.batch]
     return speeds([segmenter.forward for segmenter in segmenters], images, options.seconds)
 
@@ -260,20 +257,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "images/s": lambda row: f"{row['images_per_s']:.1f}",
         "faster": lambda row: f"{row['speedup']:.2f}x",
     }
-    cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    print()
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    print(
-        "\nmIoU: percent, over all test crops. tokens: that reach the decoder, mean over the test crops. GFLOPs: an "
-        "image, a\nmultiply-add being two. faster: median over rounds, each against the plain one in the same round."
-    )
+    print_columns(list(columns), [[show(row) for show in columns.values()] for row in rows])
+    print(LEGEND)
 
 
 @torch.inference_mode()
 def write_pictures(out: Path, segmenters: dict[str, tk.nn.LinearSegmenter], data: Data) -> None:
-    """Of each test crop a strip: it, its true mask, each segmenter's, and the tokens where they merged."""
+    """Save a strip for each test crop: its picture, its mask, and the masks and merged tokens of each segmenter."""
     colors = palette(data.classes)
     strips = []
     for number, name in enumerate(tqdm(data.names, desc="pictures", unit="crop", leave=False)):
@@ -288,15 +278,11 @@ def write_pictures(out: Path, segmenters: dict[str, tk.nn.LinearSegmenter], data
                 captions.append(f"{token_map.num_out - prefix} of {token_map.num_tokens - prefix} tokens")
         strips.append(side_by_side(parts, captions))
         strips[-1].save(out / f"segment-{name}.png")
-    rows = strips[:8]  # more would be a picture that nobody can open
-    sheet = Image.new("RGB", (rows[0].width, sum(strip.height for strip in rows)), "white")
-    for number, strip in enumerate(rows):
-        sheet.paste(strip, (0, number * rows[0].height))
-    sheet.save(out / "segment.png")
+    save_sheet(strips, out / "segment.png")
 
 
 def palette(classes: int) -> Tensor:
-    """(256, 3) uint8: a colour for each class, black for none."""
+    """Return (256, 3) uint8: a colour for each class, and black for no class."""
     rest = [colorsys.hsv_to_rgb(index * 0.618 % 1, 0.6, 0.9) for index in range(max(0, classes - len(COLORS)))]
     given = [[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in COLORS]
     colors = given + [[round(255 * part) for part in color] for color in rest]

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""A small ViT on handwritten digits, and the same with fewer tokens by each method: how good, how fast.
+"""A small ViT on handwritten digits, and the same with fewer tokens by each method: accuracy and speed.
 
     python experiments/train_digits.py
     python experiments/train_digits.py --method evit --seeds 5
 
-Trains a vision transformer on scikit-learn's scans, a patch for each of their 64 pixels, with all its tokens. Every
-method then starts from there, as its paper does: ToMe is put in, and nothing trained; EViT and DynamicViT are
-fine-tuned; DiffRate searches how many tokens each block keeps, its weights as they are, and is fine-tuned then. The
-model with all tokens is trained as much longer as the others are fine-tuned. LookupViT, another model, is trained from
-its own beginnings by the same schedule, and tested with each of its compressed grids. --seeds 5 does all of that five
-times, and gives the mean. Prints a table, and writes it into --out, with a plot of accuracy against operations and the
+Trains a vision transformer with all tokens on scikit-learn's digits, in 64 patches. Then each method starts from its
+weights, as in the method's paper: ToMe without training; EViT and DynamicViT with fine-tuning; DiffRate with a search
+for the number of tokens of each block, and fine-tuning. The plain model is trained for as much longer. LookupViT is
+trained from scratch with the same schedule, and tested at each of its grids. With --seeds, everything is repeated, and
+the table has the means. Prints a table, and writes it into --out with a plot of accuracy against operations and the
 figures as JSON.
 """
 
@@ -26,23 +25,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks
+
 import torch
 import torch.nn.functional as F
-from accelerate_vit import _positive as positive
-from accelerate_vit import choose_device, describe
 from drawing import plot_accuracy
-from measuring import speeds
+from measuring import choose_device, describe, make_folder, positive, speeds
 from pictures import SIDE, SOURCES, Pictures, load, varied
 from scores import LEGEND, Variant, evaluate, markdown, over_seeds
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokred_kernels as tk
-from tokred_kernels.files import replace_text
-from tokred_kernels.nn.lookupvit_positions import smooth_positions
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks.harness
 from benchmarks.harness.torchvision_shim import import_library
+from tokred_kernels.files import replace_text
 
 METHODS = ("none", "tome", "dynamicvit", "evit", "diffrate", "lookupvit")
 ALL = "all"
@@ -50,29 +46,28 @@ PATCH = 4
 TOKENS = (SIDE // PATCH) ** 2
 HEAD_WIDTH = 32
 POSITION_STD = 0.2
-TUNED_BY = 0.25  # of the learning rate, when fine-tuning
+TUNED_BY = 0.25  # learning rate of fine-tuning relative to training
 WEIGHT_DECAY = 0.05
-SMOOTHING = 0.1  # of labels
-WARM_UP = 0.1  # of all steps
-FEWER = 0.32  # of the operations: what DiffRate is asked to save; the others are set to save as much, or nearly
+SMOOTHING = 0.1  # label smoothing
+WARM_UP = 0.1  # share of all steps
+FEWER = 0.32  # share of the operations that DiffRate must save; the others save about as much
 QUICK: dict[str, Any] = {"epochs": 1, "tuning": 1, "width": 32, "depth": 3, "search": 4, "seconds": 1}
 
-# What each method removes, by the depth of the model; together with the model's width these make the operations.
-# A block's index is counted from 0.
-TOME_SHARE = 0.105  # of all tokens, in each of 6 blocks
-STAGES = (1 / 6, 1 / 2)  # of the depth: where EViT and DynamicViT reduce
+# How many tokens each method removes. Blocks are counted from 0.
+TOME_SHARE = 0.105  # share of all tokens in each of 6 blocks
+STAGES = (1 / 6, 1 / 2)  # of the depth: the blocks in which EViT and DynamicViT reduce tokens
 EVIT_KEEP = 0.7
 DYNAMICVIT_KEEP = (0.75, 0.53)
-GRIDS = ((2, 2), (3, 3), (4, 4), (5, 5))  # of LookupViT's compressed tokens; one is drawn for each step
-RATIO_WEIGHT, DISTILLATION_WEIGHT = 2.0, 0.5  # of the losses, as DynamicViT has them
-# Its predictors learn alone for this share of the steps, as published, and then by so much faster than the rest. The
-# gradient of a policy is huge where a dropped token outscores all that are kept: without a bound some seeds diverge.
+GRIDS = ((2, 2), (3, 3), (4, 4), (5, 5))  # LookupViT's compressed tokens; each step draws one
+RATIO_WEIGHT, DISTILLATION_WEIGHT = 2.0, 0.5  # DynamicViT's weights of the losses
+# As published, DynamicViT's predictors first learn alone, for this share of the steps, and then faster than the rest.
+# A dropped token with the highest score makes the policy's gradient huge: without clipping, some seeds diverge.
 ALONE, FASTER, GRADIENT_BOUND = 1 / 6, 4.0, 1.0
-SEARCH_RATE = 0.05  # more than published, for fewer steps
+SEARCH_RATE = 0.05  # higher than published, for fewer steps
 
 
 class Budget(NamedTuple):
-    """How long to train, and how fast to learn at most."""
+    """Number of epochs, and the highest learning rate."""
 
     epochs: int
     rate: float
@@ -81,10 +76,7 @@ class Budget(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     options = parse(arguments)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--out {options.out}: cannot write there ({error.strerror})") from None
+    make_folder(options.out)
     device = choose_device(options.device)
     runs: list[list[dict[str, Any]]] = []
     measured: list[dict[str, float]] = []
@@ -113,33 +105,35 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def learning_rate(text: str) -> float:
-    """A rate of learning, for argparse."""
+    """Parse a learning rate, for argparse."""
     number = float(text)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, and finite, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}")
     return number
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--method", choices=(*METHODS, ALL), default=ALL, help="beside the plain model (%(default)s)")
-    parser.add_argument("--data", choices=SOURCES, default="digits", help="what is classified (%(default)s)")
-    parser.add_argument("--width", type=positive, default=64, help="channels of the transformer (%(default)s)")
-    parser.add_argument("--depth", type=positive, default=6, help="its blocks (%(default)s)")
     parser.add_argument(
-        "--positions", choices=("random", "waves"), default="random", help="what the ViT's begin as (%(default)s)"
+        "--method", choices=(*METHODS, ALL), default=ALL, help="method besides the plain model (%(default)s)"
     )
-    parser.add_argument("--epochs", type=positive, default=30, help="of training with all tokens (%(default)s)")
-    parser.add_argument("--rate", type=learning_rate, default=2e-3, help="of learning, at most (%(default)s)")
+    parser.add_argument("--data", choices=SOURCES, default="digits", help="data set (%(default)s)")
+    parser.add_argument("--width", type=positive, default=64, help="embedding dimension (%(default)s)")
+    parser.add_argument("--depth", type=positive, default=6, help="number of blocks (%(default)s)")
+    parser.add_argument(
+        "--positions", choices=("random", "waves"), default="random", help="initial positions of the ViT (%(default)s)"
+    )
+    parser.add_argument("--epochs", type=positive, default=30, help="epochs with all tokens (%(default)s)")
+    parser.add_argument("--rate", type=learning_rate, default=2e-3, help="highest learning rate (%(default)s)")
     parser.add_argument("--tuning", type=positive, default=10, help="epochs of fine-tuning (%(default)s)")
     parser.add_argument("--search", type=positive, default=100, help="steps of DiffRate's search (%(default)s)")
-    parser.add_argument("--batch", type=positive, default=64, help="digits at once (%(default)s)")
-    parser.add_argument("--seconds", type=positive, default=20, help="of timing, at most (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one (%(default)s)")
-    parser.add_argument("--seeds", type=positive, default=1, help="how many, one after another (%(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU when there is one)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where to write (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and an epoch: to see whether it runs")
+    parser.add_argument("--batch", type=positive, default=64, help="batch size (%(default)s)")
+    parser.add_argument("--seconds", type=positive, default=20, help="time limit of the timings (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (%(default)s)")
+    parser.add_argument("--seeds", type=positive, default=1, help="number of seeds (%(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and one epoch, as a test")
     if parser.parse_known_args(arguments)[0].quick:
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
@@ -148,12 +142,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.width % HEAD_WIDTH:
         parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
     if len(set(stages(options.depth))) < len(STAGES):
-        parser.error(f"--depth must be at least 3, for two blocks that reduce tokens, got {options.depth}")
+        parser.error(f"--depth must be at least 3, so that two blocks can reduce tokens, got {options.depth}")
     return options
 
 
 def prepared(data: Pictures, options: argparse.Namespace) -> list[Variant]:
-    """The rows of the plain model and of every method that is asked for, trained from one seed."""
+    """Return the rows of the plain model and of the chosen methods, trained from one seed."""
     begun = make(options, data.classes, data.train.device)
     train(begun, data, options, Budget(options.epochs, options.rate), "training")
     methods = METHODS if options.method == ALL else tuple(dict.fromkeys(("none", options.method)))
@@ -165,9 +159,9 @@ def prepared(data: Pictures, options: argparse.Namespace) -> list[Variant]:
 
 
 def make(options: argparse.Namespace, classes: int, device: torch.device) -> nn.Module:
-    """A ViT from its seed. Its weights begin larger than timm's, which are made for longer training.
+    """Return a new ViT. Its initial weights are larger than timm's, which suit longer training.
 
-    Positions begin at random, as a ViT's do, or, to compare with equal starts, as the waves that LookupViT's begin as.
+    Initial positions are random, as usual, or for a fair comparison the waves of LookupViT.
     """
     torch.manual_seed(options.seed)
     model = import_library("timm").models.vision_transformer.VisionTransformer(
@@ -185,17 +179,32 @@ def make(options: argparse.Namespace, classes: int, device: torch.device) -> nn.
     for learned in (model.pos_embed, model.cls_token):
         nn.init.normal_(learned, std=POSITION_STD)
     if options.positions == "waves":
-        model.pos_embed.data[:, 1:] = smooth_positions(model.patch_embed.grid_size, options.width)
+        model.pos_embed.data[:, 1:] = make_lookupvit(options, classes).pos_embed
     return model.to(device)
 
 
+def make_lookupvit(options: argparse.Namespace, classes: int) -> tk.nn.LookupViT:
+    """Return a new LookupViT."""
+    return tk.nn.LookupViT(
+        img_size=SIDE,
+        patch_size=PATCH,
+        in_chans=1,
+        num_classes=classes,
+        embed_dim=options.width,
+        depth=options.depth,
+        num_heads=options.width // HEAD_WIDTH,
+        grid=GRIDS[-1],
+        grids=GRIDS,
+    )
+
+
 def fine_tuning(options: argparse.Namespace) -> Budget:
-    """What every method has after the model with all tokens was trained, and that model too."""
+    """Return the budget of every method, and of the plain model, after the training with all tokens."""
     return Budget(options.tuning, TUNED_BY * options.rate)
 
 
 def stages(depth: int) -> tuple[int, ...]:
-    """The blocks before, or in, which EViT and DynamicViT reduce."""
+    """Return the blocks in which EViT and DynamicViT reduce tokens."""
     return tuple(max(1, round(share * depth)) for share in STAGES)
 
 
@@ -250,19 +259,9 @@ def diffrate(model: nn.Module, begun: nn.Module, data: Pictures, options: argpar
 
 
 def lookupvit(model: nn.Module, begun: nn.Module, data: Pictures, options: argparse.Namespace) -> nn.Module:
-    """From its own beginnings, with the same schedule as the ViT: it has no other model's weights."""
+    """Train from scratch, with the schedule of the ViT."""
     torch.manual_seed(options.seed)
-    model = tk.nn.LookupViT(
-        img_size=SIDE,
-        patch_size=PATCH,
-        in_chans=1,
-        num_classes=data.classes,
-        embed_dim=options.width,
-        depth=options.depth,
-        num_heads=options.width // HEAD_WIDTH,
-        grid=GRIDS[-1],
-        grids=GRIDS,
-    ).to(data.train.device)
+    model = make_lookupvit(options, data.classes).to(data.train.device)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         return tk.nn.lookup_loss(model(images), labels, label_smoothing=SMOOTHING)
@@ -284,7 +283,7 @@ PREPARE: dict[str, Prepare] = {
 
 
 def shuffled(data: Pictures, options: argparse.Namespace, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training digits in batches, varied and in an order that hang on the epoch's number alone."""
+    """Yield augmented training pictures in batches. Order and augmentation depend only on the seed and the epoch."""
     generator = torch.Generator().manual_seed(options.seed + epoch)
     order = torch.randperm(len(data.train), generator=generator).to(data.train.device)
     for index in order.split(options.batch):
@@ -302,9 +301,9 @@ def train(
     before: Callable[[int, int], None] | None = None,
     fresh: nn.Module | None = None,
 ) -> nn.Module:
-    """Train for some epochs; then the model is in eval mode.
+    """Train, and return the model in eval mode.
 
-    `before` is called before each step. `fresh` is the part of the model that has learned nothing yet.
+    `before` is called before each step. `fresh` is a new part of the model, without trained weights.
     """
     torch.manual_seed(options.seed)
     model.train()
@@ -338,7 +337,7 @@ def train(
 
 
 def groups(model: nn.Module, fresh: nn.Module | None) -> list[dict[str, Any]]:
-    """A model's parameters for an optimizer: from which share of the steps on they learn, and how much faster."""
+    """Return parameter groups with the share of the steps after which they learn, and a factor of the rate."""
     if fresh is None:
         return [{"params": list(model.parameters()), "from": 0.0, "faster": 1.0}]
     new = list(fresh.parameters())
@@ -347,7 +346,7 @@ def groups(model: nn.Module, fresh: nn.Module | None) -> list[dict[str, Any]]:
 
 
 def variants(method: str, model: nn.Module) -> list[Variant]:
-    """The rows of a method: one, or one for each compressed grid."""
+    """Return the rows of a method: one, or one for each grid of LookupViT."""
     if isinstance(model, tk.nn.LookupViT):
         return [
             Variant(

@@ -33,7 +33,6 @@ class WindowPlan(NamedTuple):
     size: int
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """Reduce (B, N, C) to (B, N', C)."""
         class_token, grid = x[:, :1, :], x[:, 1:, :]
         batch, tokens, channels = grid.shape
         num_join = int(self.count * (self.size - 1))

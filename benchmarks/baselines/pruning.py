@@ -23,7 +23,6 @@ class ImportancePlan(NamedTuple):
     kept: int
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """Reduce (B, N, C) to (B, kept, C)."""
         others, kept = x[:, self.kept :], x[:, : self.kept]
         return kept.scatter_reduce(-2, self.joined.expand(-1, -1, x.shape[-1]), others, reduce=mode)
 

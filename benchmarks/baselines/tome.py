@@ -42,7 +42,6 @@ class BipartitePlan(NamedTuple):
     distill_token: bool
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """Reduce (B, N, C) to (B, N', C)."""
         even, odd = x[..., ::2, :], x[..., 1::2, :]
         channels = x.shape[-1]
         stay = even.gather(-2, self.staying.expand(-1, -1, channels))
@@ -53,7 +52,6 @@ class BipartitePlan(NamedTuple):
         return torch.cat([stay, odd], dim=1)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, N', C) over (B, N, C)."""
         num_staying, channels = self.staying.shape[1], y.shape[-1]
         stay, odd = y[..., :num_staying, :], y[..., num_staying:, :]
         join = odd.gather(-2, self.joined.expand(-1, -1, channels))
@@ -71,12 +69,10 @@ class KthPlan(NamedTuple):
     k: int
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """Reduce (B, N, C) to (B, N', C)."""
         others, last = _split_kth(x, self.k)
         return last.scatter_reduce(-2, self.joined.expand(-1, -1, x.shape[-1]), others, reduce=mode)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, N', C) over (B, N, C)."""
         batch, _, channels = y.shape
         others = y.gather(-2, self.joined.expand(-1, -1, channels)).view(batch, -1, self.k - 1, channels)
         return torch.cat([others, y.view(batch, -1, 1, channels)], dim=-2).contiguous().view(batch, -1, channels)
@@ -95,12 +91,10 @@ class RandomPlan(NamedTuple):
         return x.gather(1, self.drawn.expand(-1, -1, channels)), x.gather(1, self.others.expand(-1, -1, channels))
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """Reduce (B, N, C) to (B, N', C)."""
         drawn, others = self.split(x)
         return others.scatter_reduce(-2, self.joined.expand(-1, -1, x.shape[-1]), drawn, reduce=mode)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, N', C) over (B, N, C)."""
         channels, tokens = y.shape[-1], self.drawn.shape[1] + self.others.shape[1]
         drawn = y.gather(-2, self.joined.expand(-1, -1, channels))
         x = torch.zeros(y.shape[0], tokens, channels, device=y.device, dtype=y.dtype)

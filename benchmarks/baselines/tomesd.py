@@ -28,7 +28,6 @@ class GridPlan(NamedTuple):
         return source, x.gather(dim=1, index=self.destinations.expand(batch, -1, channels))
 
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
-        """Reduce (B, N, C) to (B, N', C)."""
         source, destination = self.split(x)
         channels = x.shape[-1]
         stay = source.gather(-2, self.staying.expand(-1, -1, channels))
@@ -37,7 +36,6 @@ class GridPlan(NamedTuple):
         return torch.cat([stay, destination], dim=1)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, N', C) over (B, N, C)."""
         batch, channels, num_staying = y.shape[0], y.shape[-1], self.staying.shape[1]
         stay, destination = y[..., :num_staying, :], y[..., num_staying:, :]
         join = destination.gather(-2, self.joined.expand(-1, -1, channels))

@@ -33,12 +33,10 @@ class AttentionCase(Case):
 
     @property
     def label(self) -> str:
-        """The shape as the tables print it."""
         passes = ", forward and backward" if self.training else ""
         return f"({self.shape[0]}, {self.heads}, {self.shape[1]}, {self.metric_dim}), {self.variant}{passes}"
 
     def draw(self, seed: int) -> SimpleNamespace:
-        """Return random inputs."""
         batch, tokens, channels = self.shape
         draw, dtype = normal(self, seed), self.torch_dtype
         projected = draw(batch, tokens, 3, self.heads, self.metric_dim).to(dtype).permute(2, 0, 3, 1, 4)
@@ -71,7 +69,6 @@ class AttentionCase(Case):
         return found
 
     def ours(self, inputs: SimpleNamespace) -> tuple[Tensor, ...]:
-        """Call this package."""
         importance = "class" if "class" in self.terms else None
         settings: dict[str, Any] = {"size": inputs.size, "policy": inputs.policy, "importance": importance}
         result = tk.token_attention(inputs.q, inputs.k, inputs.v, **settings)
@@ -85,7 +82,6 @@ class AttentionCase(Case):
         return 4 * row + vectors + (8 * row + vectors if self.training else 0)
 
     def operations(self) -> int:
-        """Return the operations of the products with the weights."""
         batch, tokens, channels = self.shape
         products = PRODUCTS + (BACKWARD_PRODUCTS if self.training else 0)
         return products * 2 * batch * tokens * tokens * channels
@@ -102,7 +98,6 @@ class PruneCase(Case):
 
     @property
     def label(self) -> str:
-        """The shape as the tables print it."""
         return f"{self.shape}, {self.r} fused"
 
     def draw(self, seed: int) -> SimpleNamespace:
@@ -115,11 +110,9 @@ class PruneCase(Case):
         return lambda x, scores: pruning.keep_attentive(x, scores, self.kept), ("x", "scores")
 
     def ours(self, inputs: SimpleNamespace) -> Tensor:
-        """Call this package."""
         return tk.nn.keep_attentive(inputs.x, inputs.scores, self.kept)[0]
 
     def slots(self) -> int:
-        """Return N', the number of output tokens."""
         return self.kept + 2
 
     def least_bytes(self) -> int:

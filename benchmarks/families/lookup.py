@@ -29,7 +29,6 @@ class LookupCase(Case):
 
     @property
     def label(self) -> str:
-        """The shape as the tables print it."""
         ops = "gather and scatter" if self.scatters else "gather"
         passes = ", forward and backward" if self.training else ""
         return f"({self.shape[0]}, {self.heads}, {self.r} of {self.shape[1]}, {self.metric_dim}), {ops}{passes}"
@@ -60,7 +59,6 @@ class LookupCase(Case):
         return attention, ("q", "k", "v", "values")
 
     def ours(self, inputs: SimpleNamespace) -> tuple[Tensor, ...]:
-        """Call this package."""
         gathered, lse = tk.lookup_gather(inputs.q, inputs.k, inputs.v)
         if not self.scatters:
             return (gathered,)
@@ -82,7 +80,6 @@ class LookupCase(Case):
         return forward + (forward + self.result_bytes() if self.training else 0)
 
     def operations(self) -> int:
-        """Return the operations of the products with the weights."""
         batch, tokens, channels = self.shape
         products = PRODUCTS + (BACKWARD_PRODUCTS if self.training else 0)
         return 2 * batch * self.r * tokens * channels * products * (2 if self.scatters else 1)

@@ -25,7 +25,6 @@ class MatchCase(Case):
 
     @property
     def label(self) -> str:
-        """The shape as the tables print it."""
         batch, tokens, channels = self.shape
         r = f"{'k' if self.op.startswith('kth') else 'r'} {self.r}"
         if self.op == "bipartite_merge":
@@ -76,7 +75,6 @@ class MatchCase(Case):
         }[self.op]
 
     def ours(self, inputs: SimpleNamespace) -> Any:
-        """Call this package."""
         metric, r = inputs.metric, self.r
         return {
             "bipartite_match": lambda: tk.bipartite_match(metric, r, class_token=True),
@@ -91,7 +89,6 @@ class MatchCase(Case):
         }[self.op]()
 
     def slots(self) -> int:
-        """Return N', the number of output tokens."""
         tokens = self.shape[1]
         if self.op in ("random_bipartite_match", "importance_match"):
             return tokens - self.r

@@ -22,7 +22,6 @@ class MergeCase(Case):
 
     @property
     def label(self) -> str:
-        """The shape as the tables print it."""
         shape = self.shape[:2] if self.op in ("then", "to_csr") else self.shape
         return f"({', '.join(map(str, shape))}), r {self.r}"
 
@@ -60,13 +59,11 @@ class MergeCase(Case):
         }.get(self.op)
 
     def yardsticks(self) -> dict[str, Callable[[SimpleNamespace], Any]]:
-        """Return a copy of the tokens."""
         if self.training or self.op in ("then", "to_csr"):
             return {}
         return {"clone": lambda i: (i.y if self.op == "unmerge" else i.x).clone()}
 
     def ours(self, inputs: SimpleNamespace) -> Any:
-        """Call this package."""
         token_map = inputs.token_map
         return {
             "merge": lambda: tk.merge(inputs.x, token_map, reduce=self.variant),
@@ -83,7 +80,6 @@ class MergeCase(Case):
         return super().values(output)
 
     def least_bytes(self) -> int:
-        """Return the lower bound on memory traffic: each input read once, each output written once."""
         batch, tokens, channels = self.shape
         out = self.slots()
         x, y = batch * tokens * channels * self.item, batch * out * channels * self.item

@@ -23,7 +23,6 @@ class WindowCase(Case):
 
     @property
     def label(self) -> str:
-        """The shape as the tables print it."""
         batch, tokens, channels = self.shape
         (height, width), (down, across) = self.grid, self.window
         windows = (height // down) * (width // across)
@@ -47,18 +46,15 @@ class WindowCase(Case):
         return (merge if self.op == "window_merge" else match), ("x", "threshold")
 
     def yardsticks(self) -> dict[str, Callable[[SimpleNamespace], Any]]:
-        """Return a copy of the tokens."""
         return {"clone": lambda i: i.x.clone()} if self.op == "window_merge" else {}
 
     def ours(self, inputs: SimpleNamespace) -> Any:
-        """Call this package."""
         token_map = tk.window_match(inputs.x, inputs.threshold, window=self.window)
         if self.op == "window_match":
             return token_map
         return tk.MergeOutput(*tk.merge_wavg(inputs.x, token_map), token_map)
 
     def slots(self) -> int:
-        """Return N', the number of output tokens."""
         return self.shape[1] - self.r * (self.window[0] * self.window[1] - 1)
 
     def least_bytes(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The segmentation example, on tiny models and small pictures."""
+"""The segmentation experiment, with tiny models and small pictures."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def demo(load_experiment):
 
 @pytest.fixture
 def folders(tmp_path):
-    """A wide and a tall picture of two colours, and their masks: 0 for the one, 2 for the other, 1 nowhere."""
+    """A wide and a tall picture of two colours, and their masks with the classes 0 and 2."""
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
@@ -45,7 +45,7 @@ def test_the_whole_run(demo, folders, tmp_path, capsys):
     demo.main([*SMALL, *folders, "--steps", "40", "--threshold", "0.9", "--out", str(out)])
     printed = capsys.readouterr().out
     assert "2 pictures, 3 classes, 64 px, CPU" in printed
-    assert "Windows merge from a mean cosine of 0.9000 on" in printed
+    assert "Windows merge if their mean cosine is at least 0.9000." in printed
     assert "trained with ALGM" in printed
 
     report = json.loads((out / "segment.json").read_text())
@@ -58,7 +58,7 @@ def test_the_whole_run(demo, folders, tmp_path, capsys):
         assert max(row["tokens"]) <= 48
         assert row["gflops"] < plain["gflops"]
         assert row["images_per_s"] > 0
-        assert len(row["iou"]) == 2  # class 1 is nowhere
+        assert len(row["iou"]) == 2  # class 1 does not occur
     assert abs(put_in["miou"] - plain["miou"]) < 5
     assert report["threshold"] == 0.9
     assert demo.tk.Thresholds.load(out / "thresholds.json").layers.keys() == {1, 2}
@@ -79,7 +79,7 @@ def test_runs_are_equal(demo, folders):
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_every_step_has_crops_of_its_own(demo, folders, monkeypatch):
+def test_every_step_has_different_crops(demo, folders, monkeypatch):
     options = demo.parse([*SMALL, *folders, "--steps", "5"])
     data = demo.load(options, torch.device("cpu"))
     asked, real = [], demo.crops
@@ -88,10 +88,10 @@ def test_every_step_has_crops_of_its_own(demo, folders, monkeypatch):
     )
     begun = demo.begin(data, options, torch.device("cpu"))
     demo.calibrate(demo.train(*begun, data, options, range(2, 5), "training"), data, options)
-    assert asked == [2, 3, 4, 5, 6, 7, 8]  # those of the calibration are others
+    assert asked == [2, 3, 4, 5, 6, 7, 8]  # calibration has its own crops
 
 
-def test_a_copied_beginning_goes_on_alike(demo, folders):
+def test_a_copy_trains_in_the_same_way(demo, folders):
     options = demo.parse([*SMALL, *folders, "--steps", "4"])
     data = demo.load(options, torch.device("cpu"))
     begun = demo.begin(data, options, torch.device("cpu"))
@@ -100,7 +100,7 @@ def test_a_copied_beginning_goes_on_alike(demo, folders):
     first, second = (demo.train(*one, data, options, range(2, 4), "training") for one in both)
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
     demo.train(*both[1], data, options, range(3, 4), "training")
-    assert not torch.equal(first.decoder.head.weight, second.decoder.head.weight)  # a copy of its own
+    assert not torch.equal(first.decoder.head.weight, second.decoder.head.weight)  # an independent copy
 
 
 @pytest.mark.parametrize("size", [(60, 100), (100, 60), (64, 64)])
@@ -112,13 +112,16 @@ def test_test_crops_are_held_out(demo, size):
     assert kept.shape == (1, 40, 40)
     assert set(seen.flatten().tolist()).isdisjoint(kept.flatten().tolist())
     assert min(seen.shape[1:]) >= 24
-    assert torch.equal(kept[0, 0].diff(), torch.ones(39))  # as it lies in the picture
+    assert torch.equal(kept[0, 0].diff(), torch.ones(39))  # in the order of the picture
 
 
 @pytest.mark.parametrize("size", [(60, 63), (39, 100), (63, 60)])
 def test_pictures_that_are_too_small(demo, size):
     options = demo.parse(["--size", "40", "--crop", "24"])
-    with pytest.raises(SystemExit, match=f"mine: a test crop of 40 pixels .* do not fit into {size[1]} x {size[0]}"):
+    with pytest.raises(
+        SystemExit,
+        match=f"mine: a test crop of 40 and training crops of 24 pixels do not fit into {size[1]} x {size[0]}",
+    ):
         demo.masks.split("mine", torch.zeros(1, *size), options)
 
 
@@ -136,7 +139,7 @@ def test_crops_and_masks_stay_together(demo):
 
 
 class Fixed(torch.nn.Module):
-    """A segmenter that says what it was told, whatever the image."""
+    """A segmenter with fixed outputs."""
 
     def __init__(self, demo, data, options, found):
         super().__init__()
@@ -156,7 +159,7 @@ def test_scores(demo):
     truth[:, 0] = demo.masks.IGNORE
     data = demo.Data([], torch.zeros(1, 3, 8, 8), truth, ["x"], 3)
     found = truth.clone()
-    found[:, 0] = 2  # where there is no class it does not matter what is said
+    found[:, 0] = 2  # pixels without a class do not count
     row = demo.evaluate("x", Fixed(demo, data, options, found), data, options)
     assert row["miou"] == row["accuracy"] == 100
     assert row["iou"] == [100, 100]
@@ -165,11 +168,11 @@ def test_scores(demo):
     assert row["iou"] == pytest.approx([75, 80])
     assert row["miou"] == pytest.approx(77.5)
     assert row["accuracy"] == pytest.approx(87.5)
-    found[:, 7] = 2  # said, though nowhere true: a class with nothing right
+    found[:, 7] = 2  # a class that is predicted but does not occur
     assert demo.evaluate("x", Fixed(demo, data, options, found), data, options)["iou"][2] == 0
 
 
-def test_pixels_of_no_class_teach_nothing(demo):
+def test_pixels_without_a_class_have_no_gradient(demo):
     options = demo.parse(SMALL)
     picture, mask = torch.rand(3, 64, 64), torch.full((64, 64), demo.masks.IGNORE)
     data = demo.Data([(picture, mask)], None, None, [], 2)
@@ -214,15 +217,15 @@ def test_derived_masks_follow_the_colours(demo):
     assert derived["one"].shape == (90, 120)
     red, blue = derived["one"][:, :48].unique(), derived["one"][:, 72:].unique()
     assert len(red) == len(blue) == 1 and red != blue
-    assert derived["two"].unique() == blue  # a class is one thing in all pictures
+    assert derived["two"].unique() == blue  # the same class in all pictures
     again = demo.masks.derive(pictures, 2)
     assert all(torch.equal(derived[name], again[name]) for name in pictures)
 
 
-def test_texture_tells_classes_apart(demo):
+def test_texture_separates_classes(demo):
     rng = np.random.default_rng(0)
     picture = np.full((100, 160), 128)
-    picture[:, 80:] += rng.integers(-60, 61, (100, 80))  # as bright in the mean
+    picture[:, 80:] += rng.integers(-60, 61, (100, 80))  # the same mean brightness
     derived = demo.masks.derive({"x": PIL.fromarray(picture.astype(np.uint8)).convert("RGB")}, 2)["x"]
     smooth, rough = derived[:, :64].unique(), derived[:, 96:].unique()
     assert len(smooth) == len(rough) == 1 and smooth != rough
@@ -246,12 +249,15 @@ def test_default_photographs(demo):
 
 
 BROKEN = {
-    "missing": (lambda path: path.unlink(), r"wide\.png: there is no such mask"),
-    "no picture": (lambda path: path.write_bytes(b"no picture"), r"wide\.png: this mask cannot be read"),
-    "size": (lambda path: save(path, (80, 159)), r"wide\.png: this mask is 159 x 80, its picture 160 x 80"),
-    "colours": (lambda path: save(path, (80, 160, 3)), r"wide\.png: a mask must have one channel of class ids"),
-    "bits": (lambda path: save(path, (80, 160), bool), r"wide\.png: a mask must have one channel .* bool"),
-    "large": (lambda path: save(path, (80, 160), np.uint16, 256), r"wide\.png: class ids must be 0 to 254.* not 256"),
+    "missing": (lambda path: path.unlink(), r"wide\.png: the mask does not exist"),
+    "no picture": (lambda path: path.write_bytes(b"no picture"), r"wide\.png: the mask cannot be read"),
+    "size": (
+        lambda path: save(path, (80, 159)),
+        r"wide\.png: expected the picture's 160 x 80, got 159 x 80",
+    ),
+    "colours": (lambda path: save(path, (80, 160, 3)), r"wide\.png: expected one channel of class ids"),
+    "bits": (lambda path: save(path, (80, 160), bool), r"wide\.png: expected one channel .* bool"),
+    "large": (lambda path: save(path, (80, 160), np.uint16, 256), r"wide\.png: class ids must be 0 to 254.* got 256"),
 }
 
 
@@ -267,10 +273,10 @@ def test_broken_masks(demo, folders, tmp_path, case):
         demo.main([*SMALL, *folders, "--out", str(tmp_path / "out")])
 
 
-def test_one_class_is_none(demo, folders, tmp_path):
+def test_one_class_is_not_enough(demo, folders, tmp_path):
     save(tmp_path / "masks" / "wide.png", (80, 160), value=0)
     save(tmp_path / "masks" / "tall.png", (150, 70), value=255)
-    with pytest.raises(SystemExit, match="there must be two classes or more, the largest class id is 0"):
+    with pytest.raises(SystemExit, match="expected at least two classes, but the largest class id is 0"):
         demo.main([*SMALL, *folders, "--out", str(tmp_path / "out")])
 
 
@@ -286,33 +292,33 @@ def test_masks_with_a_palette_hold_class_ids(demo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", "here"], "--images and --masks go together"),
-        (["--size", "100"], "--size and --crop must be multiples of 8, two or more, got 100 and 128"),
-        (["--crop", "8"], "--size and --crop must be multiples of 8, two or more, got 256 and 8"),
+        (["--images", "here"], "--images needs --masks"),
+        (["--size", "100"], "--size and --crop must be multiples of 8 from 16 on, got 100 and 128"),
+        (["--crop", "8"], "--size and --crop must be multiples of 8 from 16 on, got 256 and 8"),
         (["--width", "100"], "--width must be a multiple of 64, got 100"),
-        (["--layers", "1", "9"], "--layers must rise, up to --depth 8, got [1, 9]"),
-        (["--layers", "5", "1"], "--layers must rise, up to --depth 8, got [5, 1]"),
+        (["--layers", "1", "9"], "--layers must be ascending and at most --depth 8, got [1, 9]"),
+        (["--layers", "5", "1"], "--layers must be ascending and at most --depth 8, got [5, 1]"),
         (["--classes", "1"], "--classes must be 2 to 254, got 1"),
         (["--threshold", "nan"], "must be a number or 'calibrated', got 'nan'"),
         (["--threshold", "much"], "must be a number or 'calibrated', got 'much'"),
         (["--steps", "0"], "a whole number of 1 or more, got '0'"),
     ],
 )
-def test_arguments_that_cannot_be_read(demo, capsys, arguments, message):
+def test_bad_arguments(demo, capsys, arguments, message):
     with pytest.raises(SystemExit):
         demo.main(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_places_that_are_not_there(demo, folders, tmp_path):
-    with pytest.raises(SystemExit, match=r"--masks .*nowhere: there is no such folder"):
+def test_missing_folders(demo, folders, tmp_path):
+    with pytest.raises(SystemExit, match=r"--masks .*nowhere: the folder does not exist"):
         demo.main([*SMALL, *folders[:3], str(tmp_path / "nowhere"), "--out", str(tmp_path)])
     (tmp_path / "taken").write_text("")
     with pytest.raises(SystemExit, match="cannot write there"):
         demo.main([*SMALL, *folders, "--out", str(tmp_path / "taken")])
 
 
-def test_every_class_has_its_own_colour(demo):
+def test_every_class_has_a_different_colour(demo):
     colors = demo.palette(20)
     assert colors.shape == (256, 3)
     assert len(colors[:20].unique(dim=0)) == 20
