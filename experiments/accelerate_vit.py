@@ -156,7 +156,9 @@ def load_model(options: argparse.Namespace) -> tuple[nn.Module, bool]:
         try:
             model = timm.create_model(options.model, pretrained=True)
         except Exception as error:  # there are many reasons why a download can fail
-            print(f"Notice: random weights, because there are no pretrained ones ({str(error).partition(chr(10))[0]})")
+            print(
+                f"Notice: random weights, because loading pretrained ones failed ({str(error).partition(chr(10))[0]})"
+            )
     pretrained = model is not None
     model = model or timm.create_model(options.model)
     try:

@@ -49,7 +49,7 @@ def write_pictures(
 
 
 def save_sheet(strips: list[Image.Image], path: Path) -> None:
-    """Save the first eight strips below each other."""
+    """Save a sheet of up to eight strips."""
     rows = strips[:8]
     sheet = Image.new("RGB", (rows[0].width, sum(strip.height for strip in rows)), "white")
     for number, strip in enumerate(rows):

@@ -106,8 +106,8 @@ def derive(pictures: dict[str, Image.Image], classes: int) -> dict[str, Tensor]:
 
     The features of a pixel are the mean of CIE Lab and the deviation of the lightness in its neighbourhood. The classes
     are the clusters of these four numbers, such as "dark and smooth" or "reddish", the same in all pictures. Then each
-    pixel takes the majority of its neighbourhood. A model can learn the classes from the pixels alone, because they
-    are no objects. The sampled pixels depend on a fixed seed, so the masks are the same in every run.
+    pixel takes the majority of its neighbourhood. Classes are not objects, so a model can learn them from the pixels
+    alone. The sampled pixels depend on a fixed seed, so the masks are the same in every run.
     """
     features = {name: _features(picture) for name, picture in pictures.items()}
     generator = torch.Generator().manual_seed(0)
@@ -145,9 +145,7 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor:
     if ids.ndim != 2 or ids.dtype == bool or not np.issubdtype(ids.dtype, np.integer):
         raise SystemExit(f"{path}: expected one channel of class ids, got {ids.shape} {ids.dtype}.")
     if ids.shape != size[::-1]:
-        raise SystemExit(
-            f"{path}: expected {size[0]} x {size[1]}, the size of the picture, got {ids.shape[1]} x {ids.shape[0]}."
-        )
+        raise SystemExit(f"{path}: expected the picture's {size[0]} x {size[1]}, got {ids.shape[1]} x {ids.shape[0]}.")
     if ids.max() > IGNORE or ids.min() < 0:
         raise SystemExit(f"{path}: class ids must be 0 to {IGNORE - 1}, or {IGNORE} for no class, got {ids.max()}.")
     return torch.from_numpy(ids.astype(np.int64))

@@ -24,7 +24,7 @@ def load(folder: Path | None) -> dict[str, Image.Image]:
     Prints the names of files that cannot be read.
 
     Raises:
-        SystemExit: there is no picture.
+        SystemExit: no picture was found.
     """
     paths = _packaged() if folder is None else _inside(folder)
     pictures: dict[str, Image.Image] = {}

@@ -115,7 +115,7 @@ def learning_rate(text: str) -> float:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--method", choices=(*METHODS, ALL), default=ALL, help="method besides the plain model (%(default)s)"
+        "--method", choices=(*METHODS, ALL), default=ALL, help="compared with the plain model (%(default)s)"
     )
     parser.add_argument("--data", choices=SOURCES, default="digits", help="data set (%(default)s)")
     parser.add_argument("--width", type=positive, default=64, help="embedding dimension (%(default)s)")

@@ -19,10 +19,14 @@ from benchmarks.baselines.tome import BipartitePlan
 
 
 class WindowPlan(NamedTuple):
-    """Which windows merge, as tokens of the grid behind the class token.
+    """The windows that merge. Indices are those of the grid's tokens, after the class token.
 
-    Of the `count` windows that merge, each of `size` tokens: their tokens but the last (B, count * (size - 1), 1), the
-    last ones (B, count, 1), and which window each of the former joins; and the tokens that stay (B, rest, 1).
+    Attributes:
+        joining: all tokens of merging windows except the last of each window (B, count * (size - 1), 1).
+        last: the last token of each merging window (B, count, 1).
+        joined: the window of each joining token.
+        staying: the tokens of other windows (B, rest, 1).
+        count, size: number of merging windows, and of tokens in each.
     """
 
     joining: Tensor
@@ -47,7 +51,7 @@ class WindowPlan(NamedTuple):
         return torch.cat((class_token, y), dim=1)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, N', C) over (B, N, C). Not published, where a dense matrix serves: for reading the plan."""
+        """Spread (B, N', C) over (B, N, C). The published code uses a dense matrix; we need this to check plans."""
         channels, merged = y.shape[-1], self.last.shape[1]
         windows, stay = y[:, 1 : 1 + merged], y[:, 1 + merged :]
         tokens = torch.cat([self.joining, self.last, self.staying], 1).expand(-1, -1, channels)
@@ -57,7 +61,7 @@ class WindowPlan(NamedTuple):
 
 
 def window_plan(x: Tensor, threshold: float, window: tuple[int, int]) -> WindowPlan:
-    """ALGM's `conditional_pooling` up to its closure; x (B, 1 + n * n, C), n a multiple of both sides of the window."""
+    """Run ALGM's `conditional_pooling` up to its closure. x is (B, 1 + n * n, C), n a multiple of the window's sides."""
     with torch.no_grad():
         height, width = window
         size = height * width
@@ -73,7 +77,7 @@ def window_plan(x: Tensor, threshold: float, window: tuple[int, int]) -> WindowP
         cosines = cosines * others
         mean = (cosines.sum(-1).sum(-1) / (size * (size - 1))).unsqueeze(1).view(batch, -1)
 
-        # The count: windows at or above the threshold, the smallest over the batch.
+        # The smallest number, over the batch, of windows at or above the threshold.
         least = torch.tensor(threshold).to(x.device).repeat(1, mean.shape[1])
         count = torch.ge(mean, least).sum(dim=1).min()
         number = int(count)
@@ -96,7 +100,7 @@ def window_plan(x: Tensor, threshold: float, window: tuple[int, int]) -> WindowP
 def adaptive_plan(
     metric: Tensor, layer_index: float, class_token: bool = False, distill_token: bool = False
 ) -> BipartitePlan:
-    """ALGM's `turbo_matching` up to its closure, which is ToMe's; `metric` (B, N, D)."""
+    """Run ALGM's `turbo_matching` up to its closure, which is the same as ToMe's."""
     with torch.no_grad():
         unit = metric / metric.norm(dim=-1, keepdim=True)
         even, odd = unit[..., ::2, :], unit[..., 1::2, :]
@@ -108,8 +112,7 @@ def adaptive_plan(
         best, where = scores.max(dim=-1)
         order = best.argsort(dim=-1, descending=True)[..., None]
 
-        # The count: sources at or above the mean and a share of the deviation, the smallest over the batch. The first
-        # source is left out whether or not there is a class token.
+        # The smallest number, over the batch, of sources at or above the threshold, which leaves out the first source.
         free = best[:, 1:]
         least = torch.add(free.mean(dim=1).mean(), best[:, 1:].std(dim=1).mean() / layer_index)
         count = torch.ge(best, least.repeat(1, best.shape[1])).sum(dim=1).min()

@@ -17,7 +17,7 @@ EPS = 1e-6  # DynamicViT's
 
 
 class ImportancePlan(NamedTuple):
-    """The kept token that each other one joins (B, N - kept, 1), among the first `kept`."""
+    """The first `kept` tokens stay; `joined` (B, N - kept, 1) is the one that each other token joins."""
 
     joined: Tensor
     kept: int
@@ -27,7 +27,7 @@ class ImportancePlan(NamedTuple):
         return kept.scatter_reduce(-2, self.joined.expand(-1, -1, x.shape[-1]), others, reduce=mode)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, kept, C) over (B, N, C). Not published, where a dense matrix serves: for reading the plan."""
+        """Spread (B, kept, C) over (B, N, C). The published code uses a dense matrix; we need this to check plans."""
         return torch.cat([y, y.gather(1, self.joined.expand(-1, -1, y.shape[-1]))], 1)
 
 
@@ -58,7 +58,7 @@ def _softmax_with_policy(scores: Tensor, policy: Tensor) -> Tensor:
 
 
 def keep_attentive(x: Tensor, scores: Tensor, k: int) -> Tensor:
-    """EViT's reduction: x (B, N, C) with scores (B, N), the class token first, to (B, k + 2, C), the others fused."""
+    """Reduce x (B, N, C) to the class token, the `k` tokens with the highest scores, and the others fused."""
     tokens, channels = x.shape[1:]
     scores, patches = scores[:, 1:], x[:, 1:]
     _, kept = torch.topk(scores, k, dim=1, largest=True, sorted=True)
@@ -71,7 +71,7 @@ def keep_attentive(x: Tensor, scores: Tensor, k: int) -> Tensor:
 
 
 def _complement(index: Tensor, number: int) -> Tensor:
-    """The numbers below `number` that are not in each row of `index`, by sorting zeros to the front."""
+    """Return the numbers below `number` that a row of `index` lacks, by sorting zeros to the front."""
     every = torch.arange(number, device=index.device).expand(index.shape[0], -1)
     marked = torch.scatter(every, -1, index, 0)
     ordered, _ = torch.sort(marked, dim=-1, descending=False)
@@ -79,7 +79,7 @@ def _complement(index: Tensor, number: int) -> Tensor:
 
 
 def importance_plan(metric: Tensor, kept: int, class_token: bool = True) -> tuple[ImportancePlan, Tensor]:
-    """DiffRate's `get_merge_func` up to its closure, and the similarities (B, N - kept) that it returns."""
+    """Run DiffRate's `get_merge_func` up to its closure, and return the similarities (B, N - kept) too."""
     with torch.no_grad():
         unit = metric / metric.norm(dim=-1, keepdim=True)
         others, important = unit[:, kept:], unit[:, :kept]

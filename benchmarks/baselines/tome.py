@@ -33,7 +33,7 @@ class Plan(Protocol):
 
 
 class BipartitePlan(NamedTuple):
-    """Even tokens that stay (B, N/2 - r, 1) and that join (B, r, 1), and the odd ones they join (B, r, 1)."""
+    """Even tokens that stay (B, N/2 - r, 1), even tokens that join (B, r, 1), and the odd token that each joins."""
 
     staying: Tensor
     joining: Tensor
@@ -63,7 +63,7 @@ class BipartitePlan(NamedTuple):
 
 
 class KthPlan(NamedTuple):
-    """The destination of each source (B, n (k - 1) / k, 1), the last of every `k` tokens being a destination."""
+    """The destination of each source (B, n (k - 1) / k, 1); the last of every `k` tokens is a destination."""
 
     joined: Tensor
     k: int
@@ -79,14 +79,14 @@ class KthPlan(NamedTuple):
 
 
 class RandomPlan(NamedTuple):
-    """The tokens drawn (B, r, 1), the others (B, N - r, 1), and which of the others each drawn one joins (B, r, 1)."""
+    """The drawn tokens (B, r, 1), the others (B, N - r, 1), and the other token that each drawn one joins (B, r, 1)."""
 
     drawn: Tensor
     others: Tensor
     joined: Tensor
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens drawn, and the others."""
+        """Return the drawn tokens and the others."""
         channels = x.shape[-1]
         return x.gather(1, self.drawn.expand(-1, -1, channels)), x.gather(1, self.others.expand(-1, -1, channels))
 
@@ -104,9 +104,9 @@ class RandomPlan(NamedTuple):
 
 
 def bipartite_plan(metric: Tensor, r: int, class_token: bool = False, distill_token: bool = False) -> BipartitePlan:
-    """ToMe's `bipartite_soft_matching` up to its closures; `metric` (B, N, D), or keys (B, H, N, d) to be averaged."""
+    """Run ToMe's `bipartite_soft_matching` up to its closures, on a metric (B, N, D) or keys (B, H, N, d)."""
     if metric.dim() == 4:
-        metric = metric.mean(1)  # ToMe's attention does this, on the way out
+        metric = metric.mean(1)  # as in ToMe's attention
     tokens = metric.shape[1]
     r = min(r, (tokens - int(class_token) - int(distill_token)) // 2)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def bipartite_plan(metric: Tensor, r: int, class_token: bool = False, distill_to
 
 
 def kth_plan(metric: Tensor, k: int) -> KthPlan:
-    """ToMe's `kth_bipartite_soft_matching` up to its closures."""
+    """Run ToMe's `kth_bipartite_soft_matching` up to its closures."""
     with torch.no_grad():
         unit = metric / metric.norm(dim=-1, keepdim=True)
         others, last = _split_kth(unit, k)
@@ -136,19 +136,19 @@ def kth_plan(metric: Tensor, k: int) -> KthPlan:
 
 
 def random_plan(metric: Tensor, r: int) -> RandomPlan:
-    """ToMe's `random_bipartite_soft_matching` up to its closures."""
+    """Run ToMe's `random_bipartite_soft_matching` up to its closures."""
     with torch.no_grad():
         batch, tokens, _ = metric.shape
         order = torch.rand(batch, tokens, 1, device=metric.device).argsort(dim=1)
         unit = metric / metric.norm(dim=-1, keepdim=True)
-        plan = RandomPlan(order[:, :r], order[:, r:], order)  # not matched yet: only to split by
+        plan = RandomPlan(order[:, :r], order[:, r:], order)  # not matched yet
         drawn, others = plan.split(unit)
         _, where = (drawn @ others.transpose(-1, -2)).max(dim=-1)
     return plan._replace(joined=where[..., None])
 
 
 def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """ToMe's weighted average: merge the sums of size * x and of size (B, N, 1), and divide."""
+    """Return the average of x weighted by size (B, N, 1), and the sum of the sizes."""
     if size is None:
         size = torch.ones_like(x[..., 0, None])
     x = merge(x * size, mode="sum")
@@ -157,7 +157,7 @@ def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Ten
 
 
 def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tensor:
-    """ToMe's record of what was merged into what: a dense (B, N', N) matrix, merged along with the tokens."""
+    """Merge ToMe's `source`, a dense (B, N', N) matrix of which token went into which output token."""
     if source is None:
         batch, tokens, _ = x.shape
         source = torch.eye(tokens, device=x.device)[None].expand(batch, tokens, tokens)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class GridPlan(NamedTuple):
-    """The tokens that are sources and destinations, (1, num_src, 1) and (1, num_dst, 1), and who joins whom.
+    """Sources (1, num_src, 1) and destinations (1, num_dst, 1) among the tokens.
 
-    Among the sources those that stay (B, num_src - r, 1) and that join (B, r, 1), and the destinations that these join.
+    `staying` (B, num_src - r, 1) and `joining` (B, r, 1) are indices of sources, and `joined` of destinations.
     """
 
     sources: Tensor
@@ -22,7 +22,7 @@ class GridPlan(NamedTuple):
     joined: Tensor
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The sources and the destinations of (B, N, C)."""
+        """Return the sources and the destinations of (B, N, C)."""
         batch, _, channels = x.shape
         source = x.gather(dim=1, index=self.sources.expand(batch, -1, channels))
         return source, x.gather(dim=1, index=self.destinations.expand(batch, -1, channels))
@@ -49,13 +49,13 @@ class GridPlan(NamedTuple):
 
 
 def grid_plan(metric: Tensor, r: int, grid: tuple[int, int], stride: tuple[int, int]) -> GridPlan:
-    """The `bipartite_soft_matching_random2d` of ToMe for diffusion up to its closures, without its randomness."""
+    """Run `bipartite_soft_matching_random2d` up to its closures, with the first token of each cell."""
     height, width = grid
     down, across = stride
     with torch.no_grad():
         rows, columns = height // down, width // across
         device, whole = metric.device, torch.int64
-        # Every cell's destination is marked -1 in a buffer as large as the grid; sorted, the destinations come first.
+        # A buffer of the grid's size has -1 at each cell's destination, so that destinations come first when sorted.
         drawn = torch.zeros(rows, columns, 1, device=device, dtype=whole)
         marks = torch.zeros(rows, columns, down * across, device=device, dtype=whole)
         marks.scatter_(dim=2, index=drawn, src=-torch.ones_like(drawn, dtype=whole))
@@ -68,7 +68,7 @@ def grid_plan(metric: Tensor, r: int, grid: tuple[int, int], stride: tuple[int, 
         sources, destinations = order[:, rows * columns :, :], order[:, : rows * columns, :]
 
         unit = metric / metric.norm(dim=-1, keepdim=True)
-        plan = GridPlan(sources, destinations, sources, sources, sources)  # not matched yet: only to split by
+        plan = GridPlan(sources, destinations, sources, sources, sources)  # not matched yet
         a, b = plan.split(unit)
         scores = a @ b.transpose(-1, -2)
         r = min(a.shape[1], r)

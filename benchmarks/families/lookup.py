@@ -24,7 +24,6 @@ class LookupCase(Case):
 
     @property
     def scatters(self) -> bool:
-        """Whether the gather is followed by a scatter."""
         return self.op == "lookup_scatter"
 
     @property

@@ -82,7 +82,7 @@ def check(case: Case, inputs: SimpleNamespace, output: Any, right: tuple[Any, ..
     bound = FLOAT32_BOUND if case.dtype == "float32" else roundings * torch.finfo(case.torch_dtype).eps
     for got, wanted in zip(values, right, strict=True):
         error = float((got.double().flatten() - wanted.double().flatten()).abs().max() / wanted.abs().max())
-        if not error <= bound:  # nor is NaN
+        if not error <= bound:  # this includes NaN
             raise Disagreement(f"off by {error:.2g} of the largest value, allowed: {bound:.2g}")
 
 

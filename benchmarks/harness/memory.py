@@ -2,7 +2,7 @@
 """Peak memory of a call, and how many kernels it launches.
 
 `peak_bytes` counts the outputs and temporaries that torch allocates. On the CPU this misses memory that BLAS and C++
-code allocate themselves; `resident_peak_bytes` counts that too, in a process of its own. Neither counts the inputs.
+code allocate themselves; `resident_peak_bytes` counts that too, in a new process. Neither counts the inputs.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Record:
 
     @property
     def complete(self) -> bool:
-        """Whether the README can show the run."""
+        """True if the README can show the run."""
         return self.whole and all(map(self.is_done, self.cases))
 
     def start(self, case: str) -> None:

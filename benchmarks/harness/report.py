@@ -12,7 +12,7 @@ def number(value: float | None) -> str:
 
 
 def verdict(met: bool | None) -> str:
-    """Return whether a target is met, in words."""
+    """Return the text for a target that is met or not."""
     return {True: "met", False: "**missed**", None: "not measured"}[met]
 
 

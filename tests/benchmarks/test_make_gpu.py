@@ -20,7 +20,7 @@ MAKEFILE = ROOT / "Makefile"
 
 def made(*arguments):
     if shutil.which("make") is None:
-        pytest.skip("there is no make")
+        pytest.skip("make is not installed")
     command = ["make", f"PYTHON={sys.executable}", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 

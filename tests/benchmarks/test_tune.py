@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What benchmarks/tune.py lets win, with kernels and clocks that are told what to do; no GPU is needed."""
+"""The winners of benchmarks/tune.py, with fake kernels and clocks; no GPU is needed."""
 
 import json
 import os
@@ -26,7 +26,7 @@ PLACE = configs_tuned.Place("sm_90", "attention", "bfloat16", 64)
 
 
 class Kernel:
-    """In place of a kernel: writes the same as all, but where it is told to err, to fail or to leave its output."""
+    """A fake kernel. The blocks in its lists give wrong results, fail, spill, or write nothing."""
 
     __name__ = "attention_kernel"
     arg_names = ()

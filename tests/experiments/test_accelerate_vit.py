@@ -124,7 +124,7 @@ def test_missing_weights_give_a_notice(demo, folder, tmp_path, capsys, monkeypat
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     demo.main([*TINY, "--images", str(folder), "--r", "8", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Notice: random weights, because there are no pretrained ones (We couldn't connect)"
+    assert lines[0] == "Notice: random weights, because loading pretrained ones failed (We couldn't connect)"
 
 
 def test_pictures_of_more_than_eight_bits(demo, tmp_path, capsys):

@@ -120,7 +120,7 @@ def test_pictures_that_are_too_small(demo, size):
     options = demo.parse(["--size", "40", "--crop", "24"])
     with pytest.raises(
         SystemExit,
-        match=f"mine: a test crop of 40 and training crops of 24 pixels do not fit into {size[1]} x {size[0]}",
+        match=f"mine: a test crop of 40 .* do not fit into {size[1]} x {size[0]}",
     ):
         demo.masks.split("mine", torch.zeros(1, *size), options)
 
