@@ -157,7 +157,7 @@ def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Ten
 
 
 def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tensor:
-    """Merge ToMe's `source`, a dense (B, N', N) matrix of which token went into which output token."""
+    """Merge ToMe's `source`, a dense (B, N', N) matrix with a 1 for each token and its output token."""
     if source is None:
         batch, tokens, _ = x.shape
         source = torch.eye(tokens, device=x.device)[None].expand(batch, tokens, tokens)
