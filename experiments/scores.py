@@ -12,7 +12,7 @@ from pictures import Pictures
 from torch import Tensor
 
 LEGEND = """Accuracy: percent of the test pictures, the mean over the seeds; each seed has its own split, weights and
-order of training. Change: relative to the plain model of the same seed, with the smallest and largest in brackets. Tokens
+order of training. Change: relative to the plain model of the same seed; in brackets the smallest and largest. Tokens
 left: after the last block; for LookupViT, the compressed tokens, while all others stay as well. GFLOPs: per image, a
 multiply-add counts as two. Faster: median over rounds, relative to the plain model in the same round, for the models of
 the first seed."""
