@@ -61,7 +61,7 @@ class WindowPlan(NamedTuple):
 
 
 def window_plan(x: Tensor, threshold: float, window: tuple[int, int]) -> WindowPlan:
-    """Run ALGM's `conditional_pooling` up to its closure, on x (B, 1 + n * n, C), n a multiple of the window's sides."""
+    """Run ALGM's `conditional_pooling` up to its closure, on x (B, 1 + n * n, C); the window's sides divide n."""
     with torch.no_grad():
         height, width = window
         size = height * width

@@ -51,6 +51,16 @@ def test_a_run_records_machine_rates_and_rows(tiny, tmp_path, capsys):
     assert tiny.name in capsys.readouterr().out
 
 
+def test_ratios_are_relative_to_the_right_provider(tiny, monkeypatch, tmp_path):
+    seconds = {"baseline": [2e-6, 4e-6], "clone": [1e-6, 1e-6], "reference": [8e-6, 8e-6], "cpu": [5e-7, 5e-7]}
+    monkeypatch.setattr(measure, "interleave", lambda visits, budget: seconds)
+    row = ran(tmp_path / "run.json")["rows"][3]
+    assert row["provider"] == "cpu" and row["median_us"] == pytest.approx(0.5)
+    assert (row["speedup"], row["speedup_reference"], row["times_clone"]) == pytest.approx((6, 16, 0.5))
+    assert row["speedup_compiled"] is None and "times_fused" in row
+    assert row["targets"][0]["value"] == row["speedup"]
+
+
 def test_shares_of_rates_and_of_memory_are_judged(tiny, monkeypatch, tmp_path):
     targets = (Target("matmul_share", 1e-9), Target("peak_share", 0.25), Target("speedup_reference", 1e-6))
     case = MatchCase("grid_bipartite_match", "tiny", (2, 16, 4), 3, "cpu", metric_dim=4, quick=True, targets=targets)
