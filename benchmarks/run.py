@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Read when torch is imported: otherwise the profiler, which counts launches, prints a line at each start and stop.
+# Read when torch is imported: otherwise the profiler, which measures memory, prints a line at each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 if not __package__:  # run as a file

@@ -28,7 +28,7 @@ if not __package__:  # run as a file
 
 from benchmarks.harness import machine, records
 from benchmarks.harness.arguments import chosen_names
-from benchmarks.harness.trials import MARGIN, Job, Launch, Means, Trial
+from benchmarks.harness.trials import MARGIN, GpuFunctions, Job, Launch, Trial
 
 ATTENTION = ("attention", "keys", "queries", "rows", "importance")
 LOOKUP = ("gather", "scatter", "gather_keys", "gather_queries", "scatter_keys", "scatter_queries")
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for variant, width in itertools.product(variants, options.width):
             jobs = make_jobs(variant, width, options.dtype, Shapes(), "cuda", kernels)
-            rows.extend(tune(jobs, architecture, options.dtype, width, gpu_means(), deadline))
+            rows.extend(tune(jobs, architecture, options.dtype, width, gpu_functions(), deadline))
     except Exception as error:  # earlier measurements are kept
         stopped = f"{type(error).__name__}: {error}"
         print(f"stopped: {stopped}", file=sys.stderr)
@@ -133,13 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def gpu_means() -> Means:
+def gpu_functions() -> GpuFunctions:
     from triton.testing import do_bench  # noqa: PLC0415  (needs triton)
 
     def measure(call: Callable[[], None]) -> float:
         return do_bench(call, **TURN_MS, return_mode="median") * 1e3  # empties the L2 cache before each call
 
-    return Means(measure, Launch.compile, torch.cuda.synchronize)
+    return GpuFunctions(measure, Launch.compile, torch.cuda.synchronize)
 
 
 def make_jobs(
@@ -230,7 +230,7 @@ def tune(
     architecture: str,
     dtype: str,
     width: int,
-    means: Means,
+    gpu: GpuFunctions,
     deadline: float,
     candidates: Mapping[str, Sequence[tuple[int, int, int, int]]] | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -245,7 +245,7 @@ def tune(
         default = dataclasses.replace(
             choose(job.kernel, width, getattr(torch, dtype), architecture), block_channels=width
         )
-        trial = Trial(job, architecture, dtype, default, means, deadline)
+        trial = Trial(job, architecture, dtype, default, gpu, deadline)
         names = ("block_queries", "block_keys", "num_warps", "num_stages")
         blocks = (candidates or CANDIDATES)[base]
         try:

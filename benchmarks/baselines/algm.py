@@ -50,15 +50,6 @@ class WindowPlan(NamedTuple):
         y = torch.cat([last, stay], dim=1)
         return torch.cat((class_token, y), dim=1)
 
-    def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, N', C) over (B, N, C). The published code uses a dense matrix; we need this to check plans."""
-        channels, merged = y.shape[-1], self.last.shape[1]
-        windows, stay = y[:, 1 : 1 + merged], y[:, 1 + merged :]
-        tokens = torch.cat([self.joining, self.last, self.staying], 1).expand(-1, -1, channels)
-        join = windows.gather(1, self.joined.expand(-1, -1, channels))
-        values = torch.cat([join, windows, stay], 1)
-        return torch.cat([y[:, :1], torch.zeros_like(values).scatter(1, tokens, values)], 1)
-
 
 def window_plan(x: Tensor, threshold: float, window: tuple[int, int]) -> WindowPlan:
     """Run ALGM's `conditional_pooling` up to its closure, on x (B, 1 + n * n, C); the window's sides divide n."""

@@ -26,10 +26,6 @@ class ImportancePlan(NamedTuple):
         others, kept = x[:, self.kept :], x[:, : self.kept]
         return kept.scatter_reduce(-2, self.joined.expand(-1, -1, x.shape[-1]), others, reduce=mode)
 
-    def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, kept, C) over (B, N, C). The published code uses a dense matrix; we need this to check plans."""
-        return torch.cat([y, y.gather(1, self.joined.expand(-1, -1, y.shape[-1]))], 1)
-
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, policy: Tensor | None, importance: bool

@@ -28,9 +28,6 @@ class Plan(Protocol):
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         """Reduce (B, N, C) to (B, N', C)."""
 
-    def unmerge(self, y: Tensor) -> Tensor:
-        """Spread (B, N', C) over (B, N, C)."""
-
 
 class BipartitePlan(NamedTuple):
     """Even tokens that stay (B, N/2 - r, 1), even tokens that join (B, r, 1), and the odd token that each joins."""
@@ -72,11 +69,6 @@ class KthPlan(NamedTuple):
         others, last = _split_kth(x, self.k)
         return last.scatter_reduce(-2, self.joined.expand(-1, -1, x.shape[-1]), others, reduce=mode)
 
-    def unmerge(self, y: Tensor) -> Tensor:
-        batch, _, channels = y.shape
-        others = y.gather(-2, self.joined.expand(-1, -1, channels)).view(batch, -1, self.k - 1, channels)
-        return torch.cat([others, y.view(batch, -1, 1, channels)], dim=-2).contiguous().view(batch, -1, channels)
-
 
 class RandomPlan(NamedTuple):
     """The drawn tokens (B, r, 1), the others (B, N - r, 1), and the other token that each drawn one joins (B, r, 1)."""
@@ -93,14 +85,6 @@ class RandomPlan(NamedTuple):
     def merge(self, x: Tensor, mode: str = "mean") -> Tensor:
         drawn, others = self.split(x)
         return others.scatter_reduce(-2, self.joined.expand(-1, -1, x.shape[-1]), drawn, reduce=mode)
-
-    def unmerge(self, y: Tensor) -> Tensor:
-        channels, tokens = y.shape[-1], self.drawn.shape[1] + self.others.shape[1]
-        drawn = y.gather(-2, self.joined.expand(-1, -1, channels))
-        x = torch.zeros(y.shape[0], tokens, channels, device=y.device, dtype=y.dtype)
-        x.scatter_(-2, self.others.expand(-1, -1, channels), y)
-        x.scatter_(-2, self.drawn.expand(-1, -1, channels), drawn)
-        return x
 
 
 def bipartite_plan(metric: Tensor, r: int, class_token: bool = False, distill_token: bool = False) -> BipartitePlan:
@@ -164,14 +148,13 @@ def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tenso
     return merge(source, mode="amax")
 
 
-def token_map(plan: Plan, batch: int, tokens: int) -> tk.TokenMap:
+def token_map(plan: Plan, tokens: int) -> tk.TokenMap:
     """Return a plan as a token map. This is not published: we use it to check plans."""
-    device = plan.joined.device
-    slots = plan.merge(torch.zeros(batch, tokens, 1, device=device)).shape[1]
-    number = torch.arange(slots, dtype=torch.float64, device=device)
-    dest = plan.unmerge(number[None, :, None].repeat(batch, 1, 1))[..., 0].int()
-    dropped = dest.new_full((batch, tokens - dest.shape[1]), -1)  # k-th matching cuts N to a multiple of k
-    return tk.TokenMap.from_dest(torch.cat([dest, dropped], dim=1), slots)
+    batch, device = plan.joined.shape[0], plan.joined.device
+    each = torch.eye(tokens, device=device, dtype=torch.float16)[None].expand(batch, tokens, tokens)
+    found, dest = plan.merge(each, mode="amax").max(dim=1)  # over the output tokens
+    slots = plan.merge(each[..., :1]).shape[1]
+    return tk.TokenMap.from_dest(dest.masked_fill(found == 0, -1).int(), slots)
 
 
 def _split_kth(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -35,18 +35,6 @@ class GridPlan(NamedTuple):
         destination = destination.scatter_reduce(-2, self.joined.expand(-1, -1, channels), join, reduce=mode)
         return torch.cat([stay, destination], dim=1)
 
-    def unmerge(self, y: Tensor) -> Tensor:
-        batch, channels, num_staying = y.shape[0], y.shape[-1], self.staying.shape[1]
-        stay, destination = y[..., :num_staying, :], y[..., num_staying:, :]
-        join = destination.gather(-2, self.joined.expand(-1, -1, channels))
-        tokens = self.sources.shape[1] + self.destinations.shape[1]
-        x = torch.zeros(batch, tokens, channels, device=y.device, dtype=y.dtype)
-        x.scatter_(-2, self.destinations.expand(batch, -1, channels), destination)
-        sources = self.sources.expand(batch, -1, 1)
-        x.scatter_(-2, sources.gather(1, self.staying).expand(-1, -1, channels), stay)
-        x.scatter_(-2, sources.gather(1, self.joining).expand(-1, -1, channels), join)
-        return x
-
 
 def grid_plan(metric: Tensor, r: int, grid: tuple[int, int], stride: tuple[int, int]) -> GridPlan:
     """Run `bipartite_soft_matching_random2d` up to its closures, with the first token of each cell."""

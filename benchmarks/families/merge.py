@@ -35,7 +35,7 @@ class MergeCase(Case):
             y=draw(batch, out, channels).to(dtype),
             size=sizes(self, seed),
             plan=plan,
-            token_map=tome.token_map(plan, batch, tokens),
+            token_map=tome.token_map(plan, tokens),
         )
         inputs.size_as_x = inputs.size.to(dtype)
         inputs.token_map.views()  # selectors build both views, so their cost is not part of a merge
@@ -45,7 +45,7 @@ class MergeCase(Case):
             inputs.leaves, inputs.grads = (moved,), (draw(batch, result, channels).to(dtype),)
         if self.op == "then":
             inputs.second_plan = tome.bipartite_plan(draw(batch, out, self.metric_dim), self.r, class_token=True)
-            inputs.second_map = tome.token_map(inputs.second_plan, batch, out)
+            inputs.second_map = tome.token_map(inputs.second_plan, out)
             inputs.source = tome.merge_source(plan.merge, inputs.x)
         return inputs
 

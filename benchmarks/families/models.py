@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ import tokred_kernels as tk
 from benchmarks.harness import memory
 from benchmarks.harness.case import Target
 from benchmarks.harness.check import Disagreement
-from benchmarks.harness.measure import Settings
+from benchmarks.harness.measure import Settings, make_visit
 from benchmarks.harness.providers import REFERENCE, Failed
 from benchmarks.harness.records import Failures, Row, error_facts, release
-from benchmarks.harness.timing import Visit, event_visit, graph_visit, interleave, ratio, summarise, wall_visit
+from benchmarks.harness.timing import Visit, interleave, ratio, summarise
 from benchmarks.harness.torchvision_shim import import_library
 from tokred_kernels import backends
 
@@ -27,10 +28,7 @@ UNPATCHED = "unpatched"
 # A backend without a kernel for token attention leaves it to torch, so only the first two are required.
 REQUIRED_OPS, OPTIONAL_OP = ("bipartite_match", "merge"), "token_attention"
 SEED = 11
-CLOCKS: dict[str, dict[str, Callable[..., Visit]]] = {
-    "cpu": {"wall": wall_visit},
-    "cuda": {"events": event_visit, "graph": graph_visit},
-}
+CLOCKS = {"cpu": ("wall",), "cuda": ("events", "graph")}
 IMAGE_SETS = 2  # a model's activations exceed every cache, so two are enough
 SAME_OUTPUT = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # r = 0 against unpatched, of the largest value
 TRANSFORMERS = "transformers/"
@@ -124,13 +122,12 @@ def measure(case: ModelCase, settings: Settings) -> tuple[list[Row], Failures]:
 
         with _scope(name):
             peak = memory.peak_bytes(call, case.device)
-            launches = memory.launches(call) if case.device == "cuda" else None
         row: Row = {
             "suite": "model", "case": case.name, "model": case.model, "shape": [case.batch, 3, *size], "r": case.r,
             "dtype": case.dtype, "device": case.device, "provider": name,
             "tokens_left": flops[name].tokens[-1], "gflops": flops[name].gflops,
             "flops_ratio": flops[UNPATCHED].total / flops[name].total,
-            "peak_bytes": peak, "launches": launches,
+            "peak_bytes": peak,
             "clocks": {clock: _statistics(case, of, name) for clock, of in seconds.items() if name in of},
         }  # fmt: skip
         for statistics in row["clocks"].values():
@@ -184,23 +181,9 @@ def _visits(case: ModelCase, name: str, model: nn.Module, images: list[Tensor], 
     def call(i: int) -> Tensor:
         return output_of(model, images[i])
 
-    visits = {}
-    for clock, make in CLOCKS[case.device].items():
-        with _scope(name):
-            try:
-                visit = make(call, len(images), settings.budget.turn_seconds)
-            except RuntimeError as error:
-                if clock != "graph":
-                    raise
-                print(f"  {name}: no CUDA graph: {str(error).splitlines()[0]}")
-                continue
-
-        def scoped(visit: Visit = visit) -> float:
-            with _scope(name):
-                return visit()
-
-        visits[clock] = scoped
-    return visits
+    seconds, scope = settings.budget.turn_seconds, partial(_scope, name)
+    visits = {clock: make_visit(clock, call, len(images), seconds, scope) for clock in CLOCKS[case.device]}
+    return {clock: visit for clock, visit in visits.items() if visit}
 
 
 def _check(case: ModelCase, backend: str, plain: nn.Module, images: Tensor) -> None:

@@ -170,7 +170,7 @@ class Case:
 
     def values(self, output: Any) -> tuple[Any, ...]:
         """Return the parts of an output that are checked: a token map or a baseline's plan first, then tensors."""
-        whole = isinstance(output, Tensor | tk.TokenMap) or hasattr(output, "unmerge")
+        whole = isinstance(output, Tensor | tk.TokenMap) or hasattr(output, "merge")
         return tuple(sorted((output,) if whole else output, key=lambda part: isinstance(part, Tensor)))
 
     def slots(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,18 +92,19 @@ def measure(case: Case, settings: Settings, rates: Rates) -> tuple[list[Row], Fa
         resident = {name: peak for name, peak in resident.items() if peak is not True}
     seconds: dict[str, dict[str, list[float]]] = {}
     for clock in _clocks(case):
-        visits = each(lambda provider, clock=clock: _visit(case, provider, inputs, settings.budget, clock))
+
+        def visit(provider: Provider, clock: str = clock) -> Visit | None:
+            scope = partial(provider.scope, case.training)
+            return make_visit(clock, lambda i: provider.run(inputs[i]), sets, settings.budget.turn_seconds, scope)
+
+        visits = each(visit)
         seconds[clock] = interleave({name: visit for name, visit in visits.items() if visit}, settings.budget)
 
     def row(provider: Provider) -> Row:
-        def call() -> Any:
-            return provider.run(first)
-
         made: Row = {
             "suite": "micro", "case": case.name, "op": case.op, "shape": case.shape, "dtype": case.dtype,
             "device": case.device, "provider": provider.name, "input_sets": sets,
-            "launches": memory.launches(call) if case.device == "cuda" else None,
-            "peak_bytes": memory.peak_bytes(call, case.device),
+            "peak_bytes": memory.peak_bytes(lambda: provider.run(first), case.device),
             "clocks": {c: _statistics(of, provider.name) for c, of in seconds.items() if provider.name in of},
         }  # fmt: skip
         # The last clock that works for the provider gives the row's own statistics.
@@ -118,30 +119,33 @@ def measure(case: Case, settings: Settings, rates: Rates) -> tuple[list[Row], Fa
 
 
 def _clocks(case: Case) -> tuple[str, ...]:
-    if case.host or case.device == "cpu":
+    if case.device == "cpu":
         return ("wall",)
+    if case.host:
+        return ("host",)
     return ("events",) if case.op in ADAPTIVE_OPS else ("events", "graph")  # a read to the host cannot be captured
 
 
-def _visit(case: Case, provider: Provider, inputs: list[SimpleNamespace], budget: Budget, clock: str) -> Visit | None:
-    """Return turns of a provider by a clock, or None if it cannot be captured in a CUDA graph."""
-
-    def call(i: int) -> Any:
-        return provider.run(inputs[i])
-
-    if clock == "wall":
-        visit = wall_visit(call, len(inputs), budget.turn_seconds, synchronise=case.device == "cuda")
-    elif clock == "events":
-        visit = event_visit(call, len(inputs), budget.turn_seconds)
-    else:
-        try:
-            visit = graph_visit(call, len(inputs), budget.turn_seconds)
-        except RuntimeError as error:
-            print(f"  {provider.name}: no CUDA graph: {str(error).splitlines()[0]}")
-            return None
+def make_visit(
+    clock: str, call: Callable[[int], Any], sets: int, turn_seconds: float, scope: Callable[[], Any]
+) -> Visit | None:
+    """Return turns of a call by a clock, inside a scope, or None if it cannot be captured in a CUDA graph."""
+    with scope():
+        if clock == "wall":
+            visit = wall_visit(call, sets, turn_seconds)
+        elif clock == "host":
+            visit = wall_visit(call, sets, turn_seconds, synchronise=True)
+        elif clock == "events":
+            visit = event_visit(call, sets, turn_seconds)
+        else:
+            try:
+                visit = graph_visit(call, sets, turn_seconds)
+            except RuntimeError as error:
+                print(f"  no CUDA graph: {str(error).splitlines()[0]}")
+                return None
 
     def scoped() -> float:
-        with provider.scope(case.training):
+        with scope():
             return visit()
 
     return scoped

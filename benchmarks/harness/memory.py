@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory of a call, and how many kernels it launches.
+"""Peak memory of a call.
 
 `peak_bytes` counts the outputs and temporaries that torch allocates. On the CPU this misses memory that BLAS and C++
 code allocate themselves; `resident_peak_bytes` counts that too, in a new process. Neither counts the inputs.
@@ -25,22 +25,6 @@ STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # makes the resident memory the new peak; see proc_pid_clear_refs(5)
 SEED = 7
-
-
-def launches(call: Callable[[], Any]) -> int | None:
-    """Return how many kernels, copies and fills one call puts on the GPU; None if the profiler does not work."""
-    call()
-    torch.cuda.synchronize()
-    try:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            call()
-            torch.cuda.synchronize()
-    except RuntimeError as error:
-        print(f"  launches are not counted: {error}")
-        return None
-    # torch.compile also shows its regions on the GPU, around their kernels.
-    on_gpu = (event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(not event.is_user_annotation for event in on_gpu)
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:

@@ -46,16 +46,16 @@ class Launch(NamedTuple):
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
 
 
-class Means(NamedTuple):
+class GpuFunctions(NamedTuple):
     """The functions that need a GPU; tests replace them. `measure` returns the microseconds of a call."""
 
     measure: Callable[[Callable[[], None]], float]
     compile: Callable[[Launch], Any]
-    settle: Callable[[], None]
+    synchronise: Callable[[], None]
 
 
 @contextmanager
-def using(architecture: str, kernel: str, dtype: str, config: Any) -> Iterator[None]:
+def use_config(architecture: str, kernel: str, dtype: str, config: Any) -> Iterator[None]:
     """Put `config` into the tables."""
     from tokred_kernels.backends.triton.configs_tables import PORTABLE, TABLES  # noqa: PLC0415  (needs triton)
 
@@ -74,8 +74,8 @@ def using(architecture: str, kernel: str, dtype: str, config: Any) -> Iterator[N
 
 
 @contextmanager
-def recorded(launches: list[Launch], *, hold: bool) -> Iterator[None]:
-    """Append every launch to `launches`; with `hold`, do not run them."""
+def record_launches(launches: list[Launch], *, dry_run: bool) -> Iterator[None]:
+    """Append every launch to `launches`; with `dry_run`, do not run them."""
     from tokred_kernels.backends.triton import (  # noqa: PLC0415  (needs triton)
         lookup_gather,
         lookup_gradients,
@@ -92,7 +92,7 @@ def recorded(launches: list[Launch], *, hold: bool) -> Iterator[None]:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
             def launch(*arguments: Any, **options: Any) -> Any:
                 launches.append(Launch(self.kernel, grid, arguments, options))
-                return None if hold else launches[-1].run()
+                return None if dry_run else launches[-1].run()
 
             return launch
 
@@ -121,11 +121,11 @@ class Trial:
         architecture: str,
         dtype: str,
         default: Any,
-        means: Means,
+        gpu: GpuFunctions,
         deadline: float,
     ) -> None:
         self.job, self.architecture, self.dtype, self.default = job, architecture, dtype, default
-        self.means, self.deadline = means, deadline
+        self.gpu, self.deadline = gpu, deadline
         self.rows: dict[Any, dict[str, Any]] = {}
         self.expected: Sequence[Tensor] | None = None
 
@@ -133,7 +133,7 @@ class Trial:
         """Add a row for each config that has none."""
         new = [config for config in dict.fromkeys(configs) if config not in self.rows]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiling = {config: pool.submit(self._compile, self._launches(config, hold=True)) for config in new}
+            compiling = {config: pool.submit(self._compile, self._launches(config, dry_run=True)) for config in new}
             # Time nothing while others compile: the host would launch late.
             wait(compiling.values(), timeout=max(0.0, self.deadline - time.monotonic()))
             for config, future in compiling.items():
@@ -163,9 +163,12 @@ class Trial:
     def _late(self) -> bool:
         return time.monotonic() >= self.deadline
 
-    def _launches(self, config: Any, *, hold: bool) -> list[Launch]:
+    def _launches(self, config: Any, *, dry_run: bool) -> list[Launch]:
         launches: list[Launch] = []
-        with using(self.architecture, self.job.kernel, self.dtype, config), recorded(launches, hold=hold):
+        with (
+            use_config(self.architecture, self.job.kernel, self.dtype, config),
+            record_launches(launches, dry_run=dry_run),
+        ):
             self.job.call()
         timed = [launch for launch in launches if launch.kernel.__name__ in self.job.timed]
         blocks = {"BLOCK_QUERIES": config.block_queries, "BLOCK_KEYS": config.block_keys}
@@ -176,16 +179,16 @@ class Trial:
     def _compile(self, launches: list[Launch]) -> None:
         for launch in launches:
             if not self._late():
-                self.means.compile(launch)
+                self.gpu.compile(launch)
 
     def _time(self, config: Any) -> tuple[float, Any]:
-        launches = self._launches(config, hold=False)
+        launches = self._launches(config, dry_run=False)
 
         def call() -> None:
             for launch in launches:
                 launch.run()
 
-        return self.means.measure(call), launches[0].run()
+        return self.gpu.measure(call), launches[0].run()
 
     def _measured(self, config: Any, compiling: Future[None]) -> dict[str, Any]:
         if self._late() or (self.expected is None and config != self.default):
@@ -200,7 +203,7 @@ class Trial:
                 return {"status": "wrong", "error": error}
             microseconds, compiled = self._time(config)
         except Exception as error:  # of a compiler or a driver
-            self.means.settle()  # raises if the device is lost
+            self.gpu.synchronise()  # raises if the device is lost
             return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
         spilled = getattr(compiled, "n_spills", None) or 0
         return {
@@ -211,15 +214,15 @@ class Trial:
         }
 
     def _results(self, config: Any) -> Sequence[Tensor]:
-        """Return the results of a call whose outputs hold NaN before it."""
+        """Return the results of a call whose outputs dry_run NaN before it."""
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
         try:
-            with using(self.architecture, self.job.kernel, self.dtype, config):
+            with use_config(self.architecture, self.job.kernel, self.dtype, config):
                 results = self.job.call()
         finally:
             torch.use_deterministic_algorithms(before)
-        self.means.settle()
+        self.gpu.synchronise()
         return results
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What `make gpu` does, as far as no GPU is needed to see it."""
+"""The steps of `make gpu`, and the script that the sanitizer runs, as far as they need no GPU."""
 
 import importlib.util
 import re
@@ -27,7 +27,7 @@ def made(*arguments):
 
 @pytest.fixture
 def sanitize():
-    """The module that the sanitizer runs, on fewer sizes."""
+    """The script that the sanitizer runs, with fewer sizes."""
     spec = importlib.util.spec_from_file_location("sanitize", ROOT / "tests" / "cuda" / "sanitize.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -40,14 +40,14 @@ def gpu_files():
     return [ROOT / name for name in re.search(r"^GPU_FILES \?= (.*)$", lines, re.M)[1].split()]
 
 
-def test_tests_that_need_a_gpu_lie_where_make_looks_for_them(request):
+def test_make_runs_all_gpu_tests(request):
     assert all(path.exists() for path in gpu_files())
-    for item in request.session.items:  # all, where all tests are run
+    for item in request.session.items:  # all tests, in a run of the whole suite
         if item.get_closest_marker("gpu") is not None:
             assert any(item.path.is_relative_to(path) for path in gpu_files()), f"GPU_FILES lacks {item.path}"
 
 
-def test_every_step_can_be_written_down():
+def test_the_steps_are_in_order():
     done = made("-n", "gpu")
     assert done.returncode == 0, done.stderr
     steps = ["pip install", "check --deep", "-m pytest -m gpu", "--tool memcheck", "--tool racecheck"]
@@ -57,7 +57,7 @@ def test_every_step_can_be_written_down():
     assert -1 not in places and places == sorted(places)
 
 
-def test_what_was_written_is_collected(tmp_path):
+def test_results_are_collected(tmp_path):
     done = made("gpu-collect", f"TO={tmp_path / 'there'}")
     assert done.returncode == 0, done.stderr
     with tarfile.open(tmp_path / "there" / "gpu-results.tar.gz") as archive:
@@ -70,7 +70,7 @@ def test_every_op_that_is_sanitized_runs(sanitize, capsys):
     assert "all ops ran on cpu\n" in capsys.readouterr().out
 
 
-def test_the_sanitizer_goes_on_after_what_fails(sanitize, capsys):
+def test_the_sanitizer_continues_after_a_failure(sanitize, capsys):
     ran = []
     sanitize.CHECKS = {
         "wrong": (lambda *_: torch.testing.assert_close(torch.zeros(1), torch.ones(1)), (1,)),
@@ -86,7 +86,7 @@ def test_the_sanitizer_goes_on_after_what_fails(sanitize, capsys):
     assert "--skip must name some of wrong" in capsys.readouterr().err
 
 
-def test_the_sanitizer_stops_where_the_device_is_lost(sanitize, capsys, monkeypatch):
+def test_the_sanitizer_stops_if_the_device_is_lost(sanitize, capsys, monkeypatch):
     def wait(run):
         if ran:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -100,12 +100,12 @@ def test_the_sanitizer_stops_where_the_device_is_lost(sanitize, capsys, monkeypa
     assert "illegal memory access" in told and "the device is lost, and 5 checks did not run" in told
 
 
-def test_the_sanitizer_passes_over_heads_that_a_backend_does_not_take(sanitize):
+def test_the_sanitizer_skips_unsupported_head_dimensions(sanitize):
     shape = 1, 1, 2, 3, WIDEST["triton"] + 1
     sanitize.check_lookup(sanitize.Run("triton", "cpu"), shape, torch.float32)  # it would raise
 
 
-def test_the_sanitizer_looks_at_all_kernels_of_triton(sanitize, capsys):
+def test_the_sanitizer_checks_all_triton_kernels(sanitize, capsys):
     pytest.importorskip("triton")
     sanitize.main(["triton", "--filters"])
     names = re.findall(r"--kernel-name kns=(\w+)", capsys.readouterr().out)
@@ -116,7 +116,7 @@ def test_the_sanitizer_looks_at_all_kernels_of_triton(sanitize, capsys):
     assert set(names) == written and len(written) > 10
 
 
-def test_the_sanitizer_knows_the_cuda_kernels_by_their_namespace():
+def test_the_cuda_kernels_have_the_namespace_that_the_sanitizer_filters_by():
     for path in (ROOT / "csrc" / "cuda").glob("*.cu*"):
         if "__global__" in path.read_text():
             assert "namespace tokred::cuda {" in path.read_text(), path

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import run, table
 from benchmarks.families import models
 from benchmarks.families.models import ModelCase
-from benchmarks.harness import timing
+from benchmarks.harness import measure, timing
 from benchmarks.harness.case import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,9 @@ def test_patched_and_unpatched_are_compared_by_the_same_clock(measured, monkeypa
         return timing.wall_visit(call, sets, turn_seconds)
 
     calls = []
-    monkeypatch.setitem(models.CLOCKS, "cpu", {"events": timing.wall_visit, "graph": uncapturable})
+    monkeypatch.setattr(measure, "event_visit", timing.wall_visit)
+    monkeypatch.setattr(measure, "graph_visit", uncapturable)
+    monkeypatch.setitem(models.CLOCKS, "cpu", ("events", "graph"))
     rows, failures = measured("cpu")  # only the unpatched model can be captured
     assert rows["unpatched"]["clock"] == "graph" and rows["cpu"]["clock"] == "events" and failures == []
     events = rows["unpatched"]["clocks"]["events"]["images_per_second"]

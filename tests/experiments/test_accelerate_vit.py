@@ -23,7 +23,7 @@ def demo(load_experiment):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures, one of them gray and upright, a broken one, and a file that is none."""
+    """A wide and a tall grey picture, a broken one, and a file that is not a picture."""
     rng = np.random.default_rng(0)
     path = tmp_path / "pictures"
     path.mkdir()
@@ -94,7 +94,7 @@ def test_thresholds_layers_and_counts_have_an_effect(demo, folder, tmp_path):
     assert rows[1]["relative_l2"] == 0
 
 
-def test_chosen_thresholds_are_reached_by_their_share_of_windows(demo):
+def test_window_cosines_by_hand(demo):
     x = torch.nn.functional.normalize(torch.randn(2, 4 * 6, 8), dim=-1)
     found = demo.window_cosines(x, (4, 6)).view(2, 2, 3)
     for image, row, column in ((0, 0, 0), (1, 1, 2)):
@@ -182,13 +182,13 @@ def test_bad_arguments(demo, folder, tmp_path, arguments, message):
         (["--layers", "1"], "--layers needs --method algm, got --method tome"),
     ],
 )
-def test_arguments_that_cannot_be_read(demo, capsys, arguments, message):
+def test_arguments_that_cannot_be_parsed(demo, capsys, arguments, message):
     with pytest.raises(SystemExit):
         demo.main(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_a_patch_alone_takes_no_memory(demo):
+def test_a_patch_needs_no_more_memory(demo):
     model = demo.import_library("timm").create_model("test_vit").eval().requires_grad_(False)
     x = torch.zeros(2, 3, 160, 160)
 
@@ -198,5 +198,5 @@ def test_a_patch_alone_takes_no_memory(demo):
     unpatched = peak()
     for arguments, value in (([], 0), ([], 16), (["--method", "algm"], 2.0), (["--method", "algm"], -1.0)):
         with demo.patched(model, demo.parse(arguments), value):
-            # Packing the tokens of images is a copy where nothing merges, and no image has more than before.
+            # Packing copies the tokens if nothing merges.
             assert peak() <= unpatched * (1.1 if "algm" in arguments else 1)
