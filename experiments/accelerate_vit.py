@@ -109,7 +109,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--r", type=_natural, nargs="+", help="tome: tokens removed in each block (0 4 8 12 16)")
     parser.add_argument("--threshold", type=_finite, nargs="+",
                         help="algm: cosines (default: those that merge 25, 50, 75, 95 %% of the windows)")  # fmt: skip
-    parser.add_argument("--layers", type=positive, nargs="+", help="algm: blocks that merge tokens (1 5)")
+    parser.add_argument("--layers", type=_natural, nargs="+", help="algm: blocks that merge tokens, from 0 (0 4)")
     parser.add_argument("--count", choices=("image", "batch"), help="algm: who counts the merging windows (image)")
     parser.add_argument("--batch", type=positive, help="images at once (default: 8, on a GPU 64)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
@@ -122,7 +122,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         for name in names:
             if method != options.method and getattr(options, name) is not None:
                 parser.error(f"--{name} needs --method {method}, got --method {options.method}")
-    options.layers, options.count = options.layers or [1, 5], options.count or "image"
+    options.layers, options.count = options.layers or [0, 4], options.count or "image"
     return options
 
 
@@ -198,7 +198,7 @@ def numbers(model: Any, images: Tensor, options: argparse.Namespace) -> list[flo
     if options.threshold is not None:
         return sorted(set(options.threshold), reverse=True)
     seen: list[Tensor] = []
-    block = model.blocks[options.layers[0] - 1]
+    block = model.blocks[options.layers[0]]
     hook = block.norm2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(images)
     hook.remove()

@@ -52,7 +52,7 @@ PICTURE = 320  # pixels
 LEGEND = """
 mIoU: percent, over all test crops. tokens: at the decoder, mean over the test crops. GFLOPs: per image, a multiply-add
 counts as two. faster: median over rounds, relative to the plain model in the same round."""
-QUICK: dict[str, Any] = {"size": 64, "crop": 64, "steps": 3, "batch": 2, "width": 64, "depth": 3, "layers": [1, 2]}
+QUICK: dict[str, Any] = {"size": 64, "crop": 64, "steps": 3, "batch": 2, "width": 64, "depth": 3, "layers": [0, 1]}
 # The palette of Okabe and Ito, which suits colour-blind readers.
 COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#555555"]
 
@@ -102,7 +102,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=positive, default=128, help="embedding dimension (%(default)s)")
     parser.add_argument("--depth", type=positive, default=8, help="number of blocks (%(default)s)")
     parser.add_argument(
-        "--layers", type=positive, nargs="+", default=[1, 5], help="blocks that merge tokens: first windows, then pairs"
+        "--layers", type=int, nargs="+", default=[0, 4], help="blocks, from 0, that merge windows, then pairs"
     )
     parser.add_argument("--threshold", type=_threshold, default=0.98, help="a cosine, or 'calibrated' (%(default)s)")
     parser.add_argument("--steps", type=positive, default=300, help="training steps (%(default)s)")
@@ -123,8 +123,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
     if options.width % HEAD_WIDTH:
         parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
-    if options.layers != sorted(set(options.layers)) or options.layers[-1] > options.depth:
-        parser.error(f"--layers must be ascending and at most --depth {options.depth}, got {options.layers}")
+    first, last = options.layers[0], options.layers[-1]
+    if options.layers != sorted(set(options.layers)) or not 0 <= first <= last < options.depth:
+        parser.error(f"--layers must be ascending, from 0 to below --depth {options.depth}, got {options.layers}")
     if not 2 <= options.classes < IGNORE:
         parser.error(f"--classes must be 2 to {IGNORE - 1}, got {options.classes}")
     return options

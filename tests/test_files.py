@@ -16,10 +16,10 @@ import pytest
 
 from benchmarks.harness import records
 from tokred_kernels.backends.selfcheck import cache
-from tokred_kernels.calibrate import Similarity, Thresholds
-from tokred_kernels.diffrate_search import FoundRates
 from tokred_kernels.files import replace_json, replace_text
-from tokred_kernels.patch.diffrate import read_kept
+from tokred_kernels.methods.algm import Similarity, Thresholds
+from tokred_kernels.methods.diffrate.counts import read_kept
+from tokred_kernels.methods.diffrate.search import FoundRates
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = Thresholds({1: Similarity(0.25, 0.5, 6), 3: Similarity(-0.5, 0.25, 9)}, (2, 2))
@@ -46,7 +46,7 @@ def read_configs(path):
 
 
 def read_counts(path):
-    return read_kept(path, 2, 1)
+    return read_kept("methods.DiffRate", path)
 
 
 def write_verdicts(path):

@@ -427,7 +427,8 @@ REPLACED = {
 @pytest.mark.parametrize("op", [op for op in ALONG if op != "to_csr"])  # which takes any map
 def test_the_kernels_raise_for_a_map_whose_tensors_were_replaced(op, change):
     name = op.partition(" ")[0]
-    for field in ALONG[op][1]:
+    # Only dest can be replaced by assignment: the other fields are properties without a setter.
+    for field in ALONG[op][1] if change == "resize_" else set(ALONG[op][1]) & {"dest"}:
         token_map = tk.TokenMap.from_dest(torch.arange(27).view(3, 9) % 4)
         tensor = REPLACED[change](fields_of(token_map)[field])
         setattr(token_map, field if field == "dest" else f"_{field}", tensor)

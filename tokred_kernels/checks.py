@@ -26,13 +26,18 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
 
 def check_floating(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a dense tensor of a floating dtype that the kernels know."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"tokred_kernels.{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATING:
+    if isinstance(value, Tensor) and value.dtype not in FLOATING:
         raise TypeError(
             f"tokred_kernels.{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}; "
             "cast it first"
         )
+    check_dense(op, name, value)
+
+
+def check_dense(op: str, name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"tokred_kernels.{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
         layout = "a nested tensor" if value.is_nested else value.layout
         raise TypeError(f"tokred_kernels.{op}: {name} must be a dense (strided) tensor, got {layout}")
@@ -118,6 +123,17 @@ def check_real(op: str, name: str, value: Any, *, infinite: bool = False, above:
     return number
 
 
+def check_device(op: str, device: Any) -> torch.device:
+    """Return `device` as a torch.device; raise TypeError or ValueError unless it is one, its name or its index."""
+    if isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(device, (str, int)) else TypeError
+        raise kind(f"tokred_kernels.{op}: device must be a torch.device, got {shown(device)}") from error
+
+
 def check_generator(op: str, generator: Any) -> None:
     """Raise TypeError unless `generator` is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -139,7 +155,7 @@ def shown(value: Any) -> str:
 
 def check_same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless both tensors are on one device."""
-    if value.device != other.device:
+    if not (value.is_cpu and other.is_cpu) and value.device != other.device:
         raise ValueError(
             f"tokred_kernels.{op}: {name} is on {value.device} but {other_name} is on {other.device}; "
             "move them to one device"

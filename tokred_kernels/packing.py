@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred_kernels.checks import MAX_ROWS, check_count, shape, shown
+from tokred_kernels.checks import MAX_ROWS, check_count, check_device, shape
 from tokred_kernels.ops.library import can_bypass_dispatcher
 
 
@@ -29,15 +29,11 @@ class Packing(NamedTuple):
         """The packing of images of these lengths.
 
         Raises:
-            TypeError: `lengths` is not a tuple of ints.
+            TypeError: `lengths` is not a tuple of ints, or `device` is not a device.
             ValueError: a negative length, too many rows in all, or an unknown `device`.
         """
         check_lengths("Packing.of", "lengths", lengths)
-        try:
-            device = torch.device(device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            got = shown(device)
-            raise ValueError(f"tokred_kernels.Packing.of: device must be a torch.device, got {got}") from error
+        device = check_device("Packing.of", device)
         starts = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         return cls(starts.to(device), lengths)
 
@@ -47,7 +43,8 @@ class Packing(NamedTuple):
         return sum(self.lengths)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Packing:
-        """The same, with its tensor on `device`."""
+        """Return the packing with its tensor on `device`; raise TypeError or ValueError unless that is one."""
+        device = check_device("Packing.to", device)
         return Packing(self.cu_seqlens.to(device, non_blocking=non_blocking), self.lengths)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tokred_kernels.checks import MAX_ROWS, check_count, shape
+from tokred_kernels.checks import MAX_ROWS, check_count, check_device, has_too_many, shape, shown
 from tokred_kernels.ops.compose import compose
 from tokred_kernels.ops.library import can_bypass_dispatcher
 from tokred_kernels.ops.to_csr import to_csr
@@ -113,7 +113,19 @@ class TokenMap:
 
     @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> TokenMap:
-        """The map that leaves each of `tokens` tokens of `batch` images where it is."""
+        """Return the map that leaves each of `tokens` tokens of `batch` images in its place.
+
+        Raises:
+            TypeError: `batch` or `tokens` is not an int.
+            ValueError: one of them is negative, or there are too many tokens in all.
+        """
+        batch = check_count("TokenMap.identity", "batch", batch, most=MAX_ROWS)
+        tokens = check_count("TokenMap.identity", "tokens", tokens, most=MAX_ROWS)
+        device = None if device is None else check_device("TokenMap.identity", device)
+        if has_too_many(batch * tokens):
+            raise ValueError(
+                f"TokenMap.identity: batch * tokens must be at most {MAX_ROWS}, got batch {batch} and tokens {tokens}"
+            )
         dest = torch.arange(tokens, dtype=torch.int32, device=device).repeat(batch, 1)
         members = torch.arange(batch * tokens, dtype=torch.int32, device=device)
         return cls._trusted(dest, tokens, members, members.view(batch, tokens), torch.ones_like(dest))
@@ -135,6 +147,9 @@ class TokenMap:
         if not isinstance(dest, Tensor) or dest.is_floating_point() or dest.is_complex() or dest.dtype == torch.bool:
             got = dest.dtype if isinstance(dest, Tensor) else type(dest).__name__
             raise TypeError(f"TokenMap.from_dest: dest must be an integer tensor (B, N), got {got}")
+        if dest.layout is not torch.strided or dest.is_nested or dest.is_meta:
+            kind = "a meta tensor" if dest.is_meta else dest.layout
+            raise TypeError(f"TokenMap.from_dest: dest must be a dense tensor with data, got {kind}")
         if dest.dim() != 2:
             raise ValueError(f"TokenMap.from_dest: dest must be (B, N), got shape {shape(dest)}")
         if dest.numel() > MAX_ROWS:
@@ -253,7 +268,12 @@ class TokenMap:
         """The dense (B, N', N) matrix of zeros and ones that published code carries: row s marks the members of slot s.
 
         O(B N' N) memory: for looking at, not for computing with. Of a packed map it is (T', rows that go in).
+
+        Raises:
+            TypeError: `dtype` is not a torch.dtype.
         """
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"TokenMap.source: dtype must be a torch.dtype, got {shown(dtype)}")
         slots = torch.arange(self.num_out, dtype=torch.int32, device=self.device)
         if self.packed is not None:
             return (self.dest.view(1, -1) == slots[:, None]).to(dtype)
@@ -263,10 +283,9 @@ class TokenMap:
         """The map with its tensors on `device`.
 
         Raises:
-            TypeError: `device` is a dtype: a map is of int32.
+            TypeError, ValueError: `device` is not a torch.device, its name or its index.
         """
-        if isinstance(device, torch.dtype):
-            raise TypeError(f"TokenMap.to: device must be a torch.device, its name or its index, got {device}")
+        device = check_device("TokenMap.to", device)
 
         def move(part: Tensor | None) -> Tensor | None:
             return None if part is None else part.to(device, non_blocking=non_blocking)
@@ -302,8 +321,9 @@ def _check_int32(name: str, value: Any) -> None:
         raise TypeError(
             f"TokenMap: {name} must be int32, got {value.dtype}; TokenMap.from_dest takes any integer dtype"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"TokenMap: {name} must be a dense (strided) tensor, got {value.layout}")
+    if value.layout is not torch.strided or value.is_neg() or value._is_zerotensor():
+        kind = value.layout if value.layout is not torch.strided else "a lazily negated view or a zero tensor"
+        raise TypeError(f"TokenMap: {name} must be a dense (strided) tensor, got {kind}")
 
 
 def _check_dest(dest: Any, packed: Any, packed_in: Any) -> None:
@@ -345,7 +365,9 @@ def _checked_views(token_map: TokenMap, **views: Any) -> list[Tensor]:
         _check_int32(name, view)
         expected = (token_map.dest.numel(),) if name == "members" else token_map.out_shape
         if view.shape != expected:
-            raise ValueError(f"TokenMap: {name} must have shape {expected} as dest requires, got {shape(view)}")
+            raise ValueError(
+                f"TokenMap: {name} must have shape {expected} as dest and num_out require, got {shape(view)}"
+            )
         if view.device != token_map.device:
             raise ValueError(f"TokenMap: {name} is on {view.device}, dest on {token_map.device}")
     if _is_readable(token_map.dest):

@@ -71,8 +71,12 @@ void throw_bad_index(const char* argument, int64_t index, int64_t lowest, int64_
 }
 
 void check_slots(const char* argument, const int32_t* slots, int64_t number, int64_t num_out) {
-  int32_t highest = -1;
-  for (int64_t n = 0; n < number; ++n) highest = std::max(highest, slots[n]);
+  // The sign of a difference says which is larger, except for numbers far below zero; SSE2 has no maximum of int32.
+  const uint32_t last = static_cast<uint32_t>(num_out) - 1;
+  uint32_t signs = 0;
+  for (int64_t n = 0; n < number; ++n) signs |= last - static_cast<uint32_t>(slots[n]);
+  if (!(signs >> 31)) return;
+  const int32_t highest = *std::max_element(slots, slots + number);
   if (highest >= num_out) throw_bad_index(argument, highest, -1, num_out);
 }
 

@@ -32,15 +32,30 @@ void check_slots(const char* argument, const int32_t* slots, int64_t number, int
 
 namespace {
 
-// Throws if the members of output row `row` are not rows of x. `a`: MergeArgs or MergeBackwardArgs.
+// Throws unless every slot of a map lies within `members`, whose entries are below rows_in. `a`: MergeArgs or
+// MergeBackwardArgs. Entries outside the slots are -1; check_members finds those inside. The loops collect the signs of
+// differences, as those of check_slots do: comparisons take ten times as long.
 template <class Args>
-void check_members(const Args& a, int64_t row, int64_t rows_in) {
-  const int64_t begin = a.begin[row], count = a.count[row];
-  if (begin < 0 || begin > a.num_members) throw_bad_index("begin", begin, 0, a.num_members + 1);
-  if (count < 0 || count > a.num_members - begin) throw_bad_index("count", count, 0, a.num_members - begin + 1);
-  for (int64_t m = begin; m < begin + count; ++m) {
-    if (a.members[m] < 0 || a.members[m] >= rows_in) throw_bad_index("members", a.members[m], 0, rows_in);
+void check_slots_and_members(const Args& a, int64_t rows_in, int64_t rows_out) {
+  check_slots("members", a.members, a.num_members, rows_in);
+  const uint32_t size = static_cast<uint32_t>(a.num_members);
+  uint32_t signs = 0;
+  for (int64_t row = 0; row < rows_out; ++row) {
+    const uint32_t begin = static_cast<uint32_t>(a.begin[row]), count = static_cast<uint32_t>(a.count[row]);
+    signs |= begin | count | (size - begin) | (size - begin - count);
   }
+  for (int64_t row = 0; signs >> 31 && row < rows_out; ++row) {
+    const int64_t begin = a.begin[row], count = a.count[row];
+    if (begin < 0 || begin > size) throw_bad_index("begin", begin, 0, size + int64_t{1});
+    if (count < 0 || count > size - begin) throw_bad_index("count", count, 0, size - begin + 1);
+  }
+}
+
+// Throws if one of a slot's members is negative.
+inline void check_members(const int32_t* members, int32_t count) {
+  int32_t lowest = count > 0 ? members[0] : 0;
+  for (int32_t m = 1; m < count; ++m) lowest |= members[m];
+  if (__builtin_expect(lowest < 0, 0)) throw_bad_index("members", -1, 0, int64_t{1} << 31);
 }
 
 }  // namespace

@@ -71,9 +71,9 @@ template <class T>
 void split_slot(const MergeBackwardArgs& a, int64_t out) {
   using E = Element<T>;
   using Sum = typename E::Sum;
-  check_members(a, out, a.images * a.tokens);
   const int32_t* members = a.members + a.begin[out];
   const int32_t count = a.count[out];
+  check_members(members, count);
   const T* x = static_cast<const T*>(a.x);
   const T* y = static_cast<const T*>(a.y) + out * a.channels;
   const T* g = static_cast<const T*>(a.grad_y) + out * a.channels;
@@ -112,6 +112,7 @@ void merge_backward(const MergeBackwardArgs& a) {
       return;
     }
     if (!a.grad_x) return;
+    check_slots_and_members(a, rows, a.images * a.num_out);
     for_each(a.images * a.num_out, parallel, [&](int64_t out) { split_slot<T>(a, out); });
     for_each(rows, parallel, [&](int64_t row) {
       if (a.dest[row] < 0) clear_gradients<T>(a, row);

@@ -87,7 +87,7 @@ def test_the_whole_run_with_algm(demo, folder, tmp_path, capsys):
 
 def test_thresholds_layers_and_counts_have_an_effect(demo, folder, tmp_path):
     arguments = [*TINY, "--random-weights", "--images", str(folder), "--method", "algm", "--out", str(tmp_path)]
-    demo.main([*arguments, "--threshold", "-1", "2", "--layers", "2", "--count", "batch"])
+    demo.main([*arguments, "--threshold", "-1", "2", "--layers", "1", "--count", "batch"])
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [row["setting"] for row in rows] == ["unpatched", "threshold 2", "threshold -1"]
     assert [row["tokens"] for row in rows] == [101, 101, 26]
@@ -151,10 +151,10 @@ def test_default_photographs(demo):
         (["--images", "EMPTY"], "it has no readable picture"),
         (["--images", "/does/not/exist"], "the folder does not exist"),
         (["--model", "test_vitt"], "timm has no such model; did you mean test_vit"),
-        (["--model", "resnet18"], "ResNet is not supported; timm's VisionTransformer"),
+        (["--model", "resnet18"], "ResNet is not supported; supported are timm's VisionTransformer"),
         (["--out", "TAKEN"], "cannot write there"),
         (["--device", "abacus"], "--device abacus: torch cannot use it here"),
-        (["--method", "algm", "--layers", "99"], "layers must be from 1 to 6, the model's last block, got 99"),
+        (["--method", "algm", "--layers", "99"], "layers must be from 0 to 5, the model's last block, got 99"),
         (["--method", "algm", "--layers", "3", "1"], r"layers must ascend, got \(3, 1\)"),
     ],
 )
@@ -175,7 +175,7 @@ def test_bad_arguments(demo, folder, tmp_path, arguments, message):
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--method", "algm", "--threshold", "nan"], "must be a number, got 'nan'"),
         (["--method", "algm", "--threshold", "high"], "must be a number, got 'high'"),
-        (["--method", "algm", "--layers", "0"], "a whole number of 1 or more, got '0'"),
+        (["--method", "algm", "--layers", "-1"], "a whole number of 0 or more, got '-1'"),
         (["--method", "algm", "--count", "all"], "invalid choice: 'all'"),
         (["--method", "algm", "--r", "4"], "--r needs --method tome, got --method algm"),
         (["--threshold", "0.9"], "--threshold needs --method algm, got --method tome"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokred_kernels.calibrate import Similarity
+from tokred_kernels.methods.algm import Similarity
 
 pytest.importorskip("tqdm")
 PIL = pytest.importorskip("PIL.Image")
@@ -61,7 +61,7 @@ def test_the_whole_run(demo, folders, tmp_path, capsys):
         assert len(row["iou"]) == 2  # class 1 does not occur
     assert abs(put_in["miou"] - plain["miou"]) < 5
     assert report["threshold"] == 0.9
-    assert demo.tk.Thresholds.load(out / "thresholds.json").layers.keys() == {1, 2}
+    assert demo.tk.Thresholds.load(out / "thresholds.json").layers.keys() == {0, 1}
 
     strips = [np.asarray(PIL.open(out / f"segment-{name}.png")) for name in ("wide", "tall")]
     sheet = np.asarray(PIL.open(out / "segment.png"))
@@ -185,12 +185,12 @@ def test_pixels_without_a_class_have_no_gradient(demo):
 
 @pytest.mark.parametrize("count", ["batch", "image"])
 def test_tokens_and_operations_are_those_of_the_images(demo, count):
-    options = demo.parse([*SMALL, "--depth", "2", "--layers", "1"])
+    options = demo.parse([*SMALL, "--depth", "2", "--layers", "0"])
     images = torch.randn(3, 3, 64, 64)  # a batch of two, and one of one
     images[1] = 0  # all its windows merge
     data = demo.Data([], images, torch.zeros(3, 64, 64, dtype=torch.long), ["x", "y", "z"], 2)
     segmenter, _ = demo.begin(data, options, torch.device("cpu"))
-    demo.tk.patch(segmenter.encoder, "algm", layers=(1,), threshold=0.999, count=count)
+    demo.tk.patch(segmenter.encoder, "algm", layers=(0,), threshold=0.999, count=count)
     row = demo.evaluate("x", segmenter, data, options)
     assert row["tokens"] == ([64, 16, 64] if count == "image" else [64, 64, 64])
     channels, classes, left = 64, 2, row["tokens"]
@@ -202,7 +202,7 @@ def test_tokens_and_operations_are_those_of_the_images(demo, count):
 
 
 def test_the_calibrated_threshold_is_that_of_the_first_layer(demo):
-    calibrated = demo.tk.Thresholds({1: Similarity(0.5, 0.25, 10), 5: Similarity(0.5, 0.125, 10)})
+    calibrated = demo.tk.Thresholds({0: Similarity(0.5, 0.25, 10), 4: Similarity(0.5, 0.125, 10)})
     assert demo.algm(demo.parse(["--threshold", "calibrated"]), calibrated)["threshold"] == 0.75
     assert demo.algm(demo.parse(["--threshold", "0.5"]), calibrated)["threshold"] == 0.5
 
@@ -296,8 +296,8 @@ def test_masks_with_a_palette_hold_class_ids(demo, tmp_path):
         (["--size", "100"], "--size and --crop must be multiples of 8 from 16 on, got 100 and 128"),
         (["--crop", "8"], "--size and --crop must be multiples of 8 from 16 on, got 256 and 8"),
         (["--width", "100"], "--width must be a multiple of 64, got 100"),
-        (["--layers", "1", "9"], "--layers must be ascending and at most --depth 8, got [1, 9]"),
-        (["--layers", "5", "1"], "--layers must be ascending and at most --depth 8, got [5, 1]"),
+        (["--layers", "1", "9"], "--layers must be ascending, from 0 to below --depth 8, got [1, 9]"),
+        (["--layers", "5", "1"], "--layers must be ascending, from 0 to below --depth 8, got [5, 1]"),
         (["--classes", "1"], "--classes must be 2 to 254, got 1"),
         (["--threshold", "nan"], "must be a number or 'calibrated', got 'nan'"),
         (["--threshold", "much"], "must be a number or 'calibrated', got 'much'"),

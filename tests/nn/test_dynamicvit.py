@@ -212,7 +212,7 @@ def test_ratio_loss_of_half_precision_is_in_float32():
 def test_ratio_loss_needs_a_share_for_each_policy():
     with pytest.raises(ValueError, match="keep must have a share for each of the 2 policies, got 3"):
         ratio_loss([torch.ones(1, 2)] * 2, [0.5] * 3)
-    with pytest.raises(ValueError, match="of the 0 policies, got 1"):
+    with pytest.raises(TypeError, match="policies must be a list of at least one tensor"):
         ratio_loss([], [0.5])
 
 

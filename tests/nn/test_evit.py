@@ -108,9 +108,9 @@ def test_an_empty_batch():
         ({"k": 2.0}, TypeError, "k must be an int, got float"),
         ({"num_prefix": 11}, ValueError, "num_prefix must be at most N = 10, got 11"),
         ({"fuse": 1}, TypeError, "fuse must be True or False, got 1"),
-        ({"importance": torch.rand(2, 10, 1)}, ValueError, r"scores must be \(B, N\), got shape \(2, 10, 1\)"),
-        ({"importance": torch.ones(2, 10).int()}, TypeError, "scores must be"),
-        ({"importance": torch.rand(2, 9)}, ValueError, "token_map must be made for x's tokens"),
+        ({"importance": torch.rand(2, 10, 1)}, ValueError, r"importance must be \(2, 10\) as x is"),
+        ({"importance": torch.ones(2, 10).int()}, TypeError, "importance must be"),
+        ({"importance": torch.rand(2, 9)}, ValueError, "importance must be"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.lookupvit import (
     LookupLogits,
     LookupViT,
@@ -19,7 +20,6 @@ from tokred_kernels.nn.lookupvit import (
 )
 from tokred_kernels.nn.lookupvit_flops import lookupvit_flops
 from tokred_kernels.nn.lookupvit_resize import resize_tokens
-from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tokred_kernels as tk
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.lookupvit_block import DropPath, LookupViTBlock
-from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
 

@@ -7,10 +7,10 @@ from torch import nn
 
 import tokred_kernels as tk
 from tokred_kernels import flops
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.lookupvit import LookupViT, lookupvit_base
 from tokred_kernels.nn.lookupvit_flops import lookupvit_flops
 from tokred_kernels.nn.lookupvit_resize import resize_flops
-from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
 

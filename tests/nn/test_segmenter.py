@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokred_kernels import unmerge
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.segmenter import LinearSegmenter
-from tokred_kernels.patch import patch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.patching import patch
 
 VisionTransformer = import_timm().models.vision_transformer.VisionTransformer
 CLASSES = 5
 METHODS = {
     "unpatched": None,
     "tome": ("tome", {"r": 3}),
-    "algm, batch": ("algm", {"layers": (1, 3), "threshold": 0.0, "count": "batch"}),
-    "algm, image": ("algm", {"layers": (1, 3), "threshold": 0.0, "count": "image"}),
-    "algm, numbers": ("algm", {"layers": (1, 3), "count": [3, 4]}),
+    "algm, batch": ("algm", {"layers": (0, 2), "threshold": 0.0, "count": "batch"}),
+    "algm, image": ("algm", {"layers": (0, 2), "threshold": 0.0, "count": "image"}),
+    "algm, numbers": ("algm", {"layers": (0, 2), "count": [3, 4]}),
 }
 
 

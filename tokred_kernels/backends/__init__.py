@@ -101,6 +101,14 @@ def choose(op: str, tensor: Tensor, *, unfit: tuple[str, ...] = (), training: bo
     Raises:
         RuntimeError: the backend requested cannot run the call; with the reason and those that can.
     """
+    if (
+        tensor.is_cpu
+        and _wanted in (AUTO, "cpu")
+        and native.MODULE is not None
+        and not unfit
+        and not torch.jit.is_tracing()
+    ):
+        return "cpu"  # as `_choose` finds too; this runs between two layers of a model
     return _choose(op, _wanted, tensor, unfit, training)
 
 

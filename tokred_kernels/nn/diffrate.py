@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""DiffRate's differentiable discrete proxy: how many tokens to keep, as a parameter; and what that costs."""
+"""DiffRate's differentiable discrete proxy: the number of tokens to keep, as a parameter."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +66,8 @@ class CompressionRate(nn.Module):
         are large enough. With `token_number` only tokens up to there are set to 0: those after it were out already, and
         keep their gradient's way.
         """
+        if token_number is not None:
+            token_number = check_count("nn.CompressionRate", "token_number", token_number)
         total = self.patch_number + self.prefix
         probability = _full(self.selected_probability).softmax(-1)
         # Candidate c keeps tokens 0 to c + prefix - 1. Put at its last token, the sum from the end is each token's own.
@@ -89,55 +89,3 @@ class CompressionRate(nn.Module):
 def _full(value: Tensor) -> Tensor:
     """In float32, or float64 of such: half precision has no 577."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def kept_counts(model: Any) -> tuple[list[int], list[int]]:
-    """How many tokens pruning keeps in each block, and how many merging does, as the learned counts stand.
-
-    Args:
-        model: patched with "diffrate" and no counts given.
-    """
-    from tokred_kernels import flops  # noqa: PLC0415  (it counts by the patch framework, which imports this package)
-
-    blocks = flops.made_of(model).blocks
-    counts = [torch.stack([block.prune_ddp.kept(), block.merge_ddp.kept()]).tolist() for block in blocks]
-    return [int(prune) for prune, _ in counts], [int(merge) for _, merge in counts]
-
-
-def compression_flops(model: Any) -> Tensor:
-    """What one image takes as the learned counts stand, in GFLOPs: a scalar that is differentiable by the counts.
-
-    The number is that of `flops.count(model).gflops`: a multiply-add is two operations, and papers on vision
-    transformers print half of it. Its gradient is the published one: what leaves a block is the least of what enters
-    and the two counts, and its gradient goes to both counts, whichever is the least; that of choosing which tokens
-    merge is left out.
-
-    Args:
-        model: patched with "diffrate" and no counts given.
-    """
-    from tokred_kernels import flops  # noqa: PLC0415  (it counts by the patch framework, which imports this package)
-
-    anatomy = flops.made_of(model)
-    tokens = anatomy.patches + anatomy.num_prefix
-    entering: Any = tokens
-    slope: Any = 0.0
-    left = []
-    for block, parts in zip(anatomy.blocks, anatomy.parts, strict=True):
-        prune, merge = block.prune_ddp.kept(), block.merge_ddp.kept()
-        tokens = min(tokens, int(prune.detach()), int(merge.detach()))
-        leaving = tokens + _zero(prune) + _zero(merge)
-        slope = slope + _per_token(parts.attention) * entering + 4e-9 * parts.inner * entering * entering
-        slope = slope + _per_token(parts.mlp) * leaving
-        left.append(tokens)
-        entering = leaving
-    return flops.count(model, tokens=left).gflops + _zero(slope)
-
-
-def _zero(value: Tensor) -> Tensor:
-    """Nothing but the gradient."""
-    return value - value.detach()
-
-
-def _per_token(module: nn.Module) -> float:
-    """GFLOPs of the linear layers inside, for a token."""
-    return 2e-9 * sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))

@@ -4,12 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import WIDEST, check_count, is_per_row, shape
+from tokred_kernels.checks import (
+    WIDEST,
+    check_count,
+    check_dense,
+    check_flag,
+    check_floating,
+    check_real,
+    check_same_device,
+    check_tokens,
+    is_per_row,
+    shape,
+    shown,
+)
 
 KEEP = 0  # of the predictor's two classes
 INIT_STD = 0.02  # as published
@@ -51,6 +64,11 @@ class TokenPredictor(nn.Module):
             policy: (B, N, 1) or (B, N), 1 for tokens that were kept so far, else 0. An image that kept none has zeros
                 for the mean.
         """
+        check_tokens("nn.TokenPredictor", "x", x)
+        check_dense("nn.TokenPredictor", "policy", policy)
+        check_same_device("nn.TokenPredictor", "policy", policy, "x", x)
+        if x.shape[2] != (width := self.in_conv[1].in_features):
+            raise ValueError(f"tokred_kernels.nn.TokenPredictor: x must be (B, N, {width}), got shape {shape(x)}")
         if not is_per_row(policy, x.shape[:2]):
             raise ValueError(
                 f"tokred_kernels.nn.TokenPredictor: policy must be {(*x.shape[:2], 1)} as x is {shape(x)}, "
@@ -69,12 +87,18 @@ def decide(log_probabilities: Tensor, policy: Tensor) -> Tensor:
 
     `log_probabilities` (B, N, 2), `policy` (B, N) (DynamicViT, section 3.3).
     """
+    check_floating("nn.decide", "log_probabilities", log_probabilities)
+    if log_probabilities.dim() != 3 or log_probabilities.shape[2] != 2:
+        got = shape(log_probabilities)
+        raise ValueError(f"tokred_kernels.nn.decide: log_probabilities must be (B, N, 2), got {got}")
     _check_policy("decide", policy, "log_probabilities", log_probabilities)
     return F.gumbel_softmax(log_probabilities.float(), hard=True)[..., KEEP] * policy
 
 
 def _check_policy(function: str, policy: Tensor, name: str, tokens: Tensor) -> None:
     """Raise unless there is one for each token: a column would spread to all pairs of them."""
+    check_dense(f"nn.{function}", "policy", policy)
+    check_same_device(f"nn.{function}", "policy", policy, name, tokens)
     if policy.shape != tokens.shape[:2]:
         raise ValueError(
             f"tokred_kernels.nn.{function}: policy must be {tuple(tokens.shape[:2])} as {name} are {shape(tokens)}, "
@@ -91,13 +115,23 @@ def ratio_loss(policies: Sequence[Tensor], keep: Sequence[float] | float) -> Ten
 
     (DynamicViT, section 3.4, equation 14.)
     """
-    keep = [keep] * len(policies) if isinstance(keep, (int, float)) else keep
-    if len(policies) != len(keep):
+    op = "nn.ratio_loss"
+    if not isinstance(policies, (list, tuple)) or not policies:
+        raise TypeError(f"tokred_kernels.{op}: policies must be a list of at least one tensor, got {shown(policies)}")
+    for policy in policies:
+        check_dense(op, "policies", policy)
+        if policy.dim() != 2:
+            raise ValueError(f"tokred_kernels.{op}: policies must be tensors (B, N), got shape {shape(policy)}")
+    given: Sequence[Any] = keep if isinstance(keep, (list, tuple)) else [keep] * len(policies)
+    shares = [check_real(op, "keep", share) for share in given]
+    if len(policies) != len(shares):
         raise ValueError(
             f"tokred_kernels.nn.ratio_loss: keep must have a share for each of the {len(policies)} policies, "
-            f"got {len(keep)}"
+            f"got {len(shares)}"
         )
-    distances = [(policy.float().mean(1) - share).square().mean() for policy, share in zip(policies, keep, strict=True)]
+    distances = [
+        (policy.float().mean(1) - share).square().mean() for policy, share in zip(policies, shares, strict=True)
+    ]
     return torch.stack(distances).mean()
 
 
@@ -118,7 +152,27 @@ def distillation_loss(
 
     (DynamicViT, section 3.4, equations 12 and 13; `DistillDiffPruningLoss_dynamic`.)
     """
+    op = "nn.distillation_loss"
+    for name, value, other_name, other in (
+        ("logits", logits, "teacher_logits", teacher_logits),
+        ("tokens", tokens, "teacher_tokens", teacher_tokens),
+    ):
+        check_floating(op, name, value)
+        check_floating(op, other_name, other)
+        check_same_device(op, other_name, other, name, value)
+        if value.shape != other.shape:
+            raise ValueError(
+                f"tokred_kernels.{op}: {name} and {other_name} must have the same shape, got {shape(value)} and "
+                f"{shape(other)}"
+            )
+    if logits.dim() != 2 or not logits.shape[0]:
+        raise ValueError(f"tokred_kernels.{op}: logits must be (B, classes), got shape {shape(logits)}")
+    if tokens.dim() != 3:
+        raise ValueError(f"tokred_kernels.{op}: tokens must be (B, N, C), got shape {shape(tokens)}")
+    check_flag(op, "mse", mse)
     _check_policy("distillation_loss", policy, "tokens", tokens)
+    if policy.is_complex():
+        raise TypeError(f"tokred_kernels.{op}: policy must be real, got {policy.dtype}")
     predictions = F.kl_div(
         logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="batchmean", log_target=True
     )

@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from tokred_kernels.checks import check_real
+from tokred_kernels.checks import check_floating, check_real, check_same_device, check_tokens, shape
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.merge import merge
 from tokred_kernels.token_map import TokenMap
@@ -29,6 +29,14 @@ def keep_attentive(
 
     Raises as `keep_topk` and `merge` do.
     """
+    op = "nn.keep_attentive"
+    check_tokens(op, "x", x)
+    check_floating(op, "importance", importance)
+    if importance.shape != x.shape[:2]:
+        raise ValueError(
+            f"tokred_kernels.{op}: importance must be {shape(x)[:2]} as x is {shape(x)}, got {shape(importance)}"
+        )
+    check_same_device(op, "importance", importance, "x", x)
     token_map = keep_topk(importance, k, num_prefix=num_prefix, fuse=fuse)
     if token_map.num_out == num_prefix + k:
         return merge(x, token_map, reduce="sum"), token_map

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import MAX_ROWS, WIDEST, check_count, check_flag, check_floating, shape, shown
+from tokred_kernels.checks import (
+    MAX_ROWS,
+    WIDEST,
+    check_count,
+    check_dense,
+    check_flag,
+    check_floating,
+    check_real,
+    check_same_device,
+    shape,
+    shown,
+)
 from tokred_kernels.nn.lookupvit_block import (
     NORM_EPS,
     LookupViTBlock,
@@ -19,11 +31,13 @@ from tokred_kernels.nn.lookupvit_block import (
     check_heads,
     check_probabilities,
 )
+from tokred_kernels.nn.lookupvit_from_vit import check_vit, vit_settings, vit_weights, zero_new_branches
 from tokred_kernels.nn.lookupvit_positions import smooth_positions
 from tokred_kernels.nn.lookupvit_resize import resize_tokens
 
 OP = "nn.LookupViT"
 HEAD_STD = 0.02
+LOGGER = logging.getLogger("tokred_kernels")
 CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -54,6 +68,23 @@ def lookup_loss(logits: LookupLogits, labels: Tensor, *, label_smoothing: float 
         raise TypeError(
             f"tokred_kernels.nn.lookup_loss: logits must be a LookupLogits, got {type(logits).__name__}; a LookupViT "
             "gives it when training: call model.train()"
+        )
+    op = "nn.lookup_loss"
+    for part in logits:
+        check_floating(op, "logits", part)
+    check_dense(op, "labels", labels)
+    check_same_device(op, "labels", labels, "logits", logits.lookup)
+    check_real(op, "label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"tokred_kernels.{op}: label_smoothing must be from 0 to 1, got {label_smoothing}")
+    if logits.lookup.dim() != 2 or logits.compressed.shape != logits.lookup.shape:
+        got = f"{shape(logits.compressed)} and {shape(logits.lookup)}"
+        raise ValueError(f"tokred_kernels.{op}: logits must be two tensors (B, classes), got {got}")
+    indices = labels.dtype in (torch.int64, torch.uint8)
+    if labels.shape != (logits.lookup.shape[:1] if indices else logits.lookup.shape):
+        raise ValueError(
+            f"tokred_kernels.{op}: labels must be int64 (B,) or probabilities (B, classes) as the logits are "
+            f"{shape(logits.lookup)}, got {labels.dtype} of shape {shape(labels)}"
         )
     compressed, lookup = (F.cross_entropy(own, labels, label_smoothing=label_smoothing) for own in logits)
     return compressed + lookup
@@ -153,6 +184,74 @@ class LookupViT(nn.Module):
         self.norm_lookup = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = _head(embed_dim, num_classes)
         self.head_lookup = _head(embed_dim, num_classes)
+
+    @classmethod
+    def from_vit(
+        cls,
+        vit: nn.Module,
+        *,
+        grid: Sequence[int],
+        grids: Sequence[Sequence[int]] | None = None,
+        lookup_ratio: float = 2.0,
+        scatter_proj: bool = False,
+        drop_path_rate: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+    ) -> LookupViT:
+        """Make a LookupViT that starts from the weights of a timm VisionTransformer, for fine-tuning.
+
+        These weights are copied: the patch embedding; the positions, without that of the class token; the norms, self
+        attention, MLP and layer scale of each block, for the compressed tokens; its attention, norm and layer scale
+        again, for the gather; the last norm and the head, for each kind of token. A head that was trained on a class
+        token now gets a mean, so it needs fine-tuning too.
+
+        The scattered values and the MLP on lookup tokens are new. The last layer of each starts at zero, so lookup
+        tokens keep their embedding at first. Starting the gather from the ViT's projection learns faster than starting
+        it at zero too, and both learn faster than a LookupViT with random weights.
+
+        Args:
+            vit: a VisionTransformer of timm's own blocks with learned positions, and without distillation and register
+                tokens. It does not change.
+            grid, grids, lookup_ratio, scatter_proj, drop_path_rate, proj_drop, attn_drop: see `LookupViT`. All other
+                settings are those of the ViT; its dropout rates are not used.
+
+        Returns:
+            The LookupViT, on the device of the ViT, in its dtype and mode. `taken` and `fresh` are the names of the
+            parameters that came from the ViT, and of the others. The logger "tokred_kernels" reports their numbers.
+
+        Raises:
+            NotImplementedError: a model, or a part of it, that has no counterpart in a LookupViT.
+            TypeError, ValueError: a wrong setting, or a patched model.
+        """
+        check_vit(vit)
+        source: Any = vit
+        model: Any = cls(
+            **vit_settings(source),
+            grid=grid,
+            grids=grids,
+            lookup_ratio=lookup_ratio,
+            scatter_proj=scatter_proj,
+            drop_path_rate=drop_path_rate,
+            proj_drop=proj_drop,
+            attn_drop=attn_drop,
+        )
+        model.to(device=source.pos_embed.device, dtype=source.pos_embed.dtype).train(source.training)
+        given, parameters = vit_weights(source), dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in given.items():
+                parameters[name].copy_(value)
+            for block in model.blocks:
+                zero_new_branches(block)
+        model.taken = tuple(name for name in parameters if name in given)
+        model.fresh = tuple(name for name in parameters if name not in given)
+        LOGGER.info(
+            "tokred_kernels.nn.LookupViT.from_vit: took %d parameters from the %s, and %d are new (see model.taken and "
+            "model.fresh)",
+            len(model.taken),
+            type(vit).__name__,
+            len(model.fresh),
+        )
+        return model
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> LookupLogits | Tensor:
         """The logits of images (B, channels, height, width), or of video (B, channels, time, height, width).

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.checks import WIDEST, check_count, check_flag, check_real, shape
+from tokred_kernels.checks import WIDEST, check_count, check_dense, check_flag, check_real, check_same_device, shape
 from tokred_kernels.nn.attention import attend
 from tokred_kernels.ops.lookup_gather import lookup_gather
 from tokred_kernels.ops.lookup_scatter import lookup_scatter
@@ -112,10 +112,12 @@ class LookupViTBlock(nn.Module):
     def _check(self, z_p: Tensor, z_l: Tensor) -> None:
         dim = self.norm1.normalized_shape[0]
         for name, tokens in (("z_p", z_p), ("z_l", z_l)):
+            check_dense(OP, name, tokens)
             if tokens.dim() != 3 or tokens.shape[2] != dim:
                 raise ValueError(
                     f"tokred_kernels.{OP}: {name} must be (B, tokens, {dim}) as dim is {dim}, got {shape(tokens)}"
                 )
+        check_same_device(OP, "z_p", z_p, "z_l", z_l)
         if z_p.shape[0] != z_l.shape[0]:
             raise ValueError(
                 f"tokred_kernels.{OP}: z_p and z_l must be of as many images, got {z_p.shape[0]} and {z_l.shape[0]}"
@@ -138,7 +140,7 @@ class Gather(nn.Module):
         self.q = _linear(dim, 1, bias=qkv_bias)
         self.kv = _linear(dim, 2, bias=qkv_bias)
         self.proj = _linear(dim, 1)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(float(proj_drop))
 
     def forward(self, z_p: Tensor, z_l: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What is gathered, (B, M, D), and what the same weights are made of again: q, k and the log-sum-exp."""
@@ -159,7 +161,7 @@ class Scatter(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.v = _linear(dim, 1, bias=qkv_bias)
         self.proj = _linear(dim, 1) if proj else nn.Identity()
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(float(proj_drop))
 
     def forward(self, z_p: Tensor, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
         """(B, N, D)."""
@@ -176,7 +178,7 @@ class SelfAttention(nn.Module):
         self.attn_drop = attn_drop
         self.qkv = _linear(dim, 3, bias=qkv_bias)
         self.proj = _linear(dim, 1)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(float(proj_drop))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, D) to the same."""
@@ -192,7 +194,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.drop = nn.Dropout(drop)
+        self.drop = nn.Dropout(float(drop))
         self.fc2 = nn.Linear(hidden, dim)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)

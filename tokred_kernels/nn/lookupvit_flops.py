@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tokred_kernels.flops import Flops, linear_flops
+from tokred_kernels.checks import MAX_ROWS, check_count
+from tokred_kernels.nn.flops import Flops, linear_flops
 from tokred_kernels.nn.lookupvit import LookupViT
 from tokred_kernels.nn.lookupvit_resize import resize_flops
 
@@ -60,6 +61,7 @@ def _pixels(model: LookupViT, img_size: Any) -> tuple[int, ...]:
     if img_size is None:
         return model.img_size
     size = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size,) * len(model.img_size)
+    size = tuple(check_count(OP, "img_size", pixels, most=MAX_ROWS) for pixels in size)
     if size != model.img_size and not model.dynamic_img_size:
         raise ValueError(
             f"tokred_kernels.{OP}: the model takes images of {model.img_size} pixels only, got {size}; make it with "

@@ -25,14 +25,15 @@ def pool_sized(x: Tensor, size: Tensor, *, kind: str, begin: int) -> Tensor:
     """
     total = size[:, begin:].sum(1, keepdim=True)
     weight = size[:, begin:] / torch.where(total == 0, 1.0, total)  # an image may have dropped all its tokens
-    mean = (x[:, begin:] * weight).sum(1).to(x.dtype)
+    # type_as, not `to`: an exported model would keep the dtype of its export when it is moved to another.
+    mean = (x[:, begin:] * weight).sum(1).type_as(x)
     return mean if kind == "avg" else 0.5 * (x[:, begin:].amax(1) + mean)
 
 
 def pool_packed(x: Tensor, size: Tensor, packing: Packing, *, kind: str, begin: int) -> Tensor:
     """The same of packed tokens x (T, C) with sizes (T, 1), where `kind` may be "max" and "token" (the first) too."""
     if kind == "token":
-        return leading(x, packing, 1)[:, 0]
+        return leading_tokens(x, packing, 1)[:, 0]
     image = image_of_row(packing).int()
     if begin:
         image = image.index_fill(0, _leading_rows(packing, begin).flatten(), -1)
@@ -43,7 +44,7 @@ def pool_packed(x: Tensor, size: Tensor, packing: Packing, *, kind: str, begin: 
     return mean if kind == "avg" else 0.5 * (merge(x[None], to_image, reduce="amax")[0] + mean)
 
 
-def leading(x: Tensor, packing: Packing, number: int) -> Tensor:
+def leading_tokens(x: Tensor, packing: Packing, number: int) -> Tensor:
     """The first `number` tokens of each image, (B, number, C), of packed tokens (T, C)."""
     return x[_leading_rows(packing, number)]
 

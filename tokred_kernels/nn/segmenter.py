@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokred_kernels.checks import MAX_ROWS, check_count, check_flag, shape
+from tokred_kernels.checks import MAX_ROWS, check_count, check_flag, check_floating, shape
 from tokred_kernels.ops.unmerge import unmerge
 
 OP = "nn.LinearSegmenter"
@@ -115,6 +115,7 @@ class LinearSegmenter(nn.Module):
     def _size(self, images: Tensor) -> tuple[int, int, tuple[int, int]]:
         """Height and width of images that the encoder takes, and the pixels of a token."""
         embed = self.encoder.patch_embed
+        check_floating(OP, "images", images)
         if images.dim() != 4:
             raise ValueError(f"tokred_kernels.{OP}: images must be (B, 3, H, W), got shape {shape(images)}")
         height, width = images.shape[2:]

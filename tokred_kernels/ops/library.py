@@ -30,14 +30,15 @@ _profiler_runs: Any = getattr(torch.autograd, "_profiler_enabled", None)
 # Of the tensors that torch.autograd.grad(is_grads_batched=True) runs a backward with.
 _is_batched: Any = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
 _is_tracing: Any = getattr(torch._C, "_is_tracing", None)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 _CAN_SKIP = None not in (_dispatch_modes, _transform_level, _profiler_runs, _is_batched, _is_tracing)
 
 
-def can_bypass_dispatcher(*tensors: Any, but_the_profiler: bool = False) -> bool:
+def can_bypass_dispatcher(*tensors: Any, indices: tuple[Any, ...] = (), but_the_profiler: bool = False) -> bool:
     """Return whether an eager call on these tensors can skip the dispatcher, ignoring those that are None.
 
-    With `but_the_profiler`, the profiler can miss the call.
+    `indices` are tensors of a TokenMap or Packing, which are never views that are negated lazily. With
+    `but_the_profiler`, the profiler can miss the call.
 
     The dispatcher is needed by compilers, tensor subclasses, modes (flop counters, fake tensors), transforms and the
     profiler, and it gives memory to tensors that have none (negated views, zero tensors). Without them it only costs
@@ -53,7 +54,8 @@ def can_bypass_dispatcher(*tensors: Any, but_the_profiler: bool = False) -> bool
             return False
         last = tensor
     return (
-        _dispatch_modes() == 0
+        _PLAIN.issuperset(map(type, indices))
+        and _dispatch_modes() == 0
         and _transform_level() is None
         and (but_the_profiler or not _profiler_runs())
         and not _is_tracing()
@@ -109,18 +111,19 @@ def register(
     torch.library.register_fake(f"tokred::{name}", checked_fake, lib=LIBRARY)
     torch.library.register_vmap(f"tokred::{name}", _no_vmap(name), lib=LIBRARY)
     kinds = [str(argument.type) for argument in overload._schema.arguments]
-    places = [place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
-    leading = places == list(range(len(places)))
-    tensors_of: Any = itemgetter(slice(len(places)) if leading else places[0], *([] if leading else places[1:]))
+    tensors = [place for place, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+    names = [argument.name for argument in overload._schema.arguments]
+    index_places = [place for place in tensors if rules.get(names[place], "").startswith("int32")]
+    values_of, indices_of = _getter([place for place in tensors if place not in index_places]), _getter(index_places)
 
     def call(*arguments: Any) -> Any:
-        if is_compiling() or not can_bypass_dispatcher(*tensors_of(arguments)):
+        if is_compiling() or not can_bypass_dispatcher(*values_of(arguments), indices=indices_of(arguments)):
             return overload(*arguments)
         return direct(*arguments)
 
     # Gradients may come in batches, and either of two may; ops of whole numbers get none, and need not ask.
     def call_floats(*arguments: Any) -> Any:
-        if is_compiling() or not can_bypass_dispatcher(*tensors_of(arguments)):
+        if is_compiling() or not can_bypass_dispatcher(*values_of(arguments), indices=indices_of(arguments)):
             return overload(*arguments)
         first, second = arguments[:2]
         if _is_batched(first) or (isinstance(second, torch.Tensor) and _is_batched(second)):
@@ -128,6 +131,15 @@ def register(
         return direct(*arguments)
 
     return call if name in backends.MAP_OPS else call_floats
+
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return a function that returns the arguments at these places."""
+    if places == list(range(len(places))):
+        return itemgetter(slice(len(places)))
+    if places == list(range(places[0], places[-1] + 1)):
+        return itemgetter(slice(places[0], places[-1] + 1))
+    return itemgetter(*places)
 
 
 def _no_vmap(name: str) -> Callable[..., Any]:
@@ -151,7 +163,11 @@ def is_differentiated(*tensors: torch.Tensor | None) -> bool:
     """
     if getattr(forward_ad, "_current_level", -1) >= 0:  # a private name, that may go missing
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

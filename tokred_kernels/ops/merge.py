@@ -63,7 +63,7 @@ def check_against_map(op: str, x: Any, token_map: Any) -> None:
     """Raise unless x is (B, N, C), or (T, C), with the map's B, N, or T, and device."""
     check_map(op, token_map)
     check_tokens(op, "x", x, packed=token_map.packed_in is not None)
-    if x.shape[:-1] != token_map.in_shape:
+    if x.shape[:-1] != token_map.dest.shape:
         raise ValueError(
             f"tokred_kernels.{op}: token_map must be made for x's tokens: x is {shape(x)}, "
             f"the map takes {(*token_map.in_shape, 'C')}"

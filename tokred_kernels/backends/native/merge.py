@@ -9,7 +9,6 @@ from tokred_kernels.backends.native import (
     DTYPE_CODE,
     REDUCE_CODE,
     address,
-    check_indices,
     empty_result,
     kernels,
     rows,
@@ -29,7 +28,6 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.merge`: y (B, N', C), and (B, N') sums of weights, or an empty tensor where they are not wanted."""
     x = rows(x)
-    check_indices("merge", x, members, begin, count)
     images, tokens, channels = x.shape
     batch, num_out = begin.shape
     if count.numel() != batch * num_out:

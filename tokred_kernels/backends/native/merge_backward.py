@@ -34,12 +34,12 @@ def merge_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.merge`: the gradients of x (B, N, C) and weight (B, N), each empty where it is not needed."""
+    check_indices("merge_backward", grad_y, dest)
     grad_y = grad_y.contiguous()
     if grad_weight_sum is not None:
         grad_weight_sum = grad_weight_sum.contiguous()
     if x is not None:
         x = rows(x)
-    check_indices("merge_backward", grad_y, dest, members, begin, count)
     (batch, tokens), (_, num_out, channels) = dest.shape, grad_y.shape
     if not begin.shape == count.shape == (batch, num_out) == grad_y.shape[:2]:
         raise ValueError(
