@@ -31,11 +31,11 @@ SIZES = [
 def test_is_right_at_any_size(device, tokens, dtype, channels):
     metric = torch.randn(2, tokens, channels, device=device).to(dtype)
     for prefix in (0, 1, 2, 5):
-        for r in sorted({0, 1, tokens // 4, tokens // 2, tokens + 3}):
+        for r in {tokens // 4, tokens // 2}:
             assert_valid_match(tk.bipartite_match(metric, r, num_prefix=prefix), metric, r, prefix=prefix)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 13])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, *slow(13)])
 @pytest.mark.parametrize("class_token,distill_token", list(itertools.product([False, True], repeat=2)))
 def test_is_right_at_any_r(device, tokens, class_token, distill_token):
     flags = {"class_token": class_token, "distill_token": distill_token}
@@ -162,6 +162,7 @@ def test_both_views_agree(device):
         assert torch.equal(written, made)
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_bit_by_bit(device):
     metric = torch.randn(4, 577, 64, device=device)
     first, second = (tk.bipartite_match(metric, 100, class_token=True) for _ in range(2))

@@ -16,6 +16,7 @@ from support import DTYPES, assert_as_reference, assert_same_map, on_reference, 
 
 import tokred_kernels as tk
 from tokred_kernels.backends.native import DTYPE_CODE
+from tokred_kernels.backends.reference.rank_candidates import NO_RANK
 from tokred_kernels.ops.bipartite_match import match
 from tokred_kernels.ops.window_similarity import window_similarity
 from tokred_kernels.packing import Packing
@@ -152,15 +153,16 @@ def test_build_match_map_of_large_slots(emulation, shared, tokens):
     emulation.configure(shared, shared == DEST_OUTSIDE)
     for partition in (every_other(tokens, tokens, 5, False, False), every_kth(tokens, 3, 2)):
         sources = partition.num_src - partition.protected_src
-        order = torch.cat([torch.full((partition.protected_src,), 2**31 - 1), torch.randperm(sources)])
+        order = torch.cat([torch.full((partition.protected_src,), NO_RANK), torch.randperm(sources)])
         rank = order.int().expand(2, -1).contiguous()
         partner = torch.full_like(rank, partition.protected_dst)  # all sources of an image join one slot
         partner[1] = partition.num_dst - 1
         for r in (100, sources - 1):
             assert_as_reference("cuda", "build_match_map", partner, rank, partition._replace(r=r), tokens)
-        packed = Packing.of((tokens, tokens - 300), torch.device("cpu"))
-        counts = torch.tensor([0, 300], dtype=torch.int32), None, packed.cu_seqlens, packed.rows
-        assert_as_reference("cuda", "build_match_map", partner, rank, partition, tokens, *counts)
+        if partition.protected_src:  # packed maps are of even and odd tokens
+            packed = Packing.of((tokens, tokens - 300), torch.device("cpu"))
+            counts = torch.tensor([0, 300], dtype=torch.int32), None, packed.cu_seqlens, packed.rows
+            assert_as_reference("cuda", "build_match_map", partner, rank, partition, tokens, *counts)
 
 
 @pytest.mark.parametrize("shared", [SMALL_SHARED, NO_ORDER])

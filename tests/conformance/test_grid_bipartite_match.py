@@ -71,6 +71,7 @@ def test_is_what_the_definition_says(device, grid, stride, prefix):
             assert_views(token_map)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_right_at_model_sizes(device, dtype):
     metric = torch.randn(1, 4096, 40).to(dtype)
@@ -120,12 +121,6 @@ def test_draws_anew_at_every_call_and_every_place(device):
     assert torch.equal(torch.get_rng_state(), before), "only random=True draws"
 
 
-def test_keys_of_all_heads_are_averaged(device):
-    keys = torch.randn(2, 36, 3, 4, 16, device=device)[:, :, 1].transpose(1, 2)
-    got, want = (tk.grid_bipartite_match(m, 12, grid=(6, 6)) for m in (keys, keys.mean(1)))
-    assert torch.equal(got.dest, want.dest)
-
-
 def test_reads_strided_metrics_and_leaves_no_gradient(device):
     metric = torch.randn(2, 8, 24, device=device, requires_grad=True).transpose(1, 2)
     token_map = tk.grid_bipartite_match(metric, 7, grid=(4, 6))
@@ -134,22 +129,6 @@ def test_reads_strided_metrics_and_leaves_no_gradient(device):
     alike = torch.randn(1, 24, 8, device=device).expand(3, 24, 8)
     dest = tk.grid_bipartite_match(alike, 7, grid=(4, 6)).dest
     assert torch.equal(dest, tk.grid_bipartite_match(alike[:1], 7, grid=(4, 6)).dest.expand(3, -1))
-
-
-def test_all_tokens_identical(device):
-    metric = torch.full((1, 8, 4), 2.0, device=device)
-    # Sources 1, 3, 4, 5, 6, 7: the first two join the first destination, token 0; the slots of 4 to 7 come first.
-    assert tk.grid_bipartite_match(metric, 2, grid=(2, 4)).dest.tolist() == [[4, 4, 5, 4, 0, 1, 2, 3]]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_tokens_that_are_not_finite_never_win(device, value):
-    metric = torch.randn(1, 36, 8, device=device)
-    metric[0, 2] = value  # a destination
-    metric[0, 1, 3] = value  # a source
-    token_map = tk.grid_bipartite_match(metric, 26, grid=(6, 6))
-    assert token_map.count[0, token_map.dest[0, 1]] == 1
-    assert token_map.count[0, token_map.dest[0, 2]] == 1
 
 
 def test_identity_where_nothing_can_merge(device):
@@ -220,17 +199,9 @@ def test_a_backend_that_cannot_run_the_call_raises():
             ValueError,
             r"stride must fit .*\(1, 5\)",
         ),
-        (
-            lambda m: tk.grid_bipartite_match(m, 1, grid=(3, 4), stride=(0, 2)),
-            ValueError,
-            "stride height must be at le",
-        ),
+        (lambda m: tk.grid_bipartite_match(m, 1, grid=(3, 4), stride=(0, 2)), ValueError, "stride height must be at"),
         (lambda m: tk.grid_bipartite_match(m, 1, grid=(3, 4), stride=2), TypeError, "stride must be a pair"),
-        (
-            lambda m: tk.grid_bipartite_match(m, 1, grid=(3, 4), num_prefix=-1),
-            ValueError,
-            "num_prefix must be at least",
-        ),
+        (lambda m: tk.grid_bipartite_match(m, 1, grid=(3, 4), num_prefix=-1), ValueError, "num_prefix must be at"),
         (lambda m: tk.grid_bipartite_match(m[0], 1, grid=(3, 4)), ValueError, r"metric must be \(B, N, D\).*\(12, 4\)"),
         (lambda m: tk.grid_bipartite_match(m.int(), 1, grid=(3, 4)), TypeError, "metric must be float32.*int32"),
     ],

@@ -207,6 +207,7 @@ def test_empty_batch_and_no_channels(device):
     assert rank.tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.slow
 def test_threads_and_other_images_change_no_bit(device):
     metric = torch.randn(3, 577, 64, device=device)
     partition = every_other(577, 1, 1, False, False)

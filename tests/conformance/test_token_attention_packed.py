@@ -171,17 +171,9 @@ def test_gradcheck(device, terms):
             ValueError,
             r"q must be \(T, H, d\), packed, got shape \(1, 9, 2, 4\)",
         ),
-        (
-            lambda q, p: tk.token_attention(q[1:], q[1:], q[1:], packed=p),
-            ValueError,
-            r"q must have the 9 rows of packed, got shape \(8, 2, 4\)",
-        ),
+        (lambda q, p: tk.token_attention(q[1:], q[1:], q[1:], packed=p), ValueError, r"q must have the 9 rows of"),
         (lambda q, p: tk.token_attention(q, q, q[:, :1], packed=p), ValueError, r"v must have q's shape \(9, 2, 4\)"),
-        (
-            lambda q, p: tk.token_attention(q, q, q, packed=p.to("meta")),
-            ValueError,
-            "packed is on meta but q is on cpu",
-        ),
+        (lambda q, p: tk.token_attention(q, q, q, packed=p.to("meta")), ValueError, "packed is on meta but q is on"),
         (
             lambda q, p: tk.token_attention(q, q, q, packed=p, size=torch.ones(1, 9)),
             ValueError,

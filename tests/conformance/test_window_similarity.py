@@ -156,6 +156,7 @@ def test_empty_batch_and_no_channels(device):
     assert [part.tolist() for part in none] == [[[], []], [0, 0]]
 
 
+@pytest.mark.slow
 def test_threads_and_other_images_change_no_bit(device):
     windows = Windows(1, 24, 24, 2, 2)
     x = tokens_for(windows, 384, batch=3).to(device)
