@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from support import assert_views, dest_of, window_members, window_slots
+from support import assert_views, dest_of, slow, window_members, window_slots
 
 from tokred_kernels import backends
 from tokred_kernels.ops.window_map import window_map
@@ -36,7 +36,7 @@ SHAPES = [
     Windows(5, 7, 9, 2, 2),
     Windows(1, 9, 7, 4, 2),
     Windows(1, 5, 3, 5, 3),
-    Windows(1, 65, 66, 1, 2),
+    *slow((Windows(1, 65, 66, 1, 2),)),
 ]
 
 
