@@ -9,21 +9,24 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "conformance"
 # Each family runs in one process: few processes to start, yet a failure is easy to find.
 FAMILIES = {
-    "match": ("bipartite_match", "bipartite_merge", "kth_bipartite_match", "random_bipartite_match", "rank_candidates"),
-    "selectors": ("adaptive_bipartite_match", "grid_bipartite_match", "importance_match", "keep_topk"),
-    "maps": ("build_match_map", "compose", "count_above_threshold", "to_csr"),
+    "match": ("bipartite_match", "rank_candidates"),
+    "maps": ("build_match_map", "compose", "count_above_threshold", "keep_topk", "to_csr"),
     "rows": ("merge", "merge_wavg", "unmerge"),
-    "windows": ("window_map", "window_match", "window_similarity"),
+    "windows": ("window_map", "window_similarity"),
     "attention": ("token_attention", "token_attention_packed"),
     "lookup": ("lookup_gather", "lookup_scatter"),
+    "selectors": (  # Python around kernels of the other families
+        *("adaptive_bipartite_match", "bipartite_merge", "grid_bipartite_match", "importance_match"),
+        *("kth_bipartite_match", "random_bipartite_match", "window_match"),
+    ),
 }
 
 
-def run(names, environment):
+def run(names, environment, *options):
     """Run files of tests/conformance in a process with these variables; raise AssertionError with its output."""
     root = FOLDER.parents[1]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::RuntimeWarning")
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::RuntimeWarning", *options)
     # Capturing file descriptors would lose the report of a sanitizer that ends the process.
     files = [FOLDER / f"test_{name}.py" for name in names]
     done = subprocess.run(
