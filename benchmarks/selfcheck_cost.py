@@ -31,10 +31,11 @@ import torch
 
 from benchmarks.harness import machine
 from tokred_kernels.backends import support
-from tokred_kernels.backends.selfcheck import DTYPES, LOOKUP_OPS, MOST_WORKERS, TRITON_FIRST, supervisor, timing, worker
+from tokred_kernels.backends.selfcheck import DTYPES, MOST_WORKERS, supervisor, timing, worker
 from tokred_kernels.backends.selfcheck.cases import cases, timing_cases
 from tokred_kernels.backends.selfcheck.memory import Guarded
 from tokred_kernels.files import replace_json
+from tokred_kernels.ops.registry import OPS, SPECS
 
 CPU = torch.device("cpu")
 ARCHITECTURE = 90
@@ -116,9 +117,9 @@ def compile_all() -> dict[str, dict[str, Any]]:
 
     jit.JITFunction._do_compile = timed
     found: dict[str, dict[str, Any]] = {}
-    for op in support.OPS:
+    for op in OPS:
         function, by_dtype = support.implementation("triton", op), {}
-        for dtype in DTYPES if op not in support.MAP_OPS else ("",):
+        for dtype in DTYPES if not SPECS[op].is_integer else ("",):
             spent.clear()
             for case in (*cases(op), *timing_cases(op)):
                 if case.name.startswith(dtype):
@@ -140,18 +141,18 @@ def makespan(tasks: list[float], workers: int) -> float:
 
 def estimated(parts: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the seconds of a first use by number of workers, from the measured parts."""
-    checks, ops = parts["checks"], [op for op in support.OPS if op not in LOOKUP_OPS]  # these have a separate check
+    checks, ops = parts["checks"], [op for op in OPS if SPECS[op].family != "lookup"]  # these have a separate check
     serial = parts["start"] + sum(parts["inputs"][op] for op in ops)
     by_triton = {
         op: [part["seconds"] + checks[op] / len(by_dtype) for part in by_dtype.values()]
         for op, by_dtype in parts["compilations"].items()
     }
-    by_cuda = [checks[op] for op in ops if op not in support.NO_CUDA_OPS]
+    by_cuda = [checks[op] for op in ops if "cuda" in SPECS[op].backends]
     reference = [checks[op] for op in ops]
     # The supervisor starts with the longest tasks.
-    by_length = sorted(ops, key=lambda op: (op in TRITON_FIRST, op.endswith("_backward")), reverse=True)
+    by_length = sorted(ops, key=lambda op: (SPECS[op].is_matrix_product, op.endswith("_backward")), reverse=True)
     alone = [seconds for op in by_length for seconds in by_triton[op]]
-    with_cuda = [seconds for op in by_length if op in TRITON_FIRST for seconds in by_triton[op]]
+    with_cuda = [seconds for op in by_length if SPECS[op].is_matrix_product for seconds in by_triton[op]]
     return {
         f"{workers} workers": {
             "CUDA build": round(serial + makespan([*with_cuda, *by_cuda, *reference], workers), 1),
@@ -171,10 +172,10 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     start = start_seconds()
-    checks = {op: check_seconds(op) * GPU_RUNS for op in support.OPS}
+    checks = {op: check_seconds(op) * GPU_RUNS for op in OPS}
     parts = {
         "start": start,
-        "inputs": {op: inputs_seconds(op) for op in support.OPS},
+        "inputs": {op: inputs_seconds(op) for op in OPS},
         "checks": checks,
         "compilations": compile_seconds(),
     }

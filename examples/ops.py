@@ -31,7 +31,7 @@ def main() -> None:
 
     # Pruning: keep the 98 tokens with the highest scores, and fuse the others into one.
     scores = torch.rand(2, 197)
-    kept = tk.keep_topk(scores, 98, fuse=True)
+    kept = tk.keep_topk(scores, 98, num_prefix=1, fuse=True)
     print(f"keep_topk: {tk.merge(x, kept).shape[1]} tokens, the last one is the mean of {197 - 1 - 98}")
 
     # Attention that counts each merged token by its size, and returns each token's importance.

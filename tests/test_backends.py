@@ -11,7 +11,7 @@ import torch
 
 import tokred_kernels as tk
 from tokred_kernels import backends
-from tokred_kernels.backends import support
+from tokred_kernels.backends.triton import availability
 
 X = torch.randn(1, 6, 4)
 A_MAP = tk.TokenMap.identity(1, 6)
@@ -37,7 +37,7 @@ def test_use_backend_restores_after_an_error():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, cuda, triton, got 'gpu'"):
+    with pytest.raises(ValueError, match="name must be one of auto, reference, cpu, cuda, triton, got 'gpu'"):
         tk.use_backend("gpu")
 
 
@@ -50,16 +50,16 @@ def test_a_named_backend_that_cannot_serve_raises(call):
 
 
 def test_a_dtype_that_a_backend_lacks_raises():
-    assert "got float64" in backends.reason_against("merge", "triton", "cuda", torch.float64) or not triton_here()
+    assert "got float64" in backends.can_run("merge", "triton", "cuda", torch.float64) or not triton_here()
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        assert backends.reason_against("merge", "cpu", "cpu", dtype) is None
-        assert backends.reason_against("merge", "reference", "cpu", dtype) is None
+        assert backends.can_run("merge", "cpu", "cpu", dtype) is None
+        assert backends.can_run("merge", "reference", "cpu", dtype) is None
     for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
-        assert "cpu kernels take" in backends.reason_against("merge", "cpu", "cpu", dtype)
+        assert "cpu kernels take" in backends.can_run("merge", "cpu", "cpu", dtype)
 
 
 def triton_here():
-    return backends.reason_against("merge", "triton", "cuda", torch.float32) is None
+    return backends.can_run("merge", "triton", "cuda", torch.float32) is None
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_a_triton_that_is_too_old_is_not_taken(version, reason, monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", installed)
-    against = support._reason_against_triton()
+    availability.triton_failure.cache_clear()
+    against = availability.triton_failure()
     assert against is None if reason is None else against.startswith(reason)
-    monkeypatch.setattr(support, "_AGAINST_TRITON", against)
-    on_gpu = backends.reason_against("merge", "triton", "cuda", torch.float32)
-    assert on_gpu == against
+    assert backends.can_run("merge", "triton", "cuda", torch.float32) == against
+    availability.triton_failure.cache_clear()
 
 
 def test_show_config_tells_what_was_built(capsys):
@@ -97,7 +97,36 @@ def run(code, **environment):
 def test_the_environment_chooses_a_backend():
     code = "import torch, tokred_kernels as tk; print(tk.backends.choose('merge', torch.zeros(1, 1, 1)))"
     assert run(code, TOKRED_BACKEND="reference").stdout.strip() == "reference"
-    assert "backend must be one of" in run(code, TOKRED_BACKEND="best").stderr
+
+
+def test_an_unknown_backend_in_the_environment_is_one_error_at_the_first_use():
+    message = "TOKRED_BACKEND must be one of auto, reference, cpu, cuda, triton, got 'best'"
+    code = """
+import torch, tokred_kernels as tk
+x = torch.zeros(1, 4, 2)
+dest = torch.zeros(1, 4, dtype=torch.int32)
+for call in (
+    lambda: tk.bipartite_match(x, 1),
+    lambda: tk.token_attention(x[None], x[None], x[None]),
+    lambda: tk.merge(x, tk.TokenMap.identity(1, 4)),
+    lambda: tk.TokenMap(dest, 1).views(),
+    tk.show_config,
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    assert run(code, TOKRED_BACKEND="best").stdout.splitlines() == [message] * 5
+    for command in ("info", "check"):
+        result = subprocess.run(
+            [sys.executable, "-m", "tokred_kernels", command],
+            env={**os.environ, "TOKRED_BACKEND": "best"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
 ISA_CODE = """

@@ -10,7 +10,7 @@ import tokred_kernels as tk
 # As many images in each process: in the last case one has none.
 CASES = {"one each": (1, 1), "two and three": (2, 3), "none and two": (0, 2), "none at all": (0, 0)}
 MATCHES = {
-    "window": lambda x, **how: tk.window_match(x, 0.05, **how),
+    "window": lambda x, **how: tk.window_match(x, 0.05, **how, num_prefix=1),
     "threshold": lambda x, **how: tk.adaptive_bipartite_match(x, threshold=0.6, class_token=True, **how),
     "layer": lambda x, **how: tk.adaptive_bipartite_match(x, layer_index=3, class_token=True, **how),
 }

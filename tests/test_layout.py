@@ -8,21 +8,10 @@ from pathlib import Path
 import pytest
 
 import tokred_kernels as tk
-from tokred_kernels import backends
+from tokred_kernels.ops.registry import OPS, SPECS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tokred_kernels"
-# Ops that call another op's kernel with other arguments, and that op.
-BUILT_ON = {
-    "adaptive_bipartite_match": ("rank_candidates", "count_above_threshold", "build_match_map"),
-    "bipartite_merge": ("bipartite_match", "merge"),
-    "grid_bipartite_match": ("bipartite_match",),
-    "importance_match": ("rank_candidates", "build_match_map"),
-    "kth_bipartite_match": ("bipartite_match",),
-    "merge_wavg": ("merge",),
-    "random_bipartite_match": ("bipartite_match",),
-    "window_match": ("window_similarity", "window_map"),
-}
 # From the top to the bottom; a module imports from its own layer and those below.
 LAYERS = (
     ("__init__", "__main__"),
@@ -32,29 +21,18 @@ LAYERS = (
     ("models",),
     ("nn", "viz"),
     ("ops",),
-    ("token_map", "packing"),
+    ("token_map", "token_map_ops"),
     ("backends",),
-    ("checks", "dtypes", "files", "namedtuples", "partition", "version", "windows"),
+    ("packing", "partition", "windows"),
+    ("checks", "dtypes", "files", "namedtuples", "torch_state", "version"),
 )
-# Until the ops of token maps are registered below `ops`, and backends take lengths in place of a Packing.
-KNOWN_UPWARD = {
-    ("tokred_kernels.packing", "tokred_kernels.ops.library"),
-    ("tokred_kernels.token_map", "tokred_kernels.ops.library"),
-    ("tokred_kernels.token_map", "tokred_kernels.ops.to_csr"),
-    ("tokred_kernels.token_map", "tokred_kernels.ops.compose"),
-    ("tokred_kernels.backends.reference.token_attention", "tokred_kernels.packing"),
-    ("tokred_kernels.backends.selfcheck.cases.attention", "tokred_kernels.packing"),
-}
+# A table that imports nothing of the package: every layer can read it.
+REGISTRY = "tokred_kernels.ops.registry"
 DISPATCH = "tokred_kernels.backends.support"
-NOT_OPS = {"__init__", "arguments", "library", "counts"}
+NOT_OPS = {"__init__", "autograd", "availability", "counts", "registry"}
 NOT_KERNELS = {"dispatch", "pages"}
-# Registered beside the op whose gradient it is; the reference's gradients are autograd's.
-GRADIENTS = {
-    "merge_backward",
-    "token_attention_backward",
-    "lookup_gather_backward",
-    "lookup_scatter_backward",
-}
+# Registered in the file of the op; autograd computes the gradients of the reference.
+GRADIENTS = {name for name in OPS if name.endswith("_backward")}
 # Two whole-number kernels that share a file, and are tested with the token map.
 MAP_OPS = {"to_csr", "compose"}
 
@@ -64,23 +42,24 @@ def names(folder, suffix):
 
 
 def test_every_op_has_a_file_in_each_layer():
-    kernels = set(backends.OPS)
-    assert names(PACKAGE / "ops", ".py") - NOT_OPS == (kernels - GRADIENTS) | set(BUILT_ON)
-    assert names(PACKAGE / "backends/reference", ".py") - {"__init__", "segments"} == kernels - GRADIENTS
-    assert names(PACKAGE / "backends/native", ".py") - {"__init__"} == kernels
+    kernels, with_cuda = set(OPS), {name for name in OPS if "cuda" in SPECS[name].backends}
+    built = set(SPECS) - kernels
+    assert names(PACKAGE / "ops", ".py") - NOT_OPS == (kernels - GRADIENTS - MAP_OPS) | built
+    assert names(PACKAGE / "backends/reference", ".py") - NOT_OPS - {"segments"} == kernels - GRADIENTS
+    assert names(PACKAGE / "backends/native", ".py") - NOT_OPS == kernels
     assert kernels <= names(PACKAGE / "backends/triton", ".py")
     assert names(ROOT / "csrc/cpu", ".cpp") - NOT_KERNELS == (kernels - MAP_OPS) | {"maps"}
-    assert names(ROOT / "csrc/cuda", ".cu") == (kernels - MAP_OPS - set(backends.NO_CUDA_OPS)) | {"maps"}
+    assert names(ROOT / "csrc/cuda", ".cu") == (with_cuda - MAP_OPS) | {"maps"}
     tested = {
         name.removeprefix("test_").removesuffix("_packed") for name in names(ROOT / "tests/ops", ".py") - {"conftest"}
     }
-    assert tested == (kernels - GRADIENTS - MAP_OPS) | set(BUILT_ON)
+    assert tested == (kernels - GRADIENTS - MAP_OPS) | built
 
 
 def test_every_public_op_has_a_benchmark_case():
     cases = "".join(path.read_text() for path in (ROOT / "benchmarks/families").glob("*.py"))
-    for op in {*backends.OPS, *BUILT_ON} & set(tk.__all__):
-        assert re.search(rf'"{op}"', cases), f"benchmarks/families has no case of {op}"
+    for op in set(SPECS) & set(tk.__all__):
+        assert re.search(rf'"{op}"', cases), f"benchmarks/families must have a case of {op}"
 
 
 def package_modules():
@@ -114,6 +93,8 @@ def import_graph():
 
 
 def layer_of(module):
+    if module == REGISTRY:
+        return len(LAYERS)
     folder = module.split(".")[1] if "." in module else "__init__"
     return next(number for number, layer in enumerate(LAYERS) if folder in layer)
 
@@ -125,7 +106,7 @@ def test_imports_go_down_the_layers():
         for target in targets
         if layer_of(target) < layer_of(module)
     }
-    assert upward == KNOWN_UPWARD
+    assert not upward
 
 
 def test_imports_have_no_circle():

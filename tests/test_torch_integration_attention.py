@@ -15,7 +15,7 @@ def attend_and_prune(qkv, policy):
     """(B, N, 3 H d): attention with a policy, EViT's reduction by importance, attention with the sizes that came."""
     q, k, v = qkv.unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind()
     out, worth = tk.token_attention(q, k, v, policy=policy, importance="class")
-    token_map = tk.keep_topk(worth, 5, fuse=True)
+    token_map = tk.keep_topk(worth, 5, fuse=True, num_prefix=1)
     x = out.transpose(1, 2).flatten(2)
     y = tk.merge(x, token_map, reduce="sum", weight=torch.where(token_map.dest < 6, 1.0, worth))
     size = tk.merge(torch.ones_like(x[..., :1]), token_map, reduce="sum")

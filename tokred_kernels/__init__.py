@@ -11,7 +11,7 @@ from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.bipartite_merge import MergeOutput, bipartite_merge
 from tokred_kernels.ops.grid_bipartite_match import grid_bipartite_match
-from tokred_kernels.ops.importance_match import importance_match
+from tokred_kernels.ops.importance_match import ImportanceMatch, importance_match
 from tokred_kernels.ops.keep_topk import keep_topk
 from tokred_kernels.ops.kth_bipartite_match import kth_bipartite_match
 from tokred_kernels.ops.lookup_gather import lookup_gather
@@ -29,6 +29,7 @@ from tokred_kernels.version import __version__
 
 __all__ = [
     "FoundRates",
+    "ImportanceMatch",
     "MergeOutput",
     "Packing",
     "Thresholds",

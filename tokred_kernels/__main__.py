@@ -30,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--deep", action="store_true", help="run many more cases")
     check.add_argument("--json", action="store_true", help="print the verdicts as JSON on the last line")
     options = parser.parse_args(arguments)
+    try:
+        backends.requested()
+    except ValueError as error:
+        parser.error(str(error))
     if options.command == "info":
         show_config()
         return 0
@@ -69,7 +73,7 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _device(name: str | None, parser: argparse.ArgumentParser) -> torch.device:
-    """Return the device to check; exit if there is no such device."""
+    """Return the device to check; exit if it does not exist."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

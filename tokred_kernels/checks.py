@@ -20,12 +20,12 @@ WIDEST = 2**20  # the largest embedding dimension that a module is made for; wei
 
 
 def shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape as a plain tuple, for messages."""
+    """Return the shape as a plain tuple, for messages."""
     return tuple(tensor.shape)
 
 
 def check_floating(op: str, name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a dense tensor of a floating dtype that the kernels know."""
+    """Raise TypeError unless `value` is a dense tensor of a floating-point dtype that the kernels take."""
     if isinstance(value, Tensor) and value.dtype not in FLOATING:
         raise TypeError(
             f"tokred_kernels.{op}: {name} must be float32, float16, bfloat16 or float64, got {value.dtype}; "
@@ -104,7 +104,7 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
 
 
 def check_real(op: str, name: str, value: Any, *, infinite: bool = False, above: float | None = None) -> float:
-    """Return the number as a float; raise unless it is one (a tensor would lose its gradient), and no NaN.
+    """Return the number as a float; raise unless it is a number (a tensor would lose its gradient) other than NaN.
 
     It must be finite unless `infinite`, and greater than `above`.
     """
@@ -141,13 +141,13 @@ def check_generator(op: str, generator: Any) -> None:
 
 
 def _typed(value: Any) -> str:
-    """The type of a value, and the value if it is short, for a message."""
+    """Return the type of a value, and the value unless it is a tensor, for a message."""
     kind = type(value).__name__
     return kind if isinstance(value, Tensor) else f"{kind} ({shown(value)})"
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut short: Python does not print integers of thousands of digits."""
+    """Return a short text of a value for a message; Python raises on printing integers of thousands of digits."""
     if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
         return f"an int of {int(value).bit_length()} bits"
     return type(value).__name__ if isinstance(value, Tensor) else repr(value)[:80]
@@ -162,19 +162,19 @@ def check_same_device(op: str, name: str, value: Tensor, other_name: str, other:
         )
 
 
-def prefix_length(op: str, num_prefix: int | None, class_token: bool, distill_token: bool) -> int | None:
-    """Return the number of protected leading tokens if `num_prefix` gives it, None if ToMe's two flags do.
+def prefix_length(op: str, num_prefix: int, class_token: bool, distill_token: bool) -> int | None:
+    """Return `num_prefix`, or None if it is 0: then ToMe's two flags say which tokens are protected.
 
     Raises:
         TypeError: a flag is not a bool, or `num_prefix` is not an int.
-        ValueError: `num_prefix` is negative, or given together with a flag.
+        ValueError: `num_prefix` is negative, or is above 0 together with a flag.
     """
     if type(class_token) is not bool or type(distill_token) is not bool:
         check_flag(op, "class_token", class_token)
         check_flag(op, "distill_token", distill_token)
-    if num_prefix is None:
-        return None
     num_prefix = check_count(op, "num_prefix", num_prefix)
+    if num_prefix == 0:
+        return None
     if class_token or distill_token:
         raise ValueError(
             f"tokred_kernels.{op}: give num_prefix or class_token/distill_token, not both, "
@@ -184,9 +184,9 @@ def prefix_length(op: str, num_prefix: int | None, class_token: bool, distill_to
 
 
 def is_per_row(value: Tensor, rows: tuple[int, ...]) -> bool:
-    """Whether `value` has the shape `rows`, or that and a dimension of 1.
+    """Return whether `value` has the shape `rows`, or `rows` and a last dimension of 1.
 
-    Compared one by one: where torch.compile leaves a number open, `in` finds none.
+    Two comparisons, since `in` fails if torch.compile leaves a size symbolic.
     """
     if value.shape == rows:
         return True

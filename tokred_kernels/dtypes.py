@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What sums are kept in."""
+"""The dtypes of inputs under autocast, and of sums."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def is_autocasting(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor lies; torch raises where it knows none, as on "meta"."""
+    """Return whether autocast is on for the tensor's device; torch raises for devices without it, such as meta."""
     kind = tensor.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def autocasted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where that is on, but for float64: as torch's own attention takes its inputs.
+    """Return the tensors in autocast's dtype if autocast is on, except float64: torch's own attention does the same.
 
-    On a GPU autocast lets norms return float32 and linear layers half precision, so that q, k and v may differ.
+    On a GPU under autocast, norms return float32 and linear layers half precision, so q, k and v can differ.
     """
     if not is_autocasting(tensors[0]):
         return tensors
@@ -25,5 +25,5 @@ def autocasted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def accumulator_of(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
+    """Return the dtype of sums: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

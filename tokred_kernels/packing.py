@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How images of several lengths lie in one tensor."""
+"""Packing: the layout of images of several lengths in one tensor."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokred_kernels.checks import MAX_ROWS, check_count, check_device, shape
-from tokred_kernels.ops.library import can_bypass_dispatcher
+from tokred_kernels.checks import MAX_ROWS, check_count, check_dense, check_device, shape
+from tokred_kernels.torch_state import can_bypass_dispatcher
 
 
 class Packing(NamedTuple):
-    """How images of several lengths lie one after the other in one tensor, as variable-length attention takes them.
+    """The layout of images of several lengths, one after the other in one tensor, as in variable-length attention.
 
     Attributes:
-        cu_seqlens: (B + 1,) int32, where each image's rows start, and, last, where they end.
-        lengths: the same as a row count for each image, on the host.
+        cu_seqlens: (B + 1,) int32, the first row of each image, and the end of the last one.
+        lengths: the number of rows of each image, on the host.
     """
 
     cu_seqlens: Tensor
@@ -26,7 +26,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device) -> Packing:
-        """The packing of images of these lengths.
+        """Return the packing of images of these lengths.
 
         Raises:
             TypeError: `lengths` is not a tuple of ints, or `device` is not a device.
@@ -39,7 +39,7 @@ class Packing(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many rows there are in all."""
+        """The total number of rows."""
         return sum(self.lengths)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Packing:
@@ -61,9 +61,9 @@ def check_lengths(op: str, name: str, lengths: Any) -> None:
 
 
 def check_packing(op: str, packed: Any) -> Packing:
-    """`packed` with a contiguous tensor; raise unless it is a Packing whose tensor a kernel may follow.
+    """Return `packed` with a contiguous tensor; raise unless it is a valid Packing.
 
-    Whether the tensor tells the lengths is looked at where it costs nothing: on a CPU, outside of graphs.
+    The tensor's entries are compared with the lengths only on a CPU and outside graphs, since that costs nothing.
     """
     if not isinstance(packed, Packing):
         raise TypeError(f"tokred_kernels.{op}: packed must be a Packing, got {type(packed).__name__}")
@@ -72,18 +72,17 @@ def check_packing(op: str, packed: Any) -> Packing:
         got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
         raise TypeError(f"tokred_kernels.{op}: packed.cu_seqlens must be an int32 tensor, got {got}")
     check_lengths(op, "packed.lengths", lengths)
-    if starts.layout is not torch.strided or starts.is_nested:
-        raise TypeError(f"tokred_kernels.{op}: packed.cu_seqlens must be a dense (strided) tensor")
+    check_dense(op, "packed.cu_seqlens", starts)
     if starts.shape != (len(lengths) + 1,):
         raise ValueError(
             f"tokred_kernels.{op}: packed.cu_seqlens must be ({len(lengths) + 1},), one more than packed.lengths has, "
             f"got shape {shape(starts)}"
         )
     if starts.is_cpu and can_bypass_dispatcher(starts):
-        told = starts.tolist()
-        if told != list(accumulate(lengths, initial=0)):
+        found = starts.tolist()
+        if found != list(accumulate(lengths, initial=0)):
             raise ValueError(
                 f"tokred_kernels.{op}: packed.cu_seqlens must be where images of packed.lengths = {lengths} start and "
-                f"end, got {told}"
+                f"end, got {found}"
             )
     return packed if starts.is_contiguous() else Packing(starts.contiguous(), lengths)

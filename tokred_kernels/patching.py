@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tokred_kernels import backends
-from tokred_kernels.checks import shown
+from tokred_kernels.checks import check_flag, shown
 from tokred_kernels.methods import ALGM, DiffRate, DynamicViT, EViT, Method, ToMe, ToMeSD
 from tokred_kernels.methods.tomesd import DENOISERS
 from tokred_kernels.models.patched import PatchInfo
@@ -65,13 +65,14 @@ def patch(model: Model, method: str | Method, *, replace: bool = False, **settin
         NotImplementedError: a model, block or attention that is not supported.
         ImportError: timm, transformers or diffusers is too old, or not installed.
     """
-    if method == LOOKUPVIT:
+    check_flag("patch", "replace", replace)
+    if isinstance(method, str) and method == LOOKUPVIT:
         return _lookupvit(model, settings)
     if isinstance(method, Method):
         if settings:
             raise TypeError(
                 f"tokred_kernels.patch: settings must be given to {type(method).__name__}(...), got "
-                f"{', '.join(settings)} beside it"
+                f"{', '.join(settings)} in patch"
             )
     else:
         if not isinstance(method, str) or method not in METHODS:

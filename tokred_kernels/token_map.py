@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The token map: where each token goes. Every selector makes one, every mover follows one."""
+"""The token map: where each token goes. Selectors return token maps; merge and unmerge take them."""
 
 from __future__ import annotations
 
@@ -11,41 +11,40 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tokred_kernels.checks import MAX_ROWS, check_count, check_device, has_too_many, shape, shown
-from tokred_kernels.ops.compose import compose
-from tokred_kernels.ops.library import can_bypass_dispatcher
-from tokred_kernels.ops.to_csr import to_csr
 from tokred_kernels.packing import Packing
+from tokred_kernels.token_map_ops import compose, to_csr
+from tokred_kernels.torch_state import can_bypass_dispatcher
 
 
 class TokenMap:
-    """Where each of N tokens goes, for every image of a batch: into one of `num_out` slots, or nowhere.
+    """The destination of each of N tokens, for every image of a batch: one of `num_out` slots, or none.
 
-    Shapes: B images, N tokens, N' = `num_out` slots. All tensors are int32 and on one device.
+    A slot is an output token. Shapes: B images, N tokens, N' = `num_out` slots. All tensors are int32, on one device.
 
     Attributes:
-        dest: (B, N), the slot of each token, -1 where the token is dropped.
+        dest: (B, N), the slot of each token, -1 for a dropped token.
         num_out: N', the same for every image.
-        members: (B * N,), the absolute rows b * N + n of the kept tokens, grouped by slot and ascending inside a slot;
-            image b owns members[b * N : (b + 1) * N], whose unused tail holds -1.
-        begin: (B, N'), where a slot's members start in `members`.
-        count: (B, N'), how many members a slot has; 0 is allowed.
+        members: (B * N,), the absolute rows b * N + n of the kept tokens, grouped by slot and ascending in each slot.
+            Image b has members[b * N : (b + 1) * N], whose unused tail holds -1.
+        begin: (B, N'), the start of each slot's members in `members`.
+        count: (B, N'), the number of members of each slot; it can be 0.
 
-    `members`, `begin` and `count` say the same as `dest`; a selector writes both views, and a map that was made from
-    `dest` alone makes them when they are first asked for.
+    `members`, `begin` and `count` are equivalent to `dest`. Selectors write both; a map made from `dest` alone computes
+    the others at first use.
 
-    In a **packed** map every image keeps its own count. Its output is (T', C), T' = `num_out` being the sum of the
-    images' counts, with `packed.cu_seqlens` (B + 1,) saying where each image starts. There `dest` holds rows of that
-    output, and `begin` and `count` are (T',). What goes in is (B, N, C) still, or, after an earlier packed map, (T, C)
-    with `packed_in`; then `dest` is (T,). Movers take a packed map as any other.
+    In a **packed** map, each image has its own number of slots. The output is (T', C): T' = `num_out` is the sum
+    over the images, and `packed.cu_seqlens` (B + 1,) holds the first row of each image. `dest` then holds rows of the
+    output, and `begin` and `count` are (T',). The input is (B, N, C), or, after an earlier packed map, (T, C) with
+    `packed_in`; then `dest` is (T,). Merge and unmerge take packed maps like any other.
 
     The constructor checks types, shapes and devices, and on the CPU all entries; on a GPU it reads nothing back. Do not
     change the tensors in place: the CPU kernels raise RuntimeError for an index that is out of range, but other changes
     are not detected.
 
     Raises:
-        TypeError: a tensor that is missing or is not int32, or a `num_out` that is not an int.
-        ValueError: shapes or devices that do not fit together, entries of `dest` outside -1 to num_out - 1, or
-            `members`, `begin` and `count` that are not those of `dest`.
+        TypeError: a tensor is missing or not int32, or `num_out` is not an int.
+        ValueError: shapes or devices do not fit together, an entry of `dest` is outside -1 to num_out - 1, or
+            `members`, `begin` and `count` do not match `dest`.
     """
 
     dest: Tensor
@@ -132,17 +131,17 @@ class TokenMap:
 
     @classmethod
     def from_dest(cls, dest: Tensor, num_out: int | None = None) -> TokenMap:
-        """A map from the slot of each token.
+        """Return the map with these slots.
 
         Args:
-            dest: (B, N), any integer dtype, -1 for a token that is dropped.
+            dest: (B, N), of any integer dtype: the slot of each token, -1 for a dropped token.
             num_out: the number of slots; default one more than the largest entry.
 
         Raises:
-            TypeError: `dest` is no integer tensor.
-            ValueError: `dest` is not (B, N), or has an entry under -1 or of at least `num_out`.
+            TypeError: `dest` is not an integer tensor.
+            ValueError: `dest` is not (B, N), or has an entry below -1 or not below `num_out`.
 
-        Checking the entries reads them back to the host: call this when building a map by hand, not in a hot loop.
+        The check of the entries reads them back to the host: use this to build a map by hand, not in a hot loop.
         """
         if not isinstance(dest, Tensor) or dest.is_floating_point() or dest.is_complex() or dest.dtype == torch.bool:
             got = dest.dtype if isinstance(dest, Tensor) else type(dest).__name__
@@ -167,22 +166,22 @@ class TokenMap:
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of tokens that go in; of a map that takes packed tokens, those of all images together."""
+        """N, the number of input tokens; for packed inputs, the total over all images."""
         return self.dest.shape[-1]
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """What x.shape[:-1] must be: (B, N), or (T,) where packed tokens go in."""
+        """The required x.shape[:-1]: (B, N), or (T,) for packed inputs."""
         return tuple(self.dest.shape)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """What y.shape[:-1] is: (B, N'), or (T',) where packed tokens come out."""
+        """The y.shape[:-1] of the output: (B, N'), or (T',) for a packed map."""
         return (self.dest.shape[0], self.num_out) if self.packed is None else (self.num_out,)
 
     @property
     def device(self) -> torch.device:
-        """Where the map's tensors are."""
+        """The device of the map's tensors."""
         return self.dest.device
 
     @property
@@ -217,21 +216,21 @@ class TokenMap:
         return views
 
     def as_rows(self) -> TokenMap:
-        """A packed map as a rectangular one, of a single image that has all the rows: how kernels see it."""
+        """Return a packed map as a rectangular map of one image with all rows, for the kernels."""
         members, begin, count = self.views()
         return TokenMap._trusted(self.dest.view(1, -1), self.num_out, members, begin.view(1, -1), count.view(1, -1))
 
     def then(self, after: TokenMap) -> TokenMap:
-        """This map followed by `after`: from this map's tokens to the slots of `after`, in O(B N).
+        """Return this map followed by `after`: from this map's tokens to the slots of `after`, in O(B N).
 
         Raises:
-            TypeError: `after` is no TokenMap.
+            TypeError: `after` is not a TokenMap.
             ValueError: `after` does not take this map's slots (another B, N or packing), or is on another device.
         """
         if not isinstance(after, TokenMap):
             raise TypeError(f"TokenMap.then: after must be a TokenMap, got {type(after).__name__}")
         first, second = self.dest, after.dest
-        if self.packed is None and after.packed_in is None:  # the usual case, in few steps: a model's layers compose
+        if self.packed is None and after.packed_in is None:  # the usual case, between layers of a model
             fits = second.shape == (first.shape[0], self.num_out)
         else:
             fits = second.shape == self.out_shape and _lengths(self.packed) == _lengths(after.packed_in)
@@ -246,10 +245,10 @@ class TokenMap:
         return TokenMap._trusted(dest, after.num_out, None, None, None, after.packed, self.packed_in)
 
     def image(self, index: int) -> TokenMap:
-        """The map of one image alone, rectangular: of its N tokens, or however many it has, to its own slots.
+        """Return the rectangular map of one image, from its tokens to its slots.
 
         Raises:
-            ValueError: there is no such image.
+            ValueError: `index` is not below the number of images.
         """
         check_count("TokenMap.image", "index", index)
         if index >= self.batch:
@@ -265,9 +264,9 @@ class TokenMap:
         return TokenMap._trusted(torch.where(dest < 0, -1, dest - first)[None], self.packed.lengths[index])
 
     def source(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense (B, N', N) matrix of zeros and ones that published code carries: row s marks the members of slot s.
+        """Return the dense (B, N', N) matrix of ToMe's code: row s has ones for the members of slot s, else zeros.
 
-        O(B N' N) memory: for looking at, not for computing with. Of a packed map it is (T', rows that go in).
+        Takes O(B N' N) memory: use it for inspection only. For a packed map it is (T', input rows).
 
         Raises:
             TypeError: `dtype` is not a torch.dtype.
@@ -280,7 +279,7 @@ class TokenMap:
         return (self.dest[:, None, :] == slots[None, :, None]).to(dtype)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TokenMap:
-        """The map with its tensors on `device`.
+        """Return the map with its tensors on `device`.
 
         Raises:
             TypeError, ValueError: `device` is not a torch.device, its name or its index.
@@ -383,7 +382,7 @@ def _is_readable(tensor: Tensor) -> bool:
 
 
 def _outside_inference_mode() -> AbstractContextManager[Any]:
-    """Where a map makes the views that it keeps: tensors of inference mode could never be saved for a gradient."""
+    """Return a context outside inference mode, whose tensors cannot be saved for a backward pass."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)
@@ -399,7 +398,7 @@ def _lengths(packing: Packing | None) -> tuple[int, ...] | None:
 
 
 def _rows(token_map: TokenMap, out: bool = False) -> str:
-    """What goes into a map, or comes out of it, in words."""
+    """Describe the input of a map, or its output, for a message."""
     packing = token_map.packed if out else token_map.packed_in
     if packing is not None:
         return f"batch={token_map.batch}, {list(packing.lengths)} packed tokens"

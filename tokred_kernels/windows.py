@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a grid of tokens is cut into windows."""
+"""The windows of a grid of tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class Windows(NamedTuple):
-    """Windows of `height` x `width` tokens over a grid that follows `first` tokens, row by row, from its top left.
+    """Windows of `height` x `width` tokens from the top left of a grid that follows `first` tokens, row by row.
 
-    What is left at the right and the bottom of a grid that they do not divide, the rim, is in no window.
+    If they do not divide the grid, the rest at its right and bottom, the rim, is in no window.
     """
 
     first: int
@@ -19,29 +19,29 @@ class Windows(NamedTuple):
     width: int
 
     def num_tokens(self) -> int:
-        """N, with the leading tokens."""
+        """Return N, including the leading tokens."""
         return self.first + self.grid_height * self.grid_width
 
     def down(self) -> int:
-        """Windows in a column."""
+        """Return the number of windows in a column."""
         return self.grid_height // self.height
 
     def across(self) -> int:
-        """Windows in a row."""
+        """Return the number of windows in a row."""
         return self.grid_width // self.width
 
     def number(self) -> int:
-        """W, all windows of an image."""
+        """Return W, the number of windows of an image."""
         return self.down() * self.across()
 
     def size(self) -> int:
-        """Tokens of a window."""
+        """Return the number of tokens in a window."""
         return self.height * self.width
 
 
 # The windows among the arguments of a registered op.
 SCHEMA = "SymInt first, SymInt grid_height, SymInt grid_width, SymInt height, SymInt width"
-# What they must be; see `ops.arguments`.
+# Their rules; see `backends.arguments`.
 RULES = {
     "first": "first >= 0",
     "grid_height": "grid_height >= 0",

@@ -145,7 +145,7 @@ def reason_against(case: ModelCase, backend: str, failed: Failed | None = None) 
     if backend == backends.AUTO:
         return None
     dtype = getattr(torch, case.dtype)
-    reasons = [backends.reason_against(op, backend, case.device, dtype) for op in REQUIRED_OPS]
+    reasons = [backends.can_run(op, backend, case.device, dtype) for op in REQUIRED_OPS]
     reasons += [(failed or {}).get((backend, op)) for op in (*REQUIRED_OPS, OPTIONAL_OP)]
     return next(filter(None, reasons), None)
 

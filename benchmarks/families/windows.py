@@ -49,7 +49,7 @@ class WindowCase(Case):
         return {"clone": lambda i: i.x.clone()} if self.op == "window_merge" else {}
 
     def ours(self, inputs: SimpleNamespace) -> Any:
-        token_map = tk.window_match(inputs.x, inputs.threshold, window=self.window)
+        token_map = tk.window_match(inputs.x, inputs.threshold, window=self.window, num_prefix=1)
         if self.op == "window_match":
             return token_map
         return tk.MergeOutput(*tk.merge_wavg(inputs.x, token_map), token_map)

@@ -76,7 +76,6 @@ def reason_against(case: Case, backend: str, failed: Failed | None = None) -> st
     if case.training:
         ops += tuple(BACKWARD[op] for op in ops if op in BACKWARD)
     reasons = (
-        backends.reason_against(op, backend, case.device, case.torch_dtype) or (failed or {}).get((backend, op))
-        for op in ops
+        backends.can_run(op, backend, case.device, case.torch_dtype) or (failed or {}).get((backend, op)) for op in ops
     )
     return next(filter(None, reasons), None)

@@ -3,7 +3,7 @@
 // implementation of an op take the same struct, so that the binding fills it once.
 //
 // Letters: B images, N tokens, C channels, D metric channels, H heads, N' output slots per image.
-// Rows are absolute, b * N + n, so the movers never see images. All integer tensors are int32 and contiguous;
+// Rows are absolute, b * N + n, so merge and unmerge never see images. All integer tensors are int32 and contiguous;
 // all tensors have a last stride of 1. "acc" is the type sums are kept in: double for double, else float.
 #pragma once
 
@@ -25,7 +25,7 @@ enum class Reduce : int { sum = 0, mean = 1, amax = 2 };
 // The r best sources (similarity descending, ties to the lower source number) join their best destination.
 // protected_src > 0 comes with sources_by_index only, so that the protected sources lead the unmerged ones.
 // Slots after `first`, with unm the sources that did not join (by source number if sources_by_index, else by
-// descending similarity) and P = protected_dst, or num_src - r where that is less:
+// descending similarity) and P = min(protected_dst, num_src - r):
 //   unm u  -> 2 u if u < P, else u + P
 //   dst j  -> 2 j + 1 if j < P, else (num_src - r) + j
 struct Partition {
@@ -57,11 +57,11 @@ struct MatchProblem {
 // A token map's two views. num_out is N'; for image b the members occupy members[b * N, (b + 1) * N), grouped by
 // slot, ascending inside a slot; what dropped tokens leave free at the end holds -1.
 struct MatchArgs : MatchProblem {  // never packed
-  int32_t* dest;                   // (B, N): the slot of each token, -1 where it is dropped
+  int32_t* dest;                   // (B, N): the slot of each token, -1 if it is dropped
   int32_t* members;                // (B * N): absolute rows
   int32_t* begin;                  // (B * N'): where a slot's members start in `members`
   int32_t* count;                  // (B * N'): how many there are
-  void* workspace;                 // bytes as match_workspace_bytes says, or null where that is 0
+  void* workspace;                 // of match_workspace_bytes(args) bytes, or null if that is 0
 };
 
 // The part of a match that does not depend on r. A source that is protected, or absent because its image is shorter
@@ -70,10 +70,10 @@ struct BestMatchArgs : MatchProblem {
   float* score;      // (B, num_src): the highest cosine
   int32_t* partner;  // (B, num_src): the number of the destination that has it, the lowest of equals
   int32_t* rank;     // (B, num_src): the place among the sources that may join, by descending score, ties by number
-  void* workspace;   // bytes as rank_candidates_workspace_bytes says, or null where that is 0
+  void* workspace;   // of rank_candidates_workspace_bytes(args) bytes, or null if that is 0
 };
 
-// The map of a match, r of whose sources join. Where r is 0 every token keeps its place.
+// The map of a match in which r sources join. If r is 0, every token keeps its place.
 // Packed (counts and starts_out given): counts[b] takes the place of r in image b, its slots are the rows starts_out[b]
 // to starts_out[b + 1] of the output, dest holds such rows, and begin and count have one entry for each of them,
 // num_out in all. Then tokens may come packed as well, as in MatchProblem (starts_in given), and an image's members
@@ -81,7 +81,7 @@ struct BestMatchArgs : MatchProblem {
 struct MatchMapArgs {
   const int32_t* partner;  // (B, num_src)
   const int32_t* rank;     // (B, num_src)
-  int64_t images, tokens;  // tokens: N; those of all images together where they come packed
+  int64_t images, tokens;  // tokens: N, or the total over all images if they are packed
   Partition partition;
   const int32_t* counts;      // (B), or null
   const int32_t* starts_in;   // (B + 1), or null
@@ -113,7 +113,7 @@ struct Windows {
 };
 
 // With unit vectors u_i (0 for a zero token) of a window of n tokens: (|sum u_i|^2 - sum |u_i|^2) / (n (n - 1)), its
-// mean pairwise cosine, in float; -infinity where that is NaN.
+// mean pairwise cosine, in float; -infinity instead of NaN.
 struct WindowSimilarityArgs {
   const void* x;  // (B, N, C)
   int64_t stride_b, stride_n;
@@ -287,8 +287,8 @@ struct LookupGatherBackwardArgs : LookupProblem {
   const void* out;                 // (B, M, H, d), dtype, contiguous
   const void* lse;                 // (B, H, M), acc
   void *grad_q, *grad_k, *grad_v;  // (B, M, H, d), (B, N, H, d) and again, dtype, contiguous
-  // Of a scatter by the same weights, whose share of ds, A (scatter_v scatter_grad^T), and so of grad_q and grad_k, is
-  // added here; or null. On the CPU alone.
+  // v and the output gradient of a scatter with the same weights, or null. Its part of ds, A (scatter_v
+  // scatter_grad^T), is added here, and so is its part of grad_q and grad_k. On the CPU only.
   const void* scatter_v;  // (B, H, M, d)
   int64_t scatter_v_strides[3];
   const void* scatter_grad;  // (B, H, N, d)

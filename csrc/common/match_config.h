@@ -37,8 +37,8 @@ enum class Resident : int {
 
 // Rows of a chunk in shared memory.
 constexpr int stage_rows(Resident resident) { return resident == Resident::none ? kTileRows : kTileDestinations; }
-// Inverse norms of a streamed tile: those of the sources, and twice those of the destinations, whose next tile is on
-// its way while this one is compared.
+// Inverse norms of a streamed tile: one for each source and, since the next tile of destinations loads while this one
+// is compared, one for each destination of each stage.
 constexpr int kStreamedNorms = kTileSources + kStages * kTileDestinations;
 
 // Warps side by side over a tile's destinations; each brings its own best to the block's.

@@ -9,7 +9,7 @@
 
 namespace tokred {
 
-// Keys compare as the floats do, the two zeros equal. NaN must not come here: it never wins, so it is never kept.
+// Keys compare like the floats; the two zeros are equal. `value` must not be NaN, which never wins a comparison.
 TOKRED_HD uint32_t ordered_key(float value) {
   const float canonical = value + 0.0f;  // -0 becomes 0
   uint32_t bits;
@@ -25,10 +25,10 @@ TOKRED_HD float key_score(uint32_t key) {
   return value;
 }
 
-// The key of what never takes part: below that of every number, -infinity included.
+// The key of an absent entry: below the key of every number, including -infinity.
 constexpr uint32_t kAbsentKey = 0;
 
-// A score and whose it is, in one integer: the greater wins, and of equal scores the lower index.
+// A score and its index in one integer: the greater score wins, and of equal scores the lower index.
 TOKRED_HD uint64_t pack_candidate(float score, int32_t index) {
   return static_cast<uint64_t>(ordered_key(score)) << 32 | ~static_cast<uint32_t>(index);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// How the kernels that go through rows (the movers and window_similarity) cut them into vectors and lanes.
+// How the kernels that read rows (merge, unmerge and window_similarity) split them into vectors and lanes.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace tokred {
 
 // Threads of a block: eight warps, so that enough blocks fit a multiprocessor for their loads to overlap.
 constexpr int kRowThreads = 256;
-// Blocks that a multiprocessor must hold at least: 32 warps, each thread with 64 registers, which all movers fit.
+// Blocks that a multiprocessor must hold at least: 32 warps, each thread with 64 registers, which suffices.
 constexpr int kRowBlocks = 4;
 constexpr int kRowWarps = kRowThreads / kLanes;
 // Vectors a lane has in flight: with 16 bytes each that is 2 KB a warp, 64 KB a multiprocessor at four blocks.
@@ -29,7 +29,7 @@ struct RowConfig {
   int rows_per_block;
 };
 
-// The fewest lanes, of which each has at most so many vectors of a row; at most a warp.
+// The log2 of the fewest lanes that hold at most `of_each` vectors of a row each; at most a warp.
 inline int row_lanes_log2(int64_t vectors, int of_each) {
   int lanes_log2 = 0;
   while ((int64_t{of_each} << lanes_log2) < vectors && (1 << lanes_log2) < kLanes) ++lanes_log2;
@@ -54,9 +54,8 @@ inline RowConfig row_config(int64_t channels, int element_bytes, uintptr_t align
 }
 
 // A group of lanes has a small window (see window_similarity.cu), and a lane reads neighbouring units of 16 bytes, a
-// sector of memory, at a time. Each lane has up to so many sectors of every row, so that the sums over the group stay a
-// small part of the work; but where there are enough of them, so many lanes lie side by side that they read a whole
-// line.
+// sector of memory, at a time. Each lane has up to kSectorsOfLane sectors of every row, so that the sums over the
+// group stay a small part of the work; rows with enough sectors get enough neighbouring lanes to read a whole line.
 constexpr int kSectorUnits = 2;
 constexpr int kSectorsOfLane = 4;
 constexpr int kLineLanesLog2 = 2;

@@ -115,7 +115,7 @@ inline void pack_amx_rows(const BFloat16* from, int64_t stride, int64_t n, int64
   }
 }
 
-// Words of 16 rows, of which each vector has 16, turned: vector i gets word i of every row.
+// Transposes 16 vectors of 16 words: vector i gets word i of every row.
 inline void transpose_words(__m512i (&v)[16]) {
   __m512i w[16];
   for (int i = 0; i < 16; i += 2) {
@@ -157,8 +157,8 @@ inline void pack_amx_transposed(const BFloat16* from, int64_t stride, int64_t n,
   }
 }
 
-// Rows (n, d) at a stride as columns: row c gets value c of each, zeros behind the n up to `rows`, a multiple of
-// kTileSteps and the stride of what is written. So many channels are as fill whole tiles of steps.
+// Writes rows (n, d) with a stride as columns: output row c gets value c of each row, then zeros up to `rows`, which is
+// a multiple of kTileSteps and the stride of the output. The channels are padded to whole tiles of steps.
 inline void pack_amx_columns(const BFloat16* from, int64_t stride, int64_t n, int64_t d, int64_t rows, BFloat16* to) {
   alignas(64) uint16_t evens[32], odds[32];
   for (int i = 0; i < 32; ++i) evens[i] = 2 * i, odds[i] = 2 * i + 1;
@@ -185,7 +185,7 @@ inline void pack_amx_columns(const BFloat16* from, int64_t stride, int64_t n, in
 // Rows (n, d) at a stride as the panels of themselves: `steps` rows are its steps, zeros behind the n.
 inline void pack_amx_panels(const BFloat16* from, int64_t stride, int64_t n, int64_t d, int64_t steps, uint32_t* to) {
   const int64_t panel_words = steps / 2 * kTileColumns;
-  // Of two rows the values side by side: the first half of them, and the second.
+  // Indices that interleave the values of two rows: the first half, and the second half.
   alignas(64) uint16_t first_half[32], second_half[32];
   for (int i = 0; i < 16; ++i) {
     first_half[2 * i] = i, first_half[2 * i + 1] = 32 + i;

@@ -42,7 +42,7 @@ class VectorGradients {
     clear(grad_values_, s.keys * s.padded);
   }
 
-  // Of a block of queries: scores = q k^T and grads = grad_out v^T, (kQueries, keys) both.
+  // For a block of queries, writes scores = q k^T and grads = grad_out v^T, both (kQueries, keys).
   void score(HeadRows<T> queries, HeadRows<T> grad_out, int64_t count, Sum* scores, Sum* grads) const {
     pack_rows(queries.first, queries.stride, count, s_.channels, kQueries, s_.padded, queries_);
     pack_rows(grad_out.first, grad_out.stride, count, s_.channels, kQueries, s_.padded, grad_out_);

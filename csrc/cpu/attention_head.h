@@ -85,7 +85,7 @@ RowStatistics<Sum> exponentiate(const Args& a, const HeadShape& s, Sum* row, con
   return {highest, sum};
 }
 
-// From e_ij to weights, in place, but for the factor of the row that it returns.
+// Turns e_ij into weights in place, up to a factor of the row, which it returns.
 template <class Sum, class Args>
 Sum weigh(const Args& a, const HeadShape& s, Sum* row, const Sum* policy, int64_t query, Sum sum) {
   if (a.policy) {
@@ -97,7 +97,7 @@ Sum weigh(const Args& a, const HeadShape& s, Sum* row, const Sum* policy, int64_
   return 1 / sum;
 }
 
-// Whether a query's weights count for the importance.
+// True if a query's weights count for the importance.
 inline bool counts(Importance importance, int64_t query, int64_t tokens) {
   return importance == Importance::mean || (importance == Importance::first && query == 0) ||
          (importance == Importance::last && query == tokens - 1);

@@ -103,7 +103,7 @@ enum class Factors {
   by_step,  // (steps, rows): those of a step side by side
 };
 
-// out (kRows, kVectors) = sum over steps of factor times vector, in registers; with kAdds on top of what out holds.
+// out (kRows, kVectors) = the sum over steps of factor times vector, in registers; with kAdds, added to out.
 template <class Sum, int kRows, int kVectors, Factors kFactors, bool kAdds>
 inline void multiply_tile(const Sum* factors, int64_t factor_stride, const Sum* vectors, int64_t step_stride,
                           int64_t vector_stride, int64_t steps, Sum* out, int64_t out_stride) {
@@ -166,8 +166,8 @@ void each_row_tile(int64_t padded, const Columns& columns) {
   for (; c < padded; c += kWidth) columns(Number<1>{}, c);
 }
 
-// out (count, padded) = weights (count, n), of which `keys` columns count, times rows (keys, padded). As many rows of
-// weights are read, and of out written, as whole tiles have.
+// out (count, padded) = the first `keys` columns of weights (count, n), times rows (keys, padded). Reads rows of
+// weights and writes rows of out in whole tiles.
 template <class Sum>
 void multiply_rows(const Sum* weights, int64_t n, const Sum* rows, int64_t keys, int64_t padded, Sum* out,
                    int64_t count) {

@@ -10,7 +10,7 @@
 namespace tokred::cpu {
 namespace {
 
-// Fewer tokens than this in all are not worth a second thread.
+// With fewer tokens than this in total, a second thread takes longer than it saves.
 constexpr int64_t kSerialTokens = 16 * 1024;
 
 }  // namespace

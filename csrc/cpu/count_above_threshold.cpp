@@ -9,7 +9,7 @@
 namespace tokred::cpu {
 namespace {
 
-// Fewer scores than this in all are not worth a second thread.
+// With fewer scores than this in total, a second thread takes longer than it saves.
 constexpr int64_t kSerialScores = 16 * 1024;
 constexpr float kAbsent = -std::numeric_limits<float>::infinity();
 
@@ -17,7 +17,7 @@ struct Moments {
   double mean, deviation;
 };
 
-// Of the scores that are there. With fewer than two the deviation is NaN, or the mean is.
+// The moments of the scores above -infinity. With fewer than two, the deviation or the mean is NaN.
 Moments moments(const float* score, int64_t sources) {
   double sum = 0, number = 0;
 #pragma omp simd reduction(+ : sum, number)

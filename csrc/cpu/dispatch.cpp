@@ -88,7 +88,7 @@ bool has_avx512() {
 }
 
 #if defined(TOKRED_AMX)
-// Linux lends the tiles, whose state is large, to processes that ask.
+// On Linux a process must request the AMX tiles, because their state is large.
 bool has_amx() {
   constexpr int kRequestState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&

@@ -19,7 +19,7 @@ struct TileLookup {
   static float score_factor(const LookupProblem& a) { return static_cast<float>(a.scale); }
   static float sum_factor(const LookupProblem&) { return 1; }
 
-  // Channels and queries, as whole tiles have them where they are steps.
+  // Channels and queries, padded to whole tiles of steps.
   static int64_t depth(const LookupShape& s) { return round_up(s.padded, kTileSteps); }
   static int64_t steps(const LookupShape& s) { return round_up(s.queries, kTileSteps); }
 

@@ -7,8 +7,8 @@
 namespace tokred::cpu::TOKRED_ISA {
 namespace {
 
-// A task's memory. `few` belongs to queries and `many` to keys: of the gather the gradient of its output and v, of the
-// scatter v and the gradient of its output, which is reduced besides.
+// A task's memory. `few` has a row for each query and `many` for each key. For the gather they are the gradient of its
+// output, and v; for the scatter, v and the gradient of its output, which is reduced too.
 template <class T, bool kReduced>
 struct LookupGradients {
   using Sum = typename Element<T>::Sum;
@@ -47,7 +47,7 @@ struct LookupGradients {
     load_lse(a, s, t, lse_data, lse);
   }
 
-  // Of a block of keys: its weights, and the products of few and many as slopes.
+  // For a block of keys, writes the weights, and the products of few and many as slopes.
   void score(const LookupProblem& a, const LookupShape& s, const LookupTask& t, int64_t key, int64_t count,
              const void* many_data, const int64_t (&many_strides)[3]) const {
     keys.load(a, s, t, key, count, a.k, a.k_strides);

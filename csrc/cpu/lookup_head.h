@@ -33,9 +33,9 @@ struct LookupShape {
   int64_t chunk;    // keys of a task
   int64_t chunks;
 
-  int64_t rows() const { return queries * padded; }  // values of what belongs to queries, as rows
-  int64_t block() const { return keys * padded; }    // of what belongs to a block of keys
-  // With what a last tile reads beyond.
+  int64_t rows() const { return queries * padded; }  // values in the rows of all queries
+  int64_t block() const { return keys * padded; }    // values in the rows of a block of keys
+  // Including the values that the last tile reads past the end.
   int64_t weights() const { return keys * queries + round_up(kRowRows, kLanes); }
 };
 
@@ -59,7 +59,7 @@ struct LookupTask {
   int64_t first, count;  // of the keys
 };
 
-// In the order of the chunks of an image: heads that are taken one after the other have their rows beside each other.
+// Goes through the chunks of an image in order, and through all heads of a chunk, whose rows are adjacent in memory.
 template <class Work>
 void each_chunk(const LookupProblem& a, const LookupShape& s, const Work& work) {
   for_each_dynamic(a.images * s.chunks * a.heads, [&](int64_t task) {

@@ -55,7 +55,7 @@ struct VectorLookup {
     }
   };
 
-  // Sums (M, d) of a chunk, added up where they are to stay.
+  // Sums (M, d) of a chunk, added up in the output.
   struct Sums {
     Sum* rows;
     static int64_t size(const LookupShape&) { return 0; }

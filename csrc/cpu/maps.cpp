@@ -14,10 +14,10 @@
 namespace tokred::cpu {
 namespace {
 
-// Fewer tokens than this in all are not worth a second thread.
+// With fewer tokens than this in total, a second thread takes longer than it saves.
 constexpr int64_t kSerialTokens = 16 * 1024;
 
-// What candidates are sorted by: the digits of candidate_key.
+// Candidates are sorted by the digits of candidate_key.
 constexpr int kDigitBits = 8, kDigits = 32 / kDigitBits, kBins = 1 << kDigitBits;
 
 int digit(uint64_t candidate, int place) { return candidate_key(candidate) >> (place * kDigitBits) & (kBins - 1); }
@@ -32,7 +32,7 @@ const uint64_t* sort_candidates(uint64_t* keys, int64_t number, uint64_t* spare)
   uint64_t *from = keys, *to = spare;
   for (int place = 0; place < kDigits; ++place) {
     int32_t* begin = bins[place];
-    if (number == 0 || begin[digit(from[0], place)] == number) continue;  // alike in all
+    if (number == 0 || begin[digit(from[0], place)] == number) continue;  // the same in all candidates
     int32_t used = 0;
     for (int bin = kBins - 1; bin >= 0; --bin) used += std::exchange(begin[bin], used);
     for (int64_t i = 0; i < number; ++i) to[begin[digit(from[i], place)]++] = from[i];
@@ -71,7 +71,7 @@ void throw_bad_index(const char* argument, int64_t index, int64_t lowest, int64_
 }
 
 void check_slots(const char* argument, const int32_t* slots, int64_t number, int64_t num_out) {
-  // The sign of a difference says which is larger, except for numbers far below zero; SSE2 has no maximum of int32.
+  // The sign of a difference says which is larger, except for numbers far below zero; SSE2 lacks a maximum of int32.
   const uint32_t last = static_cast<uint32_t>(num_out) - 1;
   uint32_t signs = 0;
   for (int64_t n = 0; n < number; ++n) signs |= last - static_cast<uint32_t>(slots[n]);

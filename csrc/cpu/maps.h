@@ -9,8 +9,8 @@
 
 namespace tokred::cpu {
 
-// Sorts what pack_candidate makes, given by index, from the one that wins to the one that loses. Returns where they are
-// then: in `keys` or in `spare`, of the same size.
+// Sorts the results of pack_candidate, given by index, from the winner to the loser. Returns a pointer to the sorted
+// keys, in `keys` or in `spare`, which have the same size.
 const uint64_t* sort_candidates(uint64_t* keys, int64_t number, uint64_t* spare);
 
 // dest (N) of the map in which the sources of rank under `r` join their partners, both (num_src); image `image`'s

@@ -23,7 +23,7 @@ struct Best {
   }
 };
 
-// The numbers of a vector of destinations, of which the first is j.
+// The numbers j, j + 1, ... of a vector of destinations.
 inline IndexVector numbers_from(int64_t j) {
   IndexVector lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;

@@ -71,8 +71,8 @@ Match match_image(const MatchProblem& a, const Image& image, bool parallel) {
     thread_local Scratch scratch;
     float* memory = nullptr;  // a thread without memory takes its turns, and does nothing in them
     failure.guard([&] { memory = scratch.take(Scores::pass_size(p.channels)); });
-    // No barrier, and no share of its own for any thread: the system may take milliseconds to wake one, for which the
-    // others would wait. Only panels that are being loaded are waited for.
+    // No barrier, and no fixed share for a thread: the system can take milliseconds to wake a thread, and the others
+    // would wait. Threads wait only for panels that are being loaded.
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t panel = 0; panel < p.panels; ++panel) {
       if (memory) Scores::load_panel(a, image, p, panel, memory);

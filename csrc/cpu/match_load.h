@@ -15,7 +15,7 @@ namespace {
 // Sources that share the destinations they fetch: measured, 32 beat 8 and 16, and 64 was no better.
 constexpr int kPassSources = 32;
 
-// One image of a MatchProblem: where it lies, and its own partition.
+// One image of a MatchProblem: its place in memory and its partition.
 struct Image {
   int64_t number;
   int64_t offset;  // elements of the metric before its first token
@@ -32,8 +32,8 @@ Image image_of(const MatchProblem& a, int64_t number) {
 struct Match {
   int64_t channels, sources, destinations;  // destinations: those that may be joined
   int64_t panels;                           // of kLanes destinations
-  float* destination;                       // (panel): of each as the scores want it
-  float* inverse_dst;                       // (panel, lane): NaN where there is none, so that it never wins
+  float* destination;                       // (panel): each in the layout that the scores read
+  float* inverse_dst;                       // (panel, lane): NaN for an absent destination, so that it never wins
   float* score;                             // (sources): the highest
   int32_t* partner;                         // (sources): the number of the destination that has it
   int32_t* rank;                            // (sources): room for their ranks
@@ -58,7 +58,7 @@ void load_token(const MatchProblem& a, const Image& image, int64_t token, float*
   for (int64_t d = 0; d < a.channels; ++d) out[d] = static_cast<float>(E::load(E::store(out[d] / heads)));
 }
 
-// Destination j as floats; returns the inverse of its norm. Where there is none: zeros, and NaN, so that it never wins.
+// Loads destination j as floats and returns the inverse of its norm; zeros and NaN past the end, so it never wins.
 template <class T>
 float load_destination(const MatchProblem& a, const Image& image, const Match& p, int64_t j, float* row) {
   if (j >= p.destinations) {
@@ -70,7 +70,7 @@ float load_destination(const MatchProblem& a, const Image& image, const Match& p
   return inverse_norm(squared_norm(row, p.channels));
 }
 
-// Source i as floats; returns the inverse of its norm. Where there is none all are 0.
+// Loads source i as floats and returns the inverse of its norm; zeros and 0 past the end.
 template <class T>
 float load_source(const MatchProblem& a, const Image& image, const Match& p, int64_t i, float* row) {
   if (i >= p.sources) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Cosine scores in register tiles, of which only the running best of each source is kept.
+// Cosine scores in register tiles; only the running best of each source is kept.
 #pragma once
 
 #include "match_best.h"

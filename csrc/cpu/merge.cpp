@@ -12,7 +12,7 @@
 TOKRED_KERNELS_BEGIN
 namespace {
 
-// Whether one member's result is that member: its mean, unless the weight is 0, infinite or NaN; its sum, if that is 1.
+// True if the result of a single member is a copy: a mean unless the weight is 0, infinite or NaN; a sum if it is 1.
 template <Reduce kReduce, class Sum>
 bool is_copy(Sum weight) {
   return kReduce == Reduce::mean ? weight != 0 && std::isfinite(weight) : weight == 1;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The gradients of merge; the formulas stand beside MergeBackwardArgs. For sums and means it is a gather along dest, an
+// The gradients of merge; see MergeBackwardArgs for the formulas. For sums and means it is a gather along dest, an
 // input row at a time; for maxima the slot's owner counts the ties and writes its members.
 #include <algorithm>
 

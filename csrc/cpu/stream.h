@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Stores that pass the caches by: for results larger than these, of which each line would else be fetched only to be
-// overwritten.
+// Stores that bypass the caches, for results larger than the caches: a plain store fetches each line before it
+// overwrites it.
 #pragma once
 
 #include "isa.h"

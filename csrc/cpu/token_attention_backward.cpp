@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The gradients of token attention. With weights a_ij and g_ij, the gradient that reaches them from the output and the
-// importance, D_i = sum_j a_ij g_ij, and Z_i what the weights of row i are divided by:
+// importance, D_i = sum_j a_ij g_ij, and Z_i the divisor of the weights of row i:
 //   plain         ds_ij = a_ij (g_ij - D_i)
-//   with policy   h_ij = (g_ij - D_i) / Z_i is the gradient of e_ij m_ij; ds_ij = h_ij m_ij e_ij, save that the highest
-//                 score of a row, which all others are taken from, gets - sum_j ds_ij more;
+//   with policy   h_ij = (g_ij - D_i) / Z_i is the gradient of e_ij m_ij; ds_ij = h_ij m_ij e_ij, and the highest score
+//                 of a row, which is subtracted from all scores, gets an additional - sum_j ds_ij;
 //                 dpolicy_j = sum over i != j of h_ij e_ij
 //   dbias_j = sum_i ds_ij, dq = ds k scale, dk = ds^T q scale, dv = a^T dout
-// A thread has one head of one image: nothing is added by two.
+// A thread takes one head of one image, so no two threads add to the same value.
 #include <utility>
 
 #include "attention_gradients.h"
@@ -15,7 +15,7 @@
 TOKRED_KERNELS_BEGIN
 namespace {
 
-// What there is of each key.
+// The terms of each key.
 template <class Sum>
 struct KeyTerms {
   Sum *bias, *policy, *grad_importance, *grad_bias, *grad_policy;

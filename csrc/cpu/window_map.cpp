@@ -12,12 +12,12 @@
 namespace tokred::cpu {
 namespace {
 
-// Fewer windows than this in all are not worth a second thread.
+// With fewer windows than this in total, a second thread takes longer than it saves.
 constexpr int64_t kSerialWindows = 512;
-// Of a window that does not merge.
+// The rank of a window that does not merge.
 constexpr int32_t kNotMerged = -1;
 
-// Which place each window has among the `r` that merge. `keys`: room for two of each window.
+// Finds the rank of each window among the `r` that merge. `keys` holds two keys for each window.
 void rank_windows(const float* score, int64_t windows, int32_t r, std::vector<uint64_t>& keys,
                   std::vector<int32_t>& rank) {
   for (int64_t w = 0; w < windows; ++w) keys[w] = pack_candidate(score[w], static_cast<int32_t>(w));

@@ -10,7 +10,7 @@
 namespace tokred::cuda {
 namespace {
 
-// Every block of an image makes all of `dest` for itself, in shared memory where it fits. Where it does not, the blocks
+// Every block of an image computes all of `dest` for itself, in shared memory if it fits. If it does not, the blocks
 // write the same values to the same places of args.dest, and each reads what it wrote.
 __global__ void __launch_bounds__(kPartThreads)
     build_maps(const __grid_constant__ MatchMapArgs args, int32_t most_parts, bool dest_in_shared) {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kPartThreads)
 
 void build_match_map(const char* op, const MatchMapArgs& args, cudaStream_t stream) {
   if (args.images == 0 || args.tokens == 0) return;
-  // How many join, and so the slots of an image, is not known here where each image has a count of its own.
+  // With a count for each image, the host does not know how many sources join, nor the number of slots.
   const int32_t parts = parts_of(args.counts ? kept_tokens(args.partition) : num_slots(args.partition));
   const int64_t longest = args.starts_in ? kept_tokens(args.partition) : args.tokens;
   const int64_t with_dest = (kPartCursors + longest) * static_cast<int64_t>(sizeof(int32_t));

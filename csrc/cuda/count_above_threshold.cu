@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// How many scores of each image reach a threshold, a block an image. One launch, or two where the threshold is the
-// average of what all images say.
+// Counts the scores of each image that reach a threshold, with one block for an image. One launch, or two if the
+// threshold is the average over all images.
 #include <cmath>
 
 #include "block_scan.cuh"
@@ -17,7 +17,7 @@ struct Moments {
   double mean, std;
 };
 
-// Of the scores above -infinity, whose std is 0 / 0, NaN, where there is one.
+// The moments of the scores above -infinity. The std of a single score is 0 / 0, NaN.
 __device__ __forceinline__ Moments image_moments(const float* score, int64_t sources) {
   double sum = 0, number = 0, squares = 0;
   for (int64_t i = threadIdx.x; i < sources; i += kCountThreads) {

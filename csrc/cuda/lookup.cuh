@@ -235,7 +235,7 @@ struct SweepSums {
       for (int c = 0; c < Tile::kQuads * kQuad; ++c) value[i][c] *= factor.element[i];
     }
   }
-  // Of one column: its weight in every row, and its vector.
+  // Adds one column: its weight in every row, times its vector.
   __device__ __forceinline__ void add(const float* weights, const float* vector) {
     const auto weight = read_floats<Tile::kSumRows>(weights + row());
 #pragma unroll

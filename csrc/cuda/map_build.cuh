@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The slots of an image's tokens from ranks, and the members of each slot where one block has the image to itself;
-// where several have, see map_parts.cuh.
+// The slots of an image's tokens from ranks, and the members of each slot, for one block an image. See map_parts.cuh
+// for several blocks an image.
 #pragma once
 
 #include "../common/slots.h"
@@ -8,7 +8,7 @@
 
 namespace tokred::cuda {
 
-// Sources whose slots a thread finds at a time, where none depends on those before it.
+// Sources whose slots a thread finds at a time, if none depends on an earlier source.
 constexpr int kSourcesAtOnce = 4;
 
 // Writes dest[0, tokens) of an image from the rank and the best destination of each source. `slot0` is what the image's
@@ -44,7 +44,7 @@ __device__ __forceinline__ void write_dest(const Partition& p, int64_t image, in
       int32_t token[kSourcesAtOnce], slot[kSourcesAtOnce];
 #pragma unroll
       for (int k = 0; k < kSourcesAtOnce; ++k) {
-        const int32_t i = min(start + k * kThreads, p.num_src - 1);  // the last one again, where there are no more
+        const int32_t i = min(start + k * kThreads, p.num_src - 1);  // past the end, the last source again
         token[k] = source_token(p, image, i);
         slot[k] = source_slot(p, i, rank[i], 0, best[i]);
       }

@@ -22,8 +22,8 @@ __host__ __device__ __forceinline__ int32_t parts_of(int64_t slots) {
 
 // Members of slots [part * kPartSlots, + kPartSlots) of an image of num_out, ascending: a counting sort of its tokens
 // by slot, stable, so that it has one result. `row0` is the image's first row, `slot0` what dest calls its first slot,
-// `cursors` are kPartCursors numbers of shared memory. Each warp has a range of the tokens: the ranges in order, and
-// inside a warp the lanes, keep tokens ascending.
+// `cursors` are kPartCursors numbers of shared memory. Each warp reads a range of the tokens: the order of the ranges,
+// and of the lanes in a warp, keeps tokens ascending.
 __device__ __forceinline__ void to_csr_part(const int32_t* dest, int32_t tokens, int32_t num_out, int32_t part,
                                             int32_t row0, int32_t slot0, int32_t* cursors, int32_t* members,
                                             int32_t* begin, int32_t* count) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void to_csr_part(const int32_t* dest, int32_t tokens,
     }
   };
 
-// Not unrolled, here and below: it would take registers, of which so many threads have 64 each.
+// Not unrolled, here and below: with this many threads, each has only 64 registers.
 #pragma unroll 1
   for (int32_t k = thread; k < kPartCursors; k += kPartThreads) cursors[k] = 0;
   __syncthreads();

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMatchThreads, 1) fused_match(const __grid_con
   Finish::run(args, p, image, Matched{memory.operands, keys, best});
 }
 
-// Whether every row starts at a multiple of 16 bytes.
+// True if every row starts at a multiple of 16 bytes.
 inline bool rows_aligned(const MatchProblem& args) {
   const int64_t strides = args.stride_b | args.stride_n | (args.heads > 1 ? args.stride_h : 0);
   const uintptr_t bytes =

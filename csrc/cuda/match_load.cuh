@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The metric on its way into shared memory: averaged over heads, its rows' inverse norms beside it.
+// Loads the metric into shared memory, averaged over heads, together with the inverse norms of its rows.
 #pragma once
 
 #include "../common/match_config.h"
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_unit(char* operands, int row, int pitch, i
   *reinterpret_cast<uint4*>(operands + row * pitch + unit * kUnitBytes) = word;
 }
 
-// Puts rows into shared memory to stay, and their inverse norms beside them; token_of(row) says which. Ends with a
+// Loads rows, given by token_of(row), and their inverse norms into shared memory for the whole kernel. Ends with a
 // barrier.
 template <int kThreads, class T, class TokenOf>
 __device__ __forceinline__ void load_resident(const ImageMetric<T>& m, int rows, TokenOf token_of, const MatchConfig& c,

@@ -105,8 +105,8 @@ __device__ __forceinline__ void multiply_steps(const char* sources, const char* 
   }
 }
 
-// One chunk of the rows that are streamed, on its way through a thread's registers: its rows of the destinations, and
-// before them, where they do not stay, of the sources.
+// One chunk of the streamed rows in a thread's registers: rows of the sources, unless those stay in shared memory, then
+// rows of the destinations.
 template <class T, Resident kResident, int kThreads>
 struct Stream {
   static constexpr int kGroups = kRowGroups<kThreads>;
@@ -208,7 +208,7 @@ __device__ __forceinline__ void match_sources(const ImageMetric<T>& m, const Par
   const int sources = min(kTileSources, p.num_src - source0);
 
   LaneBest<kLaneRows> best;
-  const int32_t fallback = p.protected_dst < p.num_dst ? p.protected_dst : 0;  // where no number wins
+  const int32_t fallback = p.protected_dst < p.num_dst ? p.protected_dst : 0;  // if no number wins
 #pragma unroll
   for (int k = 0; k < kLaneRows; ++k) best.score[k] = -INFINITY, best.index[k] = fallback;
 

@@ -121,7 +121,7 @@ __device__ __forceinline__ void reduce_long(const MergeArgs& args, const RowConf
   const int32_t count = args.count[row], share = (count + kRowWarps - 1) / kRowWarps;
   const int32_t end = min(count, (warp + 1) * share);
 
-  // At least one round, for the weights where there are no channels.
+  // At least one round: without channels, it still sums the weights.
   for (int first = 0; first == 0 || first < c.vectors; first += kLanes) {
     const int vector = first + lane;
     A values[kElements], weights = 0;

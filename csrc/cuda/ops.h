@@ -15,7 +15,7 @@ namespace tokred::cuda {
 // Return "" if the current device can run these kernels, else the reason. `architectures` are those of the build.
 std::string why_unusable(const std::string& architectures);
 
-// Device bytes that bipartite_match wants as args.workspace; 0 where one launch does it all.
+// The bytes of device memory that bipartite_match needs as args.workspace; 0 if one launch is enough.
 std::size_t match_workspace_bytes(const MatchArgs& args);
 void bipartite_match(const MatchArgs& args, cudaStream_t stream);
 // The same for rank_candidates.

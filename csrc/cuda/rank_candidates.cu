@@ -73,7 +73,7 @@ struct Candidates {
     return only[0];
   }
 
-  // Their keys, kAbsentKey where they are protected or past the last.
+  // The keys of the sources; kAbsentKey for those that are protected or past the last.
   template <int kStep, int kCount>
   __device__ __forceinline__ void keys(const Partition& p, int first, uint32_t (&keys)[kCount]) const {
     uint64_t found[kCount];
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kRankThreads)
   if (part == 0 && i < all) write_source(args, p, image * all, i, own, before);
 }
 
-// The same where there are so many that comparing all pairs takes longer than to fill bins with all, a warp a source.
-// One block a multiprocessor, or registers are spared for a second one, and spilled.
+// The same for so many sources that it is faster to fill bins, with a warp for each source, than to compare all pairs.
+// At most one block a multiprocessor: with registers for two, the kernel spills.
 __global__ void __launch_bounds__(kBinThreads, 1)
     rank_by_bins(const __grid_constant__ BestMatchArgs args, const __grid_constant__ MatchConfig c) {
   const int64_t all = args.partition.num_src, blocks = divide_up(all, kBinSources), image = blockIdx.x / blocks;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the movers share: which row and which vectors of it a thread has, and moving them.
+// Functions that merge, unmerge and their gradients share: a thread's row and vectors, and their loads and stores.
 #pragma once
 
 #include "../common/row_config.h"

@@ -14,7 +14,7 @@ constexpr int kUnitElements = kUnitBytes / static_cast<int>(sizeof(T));
 template <class T>
 using Unit = Vector<T, kUnitElements<T>>;
 
-// The elements from `from` on, of which there are `left` in the row, and zeros past them. `aligned` says that `from` is
+// Loads the next elements from `from`, with zeros past the `left` that remain in the row. `aligned` says that `from` is
 // a multiple of 16 bytes.
 template <class T>
 __device__ __forceinline__ Unit<T> load_unit(const T* from, int left, bool aligned) {

@@ -17,8 +17,8 @@ constexpr const char* kName = "window_map";
 // An image has one block, so as many warps as there can be.
 constexpr int kMapThreads = 1024;
 
-// Room for a value of 8 bytes for each window among the members of an image: they are at least two tokens each, and
-// where they leave none, the image's members start at a multiple of 8 bytes.
+// The memory of an image's members, aligned for a value of 8 bytes for each window. It is large enough: a window has at
+// least two tokens, and if windows cover the image, its members start at a multiple of 8 bytes.
 __device__ __forceinline__ uint64_t* align_values(int32_t* members) {
   return reinterpret_cast<uint64_t*>(round_up(reinterpret_cast<uintptr_t>(members), sizeof(uint64_t)));
 }

@@ -12,9 +12,9 @@ namespace {
 
 constexpr const char* kName = "window_similarity";
 
-// A window of up to so many tokens is the work of a group of lanes, which sums the products of all pairs of tokens at
-// once: x is streamed, nothing is kept, and with four tokens a pass of products costs no more than one of norms and one
-// of unit vectors would.
+// For a window of up to kFewTokens tokens, a group of lanes sums the products of all pairs of tokens in one pass: x is
+// streamed and nothing is kept. With four tokens, this takes as much arithmetic as a pass for norms and a pass for unit
+// vectors.
 constexpr int kFewTokens = 4;
 constexpr int kProducts = kFewTokens * (kFewTokens + 1) / 2;  // of each pair, and of each token with itself
 // Units of each of its tokens that a lane loads at a time: rows in parts of units take more instructions and registers.
@@ -34,7 +34,7 @@ __device__ __forceinline__ float mean_cosine(float pairs, int32_t size) {
   return mean == mean ? mean : -INFINITY;
 }
 
-// Of every pair of tokens, and of each with itself, in the order (0, 0), (0, 1), ... (1, 1), ...
+// Adds the products of every pair of tokens, and of each with itself, in the order (0, 0), (0, 1), ... (1, 1), ...
 template <class T>
 __device__ __forceinline__ void add_products(const Unit<T> (&v)[kFewTokens], float (&products)[kProducts]) {
 #pragma unroll
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kRowThreads, kFewBlocks)
   for (int i = 0, n = 0; i < kFewTokens; n += kFewTokens - i++) {
     inverse[i] = i < tokens ? inverse_norm(products[n]) : 0.0f;
     infinite |= products[n] == INFINITY;
-    pairs += 0.0f * inverse[i];  // NaN in, NaN out, even beside a zero token
+    pairs += 0.0f * inverse[i];  // NaN in, NaN out, even next to a zero token
   }
 #pragma unroll
   for (int i = 0, n = 0; i < kFewTokens; ++i) {
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kRowThreads, kFewBlocks)
     }
   }
   // A token's square is infinite because an element is, or because it overflowed; then it counts as zero. Only an
-  // infinite element is no number once it is multiplied by 0.
+  // infinite element gives NaN when multiplied by 0.
   if (__any_sync(kFullWarp, infinite)) {
     float nothing = 0;
 #pragma unroll 1

@@ -88,7 +88,7 @@ def unmerge():
 def select():
     """Every op that makes maps. None has a gradient."""
     x = torch.randn(2, 17, 4)
-    dest, kept = tk.bipartite_match(x, 3).dest, tk.keep_topk(torch.rand(2, 14), 5, fuse=True).dest
+    dest, kept = tk.bipartite_match(x, 3).dest, tk.keep_topk(torch.rand(2, 14), 5, fuse=True, num_prefix=1).dest
     partner, rank = torch.zeros(2, 9, dtype=torch.int32), torch.arange(9, dtype=torch.int32).expand(2, -1)
     # Selectors may leave integer maps to another backend, so these are called by name.
     for op, arguments in {
@@ -99,8 +99,8 @@ def select():
         backends.implementation("reference", op)(*arguments)
     tk.importance_match(x, 9)
     tk.adaptive_bipartite_match(x, layer_index=2)
-    tk.window_match(x, 0.1, window=(2, 2), grid=(4, 4), count="image")
-    tk.window_match(x, 0.1, window=(2, 2), grid=(4, 4))
+    tk.window_match(x, 0.1, window=(2, 2), grid=(4, 4), count="image", num_prefix=1)
+    tk.window_match(x, 0.1, window=(2, 2), grid=(4, 4), num_prefix=1)
     return (), ()
 
 

@@ -8,10 +8,11 @@ import torch
 
 import tokred_kernels as tk
 from tokred_kernels import backends
-from tokred_kernels.backends import selfcheck, support
+from tokred_kernels.backends import selfcheck
 from tokred_kernels.backends.selection import ranking
 from tokred_kernels.backends.selfcheck.verdict import PASSED, WRONG, Verdict
-from tokred_kernels.ops.token_attention import too_wide
+from tokred_kernels.backends.triton import availability
+from tokred_kernels.ops.registry import SPECS
 
 BF16 = torch.bfloat16
 
@@ -97,7 +98,7 @@ def test_ops_choose_their_gradients_too(checked):
     token_map = tk.bipartite_match(X, 2)
     assert "reference" not in backends._chosen.values()
     tk.merge(x, token_map).sum().backward()
-    assert backends._chosen["merge", "auto", X.device, X.dtype, (), True, False] == "reference"
+    assert backends._chosen["merge", "auto", X.device, X.dtype, 0, True, False] == "reference"
     assert torch.equal(x.grad, torch.full_like(x, 1.0)) or x.grad.isfinite().all()
 
 
@@ -121,13 +122,17 @@ def test_integer_ops_follow_the_verdicts(checked):
         assert backends.best("to_csr", dest) in ("cpu", "reference")
 
 
-def test_wide_heads_pass_over_kernels_that_do_not_take_them(checked):
-    checked["cpu"] = {"token_attention": passed()}
-    q = torch.randn(1, 1, 4, 8)
-    assert backends.choose("token_attention", q, unfit=("triton",)) == "cpu"
-    assert backends.choose("token_attention", q, unfit=("cpu",)) == "reference"
-    widths = [too_wide(torch.empty(1, 1, 1, width)) for width in (128, 129, 256, 257)]
-    assert widths == [(), ("triton",), ("triton",), ("triton", "cuda")]
+def test_wide_heads_pass_over_kernels_that_do_not_take_them(checked, monkeypatch):
+    checked["triton"] = checked["cpu"] = {"lookup_gather": passed()}
+    monkeypatch.setattr("tokred_kernels.backends.selection.FIXED_ORDER", ("triton", "cpu", "reference"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(availability, "triton_failure", lambda: None)
+    assert [backends.choose("lookup_gather", X, head_dim=d) for d in (64, 128, 129)] == ["triton", "triton", "cpu"]
+    assert len(backends._chosen) == 2  # one entry for all head dimensions that no backend limits
+    refused = r"at most 128 channels a head, got 129\. These can: reference, cpu"
+    with tk.use_backend("triton"), pytest.raises(RuntimeError, match=refused):
+        backends.choose("lookup_gather", X, head_dim=129)
+    assert SPECS["lookup_gather"].max_head_dim["cuda"] == 256
 
 
 def test_torch_attends_if_it_is_faster(checked):
@@ -264,7 +269,7 @@ def test_triton_is_due_only_if_cuda_has_no_correct_kernel(monkeypatch):
     def able(op, backend, device, dtype):
         return None if backend != "cuda" or "attention" not in op else "no kernel"
 
-    monkeypatch.setattr(selfcheck, "reason_against", able)
+    monkeypatch.setattr(selfcheck, "can_run", able)
     pairs = selfcheck.due(GPU, {})
     assert {op for backend, op in pairs if backend == "triton"} == {"token_attention", "token_attention_backward"}
     assert ("cuda", "merge") in pairs and ("cuda", "token_attention") not in pairs
@@ -272,12 +277,13 @@ def test_triton_is_due_only_if_cuda_has_no_correct_kernel(monkeypatch):
     assert selfcheck.due(GPU, found) == []
     found["cuda"]["merge"] = Verdict(WRONG, "off")
     assert selfcheck.due(GPU, found) == [("triton", "merge")]
-    monkeypatch.setattr(selfcheck, "reason_against", lambda op, b, *_: "no CUDA" if b == "cuda" else None)
-    rest = set(backends.OPS) - selfcheck.LOOKUP_OPS
+    monkeypatch.setattr(selfcheck, "can_run", lambda op, b, *_: "no CUDA" if b == "cuda" else None)
+    lookup = {op for op in backends.OPS if SPECS[op].family == "lookup"}
+    rest = set(backends.OPS) - lookup
     assert {op for backend, op in selfcheck.due(GPU, {}) if backend == "triton"} == rest
     # Those of lookup attention are due when one is first used.
     pairs = selfcheck.due(GPU, {}, "lookup_gather")
-    assert {op for backend, op in pairs if backend == "triton"} == {op for _, op in pairs} == selfcheck.LOOKUP_OPS
+    assert {op for backend, op in pairs if backend == "triton"} == {op for _, op in pairs} == lookup
 
 
 def test_lookup_ops_have_a_check_of_their_own(gpu, monkeypatch):
@@ -308,6 +314,6 @@ def test_known_bad_kernels_are_not_tried(monkeypatch):
 
 def test_triton_needs_a_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    support._reason_against_device.cache_clear()
-    assert "compute capability 8.0, this GPU has 7.5" in support._reason_against_device("triton", 7)
-    support._reason_against_device.cache_clear()
+    availability.capability_failure.cache_clear()
+    assert "compute capability 8.0, this GPU has 7.5" in availability.capability_failure(7)
+    availability.capability_failure.cache_clear()

@@ -92,7 +92,7 @@ def test_the_cpu_kernels_pass(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(backends.reason_against("merge", "triton", "cuda", torch.float32) is not None, reason="no triton")
+@pytest.mark.skipif(backends.can_run("merge", "triton", "cuda", torch.float32) is not None, reason="no triton")
 @pytest.mark.parametrize("op", ["merge", "bipartite_match"])
 def test_triton_kernels_pass_in_the_interpreter(tmp_path, op):
     arguments = "check", "--device", "cpu", "--backend", "triton", "--op", op, "--json"
@@ -190,7 +190,7 @@ def test_info_shows_verdicts_times_and_reasons():
     }
     lines = gpu_lines(torch.device("cuda", 0), found)
     text = "\n".join(lines)
-    if backends.reason_against("merge", "triton", "cuda", torch.bfloat16) is None:
+    if backends.can_run("merge", "triton", "cuda", torch.bfloat16) is None:
         assert "merge                     auto -> triton" in text
     assert "y[0] is 1.001" in text and "bfloat16 64x197x384 7.5 us" in text and "130 us" in text
     assert "python -m tokred_kernels check --device cuda:0" in gpu_lines(torch.device("cuda", 0), {})[0]

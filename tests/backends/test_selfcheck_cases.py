@@ -10,6 +10,7 @@ from tokred_kernels import backends
 from tokred_kernels.backends import native
 from tokred_kernels.backends.selfcheck import cases as selfcheck
 from tokred_kernels.backends.selfcheck.cases import compare
+from tokred_kernels.ops.registry import SPECS
 
 every_op = pytest.mark.parametrize("op", backends.OPS)
 needs_native = pytest.mark.skipif(native.MODULE is None, reason="the native module is not built")
@@ -114,7 +115,7 @@ def one_nan(tensor):
 def test_wrong_outputs_are_reported(op, change):
     tried, reported = set(), set()
     for case in selfcheck.cases(op):
-        if op not in backends.MAP_OPS and next(flat(case.arguments)).dtype != torch.float32:
+        if not SPECS[op].is_integer and next(flat(case.arguments)).dtype != torch.float32:
             continue
         outputs = run(op, case.arguments)
         for place, output in enumerate(outputs):
@@ -131,7 +132,7 @@ def test_wrong_outputs_are_reported(op, change):
 
 @needs_native
 def test_off_by_one_in_a_thousand_is_reported_by_most_cases():
-    for op in sorted(set(backends.OPS) - backends.MAP_OPS - {"bipartite_match"}):
+    for op in sorted({op for op in backends.OPS if not SPECS[op].is_integer} - {"bipartite_match"}):
         missed = []
         for case in selfcheck.cases(op):
             outputs = run(op, case.arguments)
@@ -149,7 +150,7 @@ def as_tf32(part):
 
 
 @needs_native
-@pytest.mark.parametrize("op", sorted(set(backends.OPS) - backends.MAP_OPS - {"merge", "merge_backward", "unmerge"}))
+@pytest.mark.parametrize("op", [op for op in backends.OPS if not SPECS[op].is_integer and SPECS[op].family != "merge"])
 def test_products_of_tf32_are_reported(op):
     found = [
         case.check(run(op, (*map(as_tf32, case.arguments),)))
@@ -210,7 +211,7 @@ def test_torchs_attention_has_the_references_gradients():
 @every_op
 def test_timing_cases_are_valid_calls(op):
     found = selfcheck.timing_cases(op)
-    dtypes = {torch.float32} if op in backends.MAP_OPS else {torch.float32, torch.bfloat16}
+    dtypes = {torch.float32} if SPECS[op].is_integer else {torch.float32, torch.bfloat16}
     assert {case.dtype for case in found} == dtypes
     assert len({case.name for case in found}) == len(found) >= 2
     for case in found:

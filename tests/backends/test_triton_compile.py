@@ -34,7 +34,7 @@ TIMEOUT = 1800  # seconds for a target, on a machine that has other work
 ABSENT = (
     *("sources", "destinations", "cu_seqlens", "starts_in", "starts_out", "counts", "moments", "rank", "inverse"),
     *("weight", "weight_sum", "grad_weight_sum", "x", "y"),
-    *("bias", "policy", "starts", "grad_worth", "top", "shift", "inverse_sum", "grad_bias", "grad_policy"),
+    *("bias", "policy", "starts", "grad_importance", "top", "shift", "inverse_sum", "grad_bias", "grad_policy"),
     *("out", "grad_lse", "offset", "grad_v", "to_lse", "more_parts", "row_parts", "more_out", "row_out"),
 )
 HALVES = (torch.float16, torch.bfloat16)
@@ -326,7 +326,7 @@ def _as_bfloat16(table, name, dtype):
 def _attention_arguments(vectors, bias, policy, packed, importance):
     """The types of the tensors, and the constants, of any of its kernels."""
     types = dict.fromkeys(("q", "k", "v", "grad_out", "out", "grad_q", "grad_k", "grad_v"), vectors)
-    types |= dict.fromkeys(("row_max", "row_sum", "worth", "delta", "level"), "*fp32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("row_max", "row_sum", "importance_out", "delta", "level"), "*fp32") | {"scale": "fp32"}
     if bias:
         types |= dict.fromkeys(("bias", "grad_bias"), "*fp32")
     if policy:
@@ -334,7 +334,7 @@ def _attention_arguments(vectors, bias, policy, packed, importance):
     if packed:
         types |= {"starts": "*i32"}
     if importance:
-        types |= {"grad_worth": "*fp32"}
+        types |= {"grad_importance": "*fp32"}
     constants = {"BIAS": bias, "POLICY": policy, "PACKED": packed, "IMPORTANCE": importance}
     constants |= {"NEED_BIAS": bias, "NEED_POLICY": policy, "TOP": policy and bool(importance)}
     return types, constants | {"WHOLE": not policy and not packed}

@@ -105,7 +105,7 @@ def test_window_cosines_are_those_of_the_op():
     assert found.shape == (3, 4)
     for threshold in found[0].tolist():
         expected = int((found[:1] >= threshold).sum())
-        merged = tk.window_match(inputs.x[:1], threshold - 1e-5, window=(2, 3), grid=(5, 6))
+        merged = tk.window_match(inputs.x[:1], threshold - 1e-5, window=(2, 3), grid=(5, 6), num_prefix=1)
         assert merged.num_out == 31 - 5 * expected
 
 

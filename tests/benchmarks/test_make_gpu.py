@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokred_kernels.ops.token_attention import WIDEST
+from tokred_kernels.ops.registry import SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = ROOT / "Makefile"
@@ -101,7 +101,7 @@ def test_the_sanitizer_stops_if_the_device_is_lost(sanitize, capsys, monkeypatch
 
 
 def test_the_sanitizer_skips_unsupported_head_dimensions(sanitize):
-    shape = 1, 1, 2, 3, WIDEST["triton"] + 1
+    shape = 1, 1, 2, 3, SPECS["lookup_gather"].max_head_dim["triton"] + 1
     sanitize.check_lookup(sanitize.Run("triton", "cpu"), shape, torch.float32)  # it would raise
 
 

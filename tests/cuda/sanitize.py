@@ -18,7 +18,6 @@ import torch
 
 import tokred_kernels as tk
 from tokred_kernels import backends
-from tokred_kernels.ops.token_attention import too_wide
 from tokred_kernels.ops.window_map import window_map
 from tokred_kernels.ops.window_similarity import window_similarity
 from tokred_kernels.windows import Windows
@@ -73,9 +72,9 @@ class Run:
             return False
         return True
 
-    def can(self, op: str, dtype: torch.dtype) -> bool:
+    def can(self, op: str, dtype: torch.dtype, head_dim: int = 0) -> bool:
         """Whether the backend has a kernel for the op."""
-        return backends.reason_against(op, self.backend, self.device, dtype) is None
+        return backends.can_run(op, self.backend, self.device, dtype, head_dim) is None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,7 +174,7 @@ def check_keep_topk(run: Run, tokens: int, dtype: torch.dtype) -> None:
     scores[0, -1] = torch.nan
     for k in sorted({0, (tokens - 1) // 2, tokens - 1}):
         for fuse in (False, True):
-            run.on_both(lambda k=k, fuse=fuse: of_map(tk.keep_topk(scores, k, fuse=fuse)))
+            run.on_both(lambda k=k, fuse=fuse: of_map(tk.keep_topk(scores, k, fuse=fuse, num_prefix=1)))
 
 
 def check_packed(run: Run, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -217,7 +216,7 @@ def check_lookup(run: Run, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     rows = (compressed, tokens, tokens, compressed)
     parts = [run.normal(batch, heads, n, channels, dtype=dtype).requires_grad_() for n in rows]
     q, k, v, values = parts
-    if run.backend in too_wide(q):
+    if not run.can("lookup_gather", dtype, channels):
         return
 
     def function() -> list[torch.Tensor]:

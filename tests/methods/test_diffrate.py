@@ -357,7 +357,7 @@ def test_unpatch_restores_to_the_bit(kept):
         ({"prune_kept_num": [9] * 4}, ValueError, r"got the keys 'prune_kept_num'"),
         (given() | {"prune_kept_num": "[1, 2"}, ValueError, r"prune_kept_num must be a list, got the text '\[1, 2'"),
         (given() | {"prune_kept_num": 9}, TypeError, "prune_kept_num must be a list with one int per block, got 9"),
-        (given() | {"merge_kept_num": [9] * 3}, ValueError, "merge_kept_num must have one number for each of 4 blocks"),
+        (given() | {"merge_kept_num": [9] * 3}, ValueError, "must have one number for each block, got 4 and 3"),
         (given() | {"merge_kept_num": [9, 9.5, 9, 9]}, TypeError, r"merge_kept_num\[1\] must be an int, got 9.5"),
         (given() | {"merge_kept_num": [9, True, 9, 9]}, TypeError, r"merge_kept_num\[1\] must be an int, got True"),
         (given() | {"prune_kept_num": [9, 9, 1, 9]}, ValueError, r"prune_kept_num\[2\] must be at least 2, the prefix"),

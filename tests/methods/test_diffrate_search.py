@@ -147,7 +147,7 @@ def test_batches_are_gone_through_as_often_as_it_takes():
     results = [diffrate_search(make_same(), batches, target, **{**QUICK, "steps": 5}) for batches in (fresh, data(2))]
     assert len(calls) == 3
     assert results[0] == results[1]
-    with pytest.raises(ValueError, match="got none the second time; give a DataLoader"):
+    with pytest.raises(ValueError, match="got no batches the second time; give a DataLoader"):
         diffrate_search(make(), iter(data(2)), target, **QUICK)
     with pytest.raises(ValueError, match=r"batches must give \(images, labels\), got none"):
         diffrate_search(make(), [], target, **QUICK)

@@ -270,7 +270,7 @@ def test_counts_are_searched():
     [
         (lambda: make(rope_type="mixed", rope_rotate_half=False), "tome", 'rope_type="mixed".*not supported'),
         (lambda: make("eva, no rope", use_post_norm=True), "tome", "blocks.0 .*EvaBlockPostNorm"),
-        (make, "lookupvit", '"lookupvit" has no place for the blocks of a Eva'),
+        (make, "lookupvit", "a LookupViT has no counterpart for a timm.models.eva.Eva"),
         (lambda: nn.Sequential(make()), "tome", "give the Eva inside it"),
         (lambda: make("no prefix"), "diffrate", "class token"),
     ],

@@ -117,10 +117,10 @@ def test_packed_tokens_of_another_forward_are_refused():
     model, x = make(), images()
     settings = some(model, x)
     tokens = patch(model, "algm", **settings, count="image").forward_features(x)
-    with pytest.raises(ValueError, match=rf"last forward, which gave {len(tokens)} of them, got shape \(7, 48\)"):
+    with pytest.raises(ValueError, match=rf"last forward, which was {len(tokens)} tokens, got shape \(7, 48\)"):
         model.forward_head(tokens[:7])
     unpatch(model)
     patch(model, "algm", **settings).forward_features(x)
-    with pytest.raises(ValueError, match="which gave no packed tokens"):
+    with pytest.raises(ValueError, match="which was none that are packed"):
         model.forward_head(tokens)
     assert model.forward_head(torch.randn(2, 37, 48)).shape == (2, 5)  # others, (B, N, C), are taken as they are

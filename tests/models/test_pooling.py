@@ -12,7 +12,7 @@ from tokred_kernels.patching import patch
 
 vit = import_timm().models.vision_transformer
 TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 5}
-NOT_ITS_OWN = "must be those of the model's last forward"
+NOT_ITS_OWN = "must be the output of the last forward"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +66,7 @@ def test_packed_tokens_of_an_earlier_forward_are_refused():
 def test_masked_tokens_are_not_pooled_by_what_sees_them():
     model = patch(make(), "dynamicvit", layers=(1,), keep=(0.5,)).train()
     model.reset_classifier(5, "max")
-    with pytest.raises(ValueError, match="cannot be pooled by 'max'"):
+    with pytest.raises(ValueError, match="pooling by 'max' cannot ignore masked tokens"):
         model(torch.randn(2, 3, 48, 48))
 
 

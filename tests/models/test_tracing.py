@@ -73,8 +73,7 @@ def test_attributes_of_the_last_forward_are_absent_before_it(build):
 
 
 def test_maps_that_are_not_kept_are_absent():
-    model = make()
-    model.tokred_patch.method.trace = False
+    model = patch(make(), "tome", r=5, trace=False, replace=True)
     model(images())
     assert not hasattr(model, "token_map")
     assert hasattr(model, "token_sizes")

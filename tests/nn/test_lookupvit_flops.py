@@ -59,7 +59,7 @@ def test_operations_are_the_papers():
 def test_operations_that_are_refused():
     with pytest.raises(TypeError, match="model must be a LookupViT, got Linear"):
         lookupvit_flops(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"images of \(32, 32\) pixels only, got \(64, 64\); make it with dynamic_img"):
+    with pytest.raises(ValueError, match=r"only images of \(32, 32\) pixels, got \(64, 64\); make it with dynamic_img"):
         lookupvit_flops(LookupViT(**TINY), 64)
     with pytest.raises(ValueError, match="grid must be at most the lookup grid"):
         lookupvit_flops(LookupViT(**TINY), grid=(5, 5))

@@ -185,8 +185,8 @@ def test_maps_that_are_not_kept():
     ("settings", "size", "message"),
     [
         ({}, (48, 72), r"images must be of \(48, 64\) pixels, got \(48, 72\); .* dynamic_img_size=True"),
-        ({"dynamic_img_size": True}, (48, 70), r"patches of \(8, 8\) pixels divide, got \(48, 70\); .*img_pad=True"),
-        ({"dynamic_img_size": True}, (47, 64), r"patches of \(8, 8\) pixels divide, got \(47, 64\)"),
+        ({"dynamic_img_size": True}, (48, 70), r"the patch size \(8, 8\) divides, got \(48, 70\); .*img_pad=True"),
+        ({"dynamic_img_size": True}, (47, 64), r"the patch size \(8, 8\) divides, got \(47, 64\)"),
     ],
 )
 def test_images_of_a_wrong_size(settings, size, message):
@@ -207,7 +207,7 @@ def test_images_that_are_none():
         ({"num_classes": 2.0}, TypeError, "num_classes must be an int, got float"),
         ({"decoder": torch.relu}, TypeError, r"decoder must be a torch\.nn\.Module, got builtin_function_or_method"),
         ({"token_wise": None}, TypeError, "token_wise must be True or False, got None"),
-        ({"token_wise": False}, ValueError, "token_wise must be True where no decoder is given"),
+        ({"token_wise": False}, ValueError, "token_wise must be True without a decoder"),
     ],
 )
 def test_refusals(settings, error, message):

@@ -143,7 +143,7 @@ def test_packed_tokens_are_each_image_alone(everywhere, protected, how):
 
 def test_local_then_global_without_leaving_the_packing(everywhere):
     x = torch.randn(3, 65, 24, device=everywhere)
-    first = tk.window_match(x, 0.05, count="image")
+    first = tk.window_match(x, 0.05, count="image", num_prefix=1)
     y, size = tk.merge_wavg(x, first)
     second = tk.adaptive_bipartite_match(y, layer_index=2, class_token=True, count="image", packed=first.packed)
     z, total = tk.merge_wavg(y, second, size)
@@ -151,7 +151,7 @@ def test_local_then_global_without_leaving_the_packing(everywhere):
     assert both.in_shape == (3, 65)
     torch.testing.assert_close(tk.merge(x, both), z)
     for image in range(3):
-        local = tk.window_match(x[image : image + 1], 0.05)
+        local = tk.window_match(x[image : image + 1], 0.05, num_prefix=1)
         merged, sizes = tk.merge_wavg(x[image : image + 1], local)
         globally = tk.adaptive_bipartite_match(merged, layer_index=2, class_token=True)
         assert torch.equal(both.image(image).dest, local.then(globally).dest)

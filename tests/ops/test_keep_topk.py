@@ -68,18 +68,18 @@ def test_is_what_the_definition_says(everywhere, tokens, prefix, fuse, monkeypat
 def test_any_dtype(everywhere, dtype):
     for kind in ("different", "ties", "special"):
         scores = drawn_scores(kind, 3, 65).to(dtype)
-        assert_keeps(tk.keep_topk(scores.to(everywhere), 20, fuse=True), scores, 20, 1, True)
+        assert_keeps(tk.keep_topk(scores.to(everywhere), 20, fuse=True, num_prefix=1), scores, 20, 1, True)
 
 
 def test_more_tokens_than_a_block_sorts_in_shared_memory(everywhere):
     scores = drawn_scores("ties", 1, 40_001)
     for k, fuse in ((5, True), (20_000, False), (40_000, True)):
-        assert_keeps(tk.keep_topk(scores.to(everywhere), k, fuse=fuse), scores, k, 1, fuse)
+        assert_keeps(tk.keep_topk(scores.to(everywhere), k, fuse=fuse, num_prefix=1), scores, k, 1, fuse)
 
 
 def test_more_images_than_a_processor_takes_at_once(everywhere):
     scores = drawn_scores("ties", 300, 17)
-    assert_keeps(tk.keep_topk(scores.to(everywhere), 8, fuse=True), scores, 8, 1, True)
+    assert_keeps(tk.keep_topk(scores.to(everywhere), 8, fuse=True, num_prefix=1), scores, 8, 1, True)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, math.nan, math.inf, -math.inf])
@@ -105,12 +105,12 @@ def test_scores_of_the_prefix_are_not_looked_at(everywhere):
 
 def test_the_prefix_is_the_class_token_by_default(everywhere):
     scores = torch.randn(2, 30, device=everywhere)
-    assert torch.equal(tk.keep_topk(scores, 9).dest, tk.keep_topk(scores, 9, num_prefix=1).dest)
+    assert torch.equal(tk.keep_topk(scores, 9, num_prefix=1).dest, tk.keep_topk(scores, 9, num_prefix=1).dest)
 
 
 def test_there_is_no_slot_for_nothing(everywhere):
     scores = torch.randn(2, 9, device=everywhere)
-    fused, dropped = (tk.keep_topk(scores, 8, fuse=fuse) for fuse in (True, False))
+    fused, dropped = (tk.keep_topk(scores, 8, fuse=fuse, num_prefix=1) for fuse in (True, False))
     assert fused.num_out == dropped.num_out == 9
     assert torch.equal(fused.dest, dropped.dest)
 
@@ -136,7 +136,7 @@ def test_reads_strided_scores(everywhere):
 def test_scores_get_no_gradient(everywhere):
     scores = torch.randn(2, 9, device=everywhere, requires_grad=True)
     x = torch.randn(2, 9, 4, device=everywhere, requires_grad=True)
-    tk.merge(x, tk.keep_topk(scores, 4)).sum().backward()
+    tk.merge(x, tk.keep_topk(scores, 4, num_prefix=1)).sum().backward()
     assert scores.grad is None
     assert (x.grad.sum((1, 2)) == 20).all()
 
@@ -157,11 +157,11 @@ def test_reproduces_the_published_evit(everywhere):
     x, attention = arrays["x"].to(everywhere), arrays["cls_attn"].to(everywhere)
     scores = torch.cat([attention.new_zeros(2, 1), attention], 1)
     kept = math.ceil(params["keep_rate"] * attention.shape[1])
-    fused = tk.keep_topk(scores, kept, fuse=True)
+    fused = tk.keep_topk(scores, kept, fuse=True, num_prefix=1)
     stays = fused.dest < 1 + kept
     y = tk.merge(x, fused, reduce="sum", weight=torch.where(stays, 1.0, scores))
     torch.testing.assert_close(y.cpu(), arrays["out"])
-    dropped = tk.keep_topk(scores, kept)
+    dropped = tk.keep_topk(scores, kept, num_prefix=1)
     assert torch.equal(tk.merge(x, dropped, reduce="sum").cpu(), arrays["out_without_fuse"])
     for token_map in (fused, dropped):
         own = token_map.members.view(2, 20)[:, 1 : 1 + kept].cpu() - torch.tensor([[0], [20]])
@@ -173,33 +173,41 @@ def test_a_backend_that_cannot_serve_raises():
         tk.use_backend("cuda"),
         pytest.raises(RuntimeError, match=r'keep_topk: the backend "cuda" was requested .*reference'),
     ):
-        tk.keep_topk(torch.randn(1, 9), 5)
+        tk.keep_topk(torch.randn(1, 9), 5, num_prefix=1)
 
 
 @pytest.mark.parametrize(
     "call,error,words",
     [
-        (lambda s: tk.keep_topk(s.tolist(), 3), TypeError, "scores must be a torch.Tensor, got list"),
-        (lambda s: tk.keep_topk(s.int(), 3), TypeError, "scores must be float32.*got torch.int32"),
-        (lambda s: tk.keep_topk(s.to_sparse(), 3), TypeError, "scores must be a dense"),
-        (lambda s: tk.keep_topk(s[0], 3), ValueError, r"scores must be \(B, N\), got shape \(12,\)"),
-        (lambda s: tk.keep_topk(s[..., None], 3), ValueError, r"scores must be \(B, N\), got shape \(2, 12, 1\)"),
+        (lambda s: tk.keep_topk(s.tolist(), 3, num_prefix=1), TypeError, "scores must be a torch.Tensor, got list"),
+        (lambda s: tk.keep_topk(s.int(), 3, num_prefix=1), TypeError, "scores must be float32.*got torch.int32"),
+        (lambda s: tk.keep_topk(s.to_sparse(), 3, num_prefix=1), TypeError, "scores must be a dense"),
+        (lambda s: tk.keep_topk(s[0], 3, num_prefix=1), ValueError, r"scores must be \(B, N\), got shape \(12,\)"),
         (
-            lambda s: tk.keep_topk(torch.empty(2, MAX_ROWS // 2 + 1, device="meta"), 3),
+            lambda s: tk.keep_topk(s[..., None], 3, num_prefix=1),
+            ValueError,
+            r"scores must be \(B, N\), got shape \(2, 12, 1\)",
+        ),
+        (
+            lambda s: tk.keep_topk(torch.empty(2, MAX_ROWS // 2 + 1, device="meta"), 3, num_prefix=1),
             ValueError,
             rf"scores may have at most {MAX_ROWS} entries, got shape \(2, {MAX_ROWS // 2 + 1}\)",
         ),
-        (lambda s: tk.keep_topk(s, 12), ValueError, r"k must be at most N - num_prefix = 12 - 1 = 11, got 12"),
+        (
+            lambda s: tk.keep_topk(s, 12, num_prefix=1),
+            ValueError,
+            r"k must be at most N - num_prefix = 12 - 1 = 11, got 12",
+        ),
         (lambda s: tk.keep_topk(s, 10, num_prefix=3), ValueError, "N - num_prefix = 12 - 3 = 9, got 10"),
         (lambda s: tk.keep_topk(s, 13, num_prefix=0), ValueError, "N - num_prefix = 12 - 0 = 12, got 13"),
-        (lambda s: tk.keep_topk(s, -1), ValueError, "k must be at least 0, got -1"),
-        (lambda s: tk.keep_topk(s, 3.0), TypeError, r"k must be an int, got float \(3\.0\)"),
-        (lambda s: tk.keep_topk(s, True), TypeError, r"k must be an int, got bool \(True\)"),
+        (lambda s: tk.keep_topk(s, -1, num_prefix=1), ValueError, "k must be at least 0, got -1"),
+        (lambda s: tk.keep_topk(s, 3.0, num_prefix=1), TypeError, r"k must be an int, got float \(3\.0\)"),
+        (lambda s: tk.keep_topk(s, True, num_prefix=1), TypeError, r"k must be an int, got bool \(True\)"),
         (lambda s: tk.keep_topk(s, 3, num_prefix=-2), ValueError, "num_prefix must be at least 0, got -2"),
         (lambda s: tk.keep_topk(s, 3, num_prefix=None), TypeError, "num_prefix must be an int, got NoneType"),
         (lambda s: tk.keep_topk(s, 0, num_prefix=13), ValueError, "num_prefix must be at most N = 12, got 13"),
-        (lambda s: tk.keep_topk(s, 3, fuse=1), TypeError, "fuse must be True or False, got 1"),
-        (lambda s: tk.keep_topk(s, 3, fuse=None), TypeError, "fuse must be True or False, got None"),
+        (lambda s: tk.keep_topk(s, 3, fuse=1, num_prefix=1), TypeError, "fuse must be True or False, got 1"),
+        (lambda s: tk.keep_topk(s, 3, fuse=None, num_prefix=1), TypeError, "fuse must be True or False, got None"),
     ],
 )
 def test_bad_input_names_the_argument(call, error, words):

@@ -365,7 +365,7 @@ A_MAP = tk.TokenMap.identity(2, 9)
         (lambda x: tk.merge(x.int(), A_MAP), TypeError, "x must be float32.*int32"),
         (lambda x: tk.merge(x.to_sparse(), A_MAP), TypeError, "dense"),
         (lambda x: tk.merge(x, A_MAP.dest), TypeError, "token_map must be a TokenMap, got Tensor"),
-        (lambda x: tk.merge(x, A_MAP, reduce="max"), ValueError, "reduce must be one of mean, sum, amax, got 'max'"),
+        (lambda x: tk.merge(x, A_MAP, reduce="min"), ValueError, "reduce must be one of mean, sum, amax, max, got"),
         (lambda x: tk.merge(x, A_MAP, reduce="amax", weight=x[..., 0]), ValueError, "weight must be None"),
         (lambda x: tk.merge(x, A_MAP, weight=x), ValueError, r"weight must be \(2, 9\) or \(2, 9, 1\).*\(2, 9, 4\)"),
         (lambda x: tk.merge(x, A_MAP, weight=x[..., 0].int()), TypeError, "weight must be float32"),

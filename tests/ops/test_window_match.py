@@ -26,7 +26,7 @@ def test_reproduces_the_authors_code(everywhere, name, given):
     arrays, params = golden(name)
     x = arrays["x"].to(everywhere)
     grid = {"grid": tuple(params["grid"])} if given else {}
-    token_map = tk.window_match(x, params["threshold"], window=tuple(params["window_size"]), **grid)
+    token_map = tk.window_match(x, params["threshold"], window=tuple(params["window_size"]), num_prefix=1, **grid)
     y, size = tk.merge_wavg(x, token_map)
     torch.testing.assert_close(y.cpu(), arrays["merged_wavg"])
     assert torch.equal(size.cpu(), arrays["merged_size"])
@@ -96,7 +96,7 @@ def test_is_right_for_any_values(everywhere, grid, window, first, channels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_right_where_models_are(everywhere, dtype):
     x = torch.randn(2, 1025, 384).to(dtype)
-    token_map = tk.window_match(x.to(everywhere), 0.0, count=100)
+    token_map = tk.window_match(x.to(everywhere), 0.0, count=100, num_prefix=1)
     assert token_map.num_out == 1025 - 300
     assert_valid_windows(token_map, x, 100, first=1, grid=(32, 32), window=(2, 2))
 
@@ -105,13 +105,13 @@ def test_an_image_in_a_batch_is_as_it_is_alone(backend):
     for tokens in (torch.randn(5, 1 + 196, 48), exact_tokens(5, 1 + 196, 16)):
         x = tokens.to(backend)
         x[3] = -x[3].abs() * torch.tensor([1, -1], device=backend).repeat(99)[:197, None]  # nothing to merge
-        packed = tk.window_match(x, 0.01, count="image")
-        smallest = tk.window_match(x, 0.01)
+        packed = tk.window_match(x, 0.01, count="image", num_prefix=1)
+        smallest = tk.window_match(x, 0.01, num_prefix=1)
         assert smallest.num_out == max(packed.packed.lengths)
-        given = tk.window_match(x, 0.01, count=(197 - smallest.num_out) // 3)
+        given = tk.window_match(x, 0.01, count=(197 - smallest.num_out) // 3, num_prefix=1)
         assert torch.equal(given.dest, smallest.dest)
         for image in range(5):
-            alone = tk.window_match(x[image : image + 1], 0.01)
+            alone = tk.window_match(x[image : image + 1], 0.01, num_prefix=1)
             assert torch.equal(packed.image(image).dest, alone.dest)
             assert packed.packed.lengths[image] == alone.num_out
 
@@ -120,30 +120,32 @@ def test_nothing_to_merge_in_one_image_is_the_identity(everywhere):
     x = torch.ones(2, 17, 4, device=everywhere)
     x[1, 1:] *= torch.tensor([1, -1], device=everywhere).repeat(8)[:, None]
     identity = torch.arange(17).expand(2, 17).tolist()
-    assert tk.window_match(x, 0.5).dest.tolist() == identity
-    assert tk.window_match(x, math.inf).dest.tolist() == identity
-    packed = tk.window_match(x, 0.5, count="image")
+    assert tk.window_match(x, 0.5, num_prefix=1).dest.tolist() == identity
+    assert tk.window_match(x, math.inf, num_prefix=1).dest.tolist() == identity
+    packed = tk.window_match(x, 0.5, count="image", num_prefix=1)
     assert packed.packed.lengths == (5, 17)
     assert packed.image(1).dest.tolist() == identity[:1]
-    assert tk.window_match(x, 0.5, count=0).dest.tolist() == identity
+    assert tk.window_match(x, 0.5, count=0, num_prefix=1).dest.tolist() == identity
 
 
 def test_all_tokens_identical(everywhere):
     x = torch.full((2, 17, 64), -3.0, device=everywhere)
     # Four windows that tie: they follow the class token by index.
     grid = [1, 1, 2, 2, 1, 1, 2, 2, 3, 3, 4, 4, 3, 3, 4, 4]
-    assert tk.window_match(x, 0.999).dest.tolist() == [[0, *grid]] * 2
+    assert tk.window_match(x, 0.999, num_prefix=1).dest.tolist() == [[0, *grid]] * 2
     # Two of them: the other tokens by index.
-    assert tk.window_match(x, 0.0, count=2).dest.tolist() == [[0, 1, 1, 2, 2, 1, 1, 2, 2, *range(3, 11)]] * 2
-    assert tk.window_match(x * 0, 0.1).num_out == 17, "zero tokens are similar to nothing"
-    assert tk.window_match(x * 0, 0.0).dest.tolist() == [[0, *grid]] * 2
+    assert (
+        tk.window_match(x, 0.0, count=2, num_prefix=1).dest.tolist() == [[0, 1, 1, 2, 2, 1, 1, 2, 2, *range(3, 11)]] * 2
+    )
+    assert tk.window_match(x * 0, 0.1, num_prefix=1).num_out == 17, "zero tokens are similar to nothing"
+    assert tk.window_match(x * 0, 0.0, num_prefix=1).dest.tolist() == [[0, *grid]] * 2
 
 
 def test_a_number_too_large_merges_all_windows(everywhere):
     x = torch.randn(2, 1 + 5 * 7, 4, device=everywhere)
-    token_map = tk.window_match(x, 0.0, grid=(5, 7), count=1000)
+    token_map = tk.window_match(x, 0.0, grid=(5, 7), count=1000, num_prefix=1)
     assert token_map.num_out == 36 - 3 * 6
-    assert torch.equal(token_map.dest, tk.window_match(x, -2.0, grid=(5, 7)).dest)
+    assert torch.equal(token_map.dest, tk.window_match(x, -2.0, grid=(5, 7), num_prefix=1).dest)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -158,21 +160,21 @@ def test_windows_that_are_not_finite_never_merge(everywhere, value):
 
 def test_empty_batch_and_no_channels(everywhere):
     for count, slots in (("batch", 17), ("image", 0), (2, 11)):
-        token_map = tk.window_match(torch.randn(0, 17, 4, device=everywhere), 0.5, count=count)
+        token_map = tk.window_match(torch.randn(0, 17, 4, device=everywhere), 0.5, count=count, num_prefix=1)
         assert token_map.dest.shape == (0, 17)
         assert token_map.num_out == slots
-    assert tk.window_match(torch.randn(1, 17, 0, device=everywhere), 0.5).num_out == 17
+    assert tk.window_match(torch.randn(1, 17, 0, device=everywhere), 0.5, num_prefix=1).num_out == 17
 
 
 def test_leaves_no_gradient_and_reads_strided_tokens(everywhere):
     x = torch.randn(2, 17, 8, device=everywhere, requires_grad=True)
     for count in ("batch", "image", 1):
-        token_map = tk.window_match(x, 0.0, count=count)
+        token_map = tk.window_match(x, 0.0, count=count, num_prefix=1)
         assert not token_map.dest.requires_grad
         y = tk.merge(x, token_map)
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
         transposed = x.detach().transpose(1, 2).contiguous().transpose(1, 2)
-        assert torch.equal(tk.window_match(transposed, 0.0, count=count).dest, token_map.dest)
+        assert torch.equal(tk.window_match(transposed, 0.0, count=count, num_prefix=1).dest, token_map.dest)
 
 
 def test_a_grid_that_the_window_does_not_divide_keeps_its_rim(everywhere):
@@ -195,53 +197,101 @@ def test_uneven_grids_can_be_refused():
 
 def test_a_backend_that_cannot_serve_raises():
     with tk.use_backend("cuda"), pytest.raises(RuntimeError, match=r'"cuda" was requested .*can: reference, cpu'):
-        tk.window_match(torch.randn(1, 17, 4), 0.5)
+        tk.window_match(torch.randn(1, 17, 4), 0.5, num_prefix=1)
 
 
 @pytest.mark.parametrize(
     "call,error,words",
     [
-        (lambda x: tk.window_match(x, math.nan), ValueError, "threshold must be a number, got NaN"),
-        (lambda x: tk.window_match(x, "0.5"), TypeError, r"threshold must be a number, got str \('0.5'\)"),
-        (lambda x: tk.window_match(x, True), TypeError, r"threshold must be a number, got bool \(True\)"),
-        (lambda x: tk.window_match(x, None), TypeError, "threshold must be a number, got NoneType"),
-        (lambda x: tk.window_match(x[0], 0.5), ValueError, r"x must be \(B, N, C\), got shape \(17, 4\)"),
-        (lambda x: tk.window_match(x.long(), 0.5), TypeError, "x must be float32.*int64"),
-        (lambda x: tk.window_match([1.0], 0.5), TypeError, "x must be a torch.Tensor, got list"),
-        (lambda x: tk.window_match(x, 0.5, grid=(4, 5)), ValueError, r"N - num_prefix = 17 - 1.*\(4, 5\).*holds 20"),
+        (lambda x: tk.window_match(x, math.nan, num_prefix=1), ValueError, "threshold must be a number, got NaN"),
+        (
+            lambda x: tk.window_match(x, "0.5", num_prefix=1),
+            TypeError,
+            r"threshold must be a number, got str \('0.5'\)",
+        ),
+        (lambda x: tk.window_match(x, True, num_prefix=1), TypeError, r"threshold must be a number, got bool \(True\)"),
+        (lambda x: tk.window_match(x, None, num_prefix=1), TypeError, "threshold must be a number, got NoneType"),
+        (lambda x: tk.window_match(x[0], 0.5, num_prefix=1), ValueError, r"x must be \(B, N, C\), got shape \(17, 4\)"),
+        (lambda x: tk.window_match(x.long(), 0.5, num_prefix=1), TypeError, "x must be float32.*int64"),
+        (lambda x: tk.window_match([1.0], 0.5, num_prefix=1), TypeError, "x must be a torch.Tensor, got list"),
+        (
+            lambda x: tk.window_match(x, 0.5, grid=(4, 5), num_prefix=1),
+            ValueError,
+            r"N - num_prefix = 17 - 1.*\(4, 5\).*holds 20",
+        ),
         (
             lambda x: tk.window_match(x, 0.5, num_prefix=2),
             ValueError,
-            "grid must be given where.* 17 - 2 is not the sq",
+            "grid must be given if.* 17 - 2 is not a sq",
         ),
-        (lambda x: tk.window_match(x, 0.5, num_prefix=17), ValueError, "grid must be given where .* 17 - 17 is not"),
-        (lambda x: tk.window_match(x, 0.5, num_prefix=18), ValueError, "grid must be given where .* 17 - 18 is not"),
+        (lambda x: tk.window_match(x, 0.5, num_prefix=17), ValueError, "grid must be given if .* 17 - 17 is not"),
+        (lambda x: tk.window_match(x, 0.5, num_prefix=18), ValueError, "grid must be given if .* 17 - 18 is not"),
         (lambda x: tk.window_match(x, 0.5, num_prefix=-1), ValueError, "num_prefix must be at least 0, got -1"),
         (lambda x: tk.window_match(x, 0.5, num_prefix=1.0), TypeError, "num_prefix must be an int, got float"),
-        (lambda x: tk.window_match(x, 0.5, grid=16), TypeError, r"grid must be a pair \(height, width\), got 16"),
-        (lambda x: tk.window_match(x, 0.5, grid=(4.0, 4)), TypeError, "grid height must be an int, got float"),
-        (lambda x: tk.window_match(x, 0.5, grid=(16, 0)), ValueError, "grid width must be at least 1, got 0"),
-        (lambda x: tk.window_match(x, 0.5, window=(5, 1)), ValueError, r"window must fit.*grid \(4, 4\), got \(5, 1\)"),
-        (lambda x: tk.window_match(x, 0.5, window=(1, 5)), ValueError, r"window must fit.*grid \(4, 4\), got \(1, 5\)"),
-        (lambda x: tk.window_match(x, 0.5, window=(1, 1)), ValueError, r"at least 2 tokens, got \(1, 1\)"),
-        (lambda x: tk.window_match(x, 0.5, window=(2, 2, 2)), TypeError, "window must be a pair"),
-        (lambda x: tk.window_match(x, 0.5, window=(0, 2)), ValueError, "window height must be at least 1, got 0"),
-        (lambda x: tk.window_match(x, 0.5, uneven="pad"), ValueError, "uneven must be one of keep, refuse, got 'pad'"),
         (
-            lambda x: tk.window_match(x, 0.5, count="all"),
+            lambda x: tk.window_match(x, 0.5, grid=16, num_prefix=1),
+            TypeError,
+            r"grid must be a pair \(height, width\), got 16",
+        ),
+        (
+            lambda x: tk.window_match(x, 0.5, grid=(4.0, 4), num_prefix=1),
+            TypeError,
+            "grid height must be an int, got float",
+        ),
+        (
+            lambda x: tk.window_match(x, 0.5, grid=(16, 0), num_prefix=1),
+            ValueError,
+            "grid width must be at least 1, got 0",
+        ),
+        (
+            lambda x: tk.window_match(x, 0.5, window=(5, 1), num_prefix=1),
+            ValueError,
+            r"window must fit.*grid \(4, 4\), got \(5, 1\)",
+        ),
+        (
+            lambda x: tk.window_match(x, 0.5, window=(1, 5), num_prefix=1),
+            ValueError,
+            r"window must fit.*grid \(4, 4\), got \(1, 5\)",
+        ),
+        (
+            lambda x: tk.window_match(x, 0.5, window=(1, 1), num_prefix=1),
+            ValueError,
+            r"at least 2 tokens, got \(1, 1\)",
+        ),
+        (lambda x: tk.window_match(x, 0.5, window=(2, 2, 2), num_prefix=1), TypeError, "window must be a pair"),
+        (
+            lambda x: tk.window_match(x, 0.5, window=(0, 2), num_prefix=1),
+            ValueError,
+            "window height must be at least 1, got 0",
+        ),
+        (
+            lambda x: tk.window_match(x, 0.5, uneven="pad", num_prefix=1),
+            ValueError,
+            "uneven must be one of keep, refuse, got 'pad'",
+        ),
+        (
+            lambda x: tk.window_match(x, 0.5, count="all", num_prefix=1),
             ValueError,
             'count must be "batch", "image" or an int, got \'al',
         ),
-        (lambda x: tk.window_match(x, 0.5, count=-1), ValueError, "count must be at least 0, got -1"),
-        (lambda x: tk.window_match(x, 0.5, count=1.0), TypeError, "count must be an int, got float"),
-        (lambda x: tk.window_match(x, 0.5, count=None), TypeError, "count must be an int, got NoneType"),
+        (lambda x: tk.window_match(x, 0.5, count=-1, num_prefix=1), ValueError, "count must be at least 0, got -1"),
+        (lambda x: tk.window_match(x, 0.5, count=1.0, num_prefix=1), TypeError, "count must be an int, got float"),
+        (lambda x: tk.window_match(x, 0.5, count=None, num_prefix=1), TypeError, "count must be an int, got NoneType"),
         (
-            lambda x: tk.window_match(x, 0.5, count="image", group=1),
+            lambda x: tk.window_match(x, 0.5, count="image", group=1, num_prefix=1),
             ValueError,
             'group must be None unless count="batc',
         ),
-        (lambda x: tk.window_match(x, 0.5, count=3, group=1), ValueError, "group must be None unless .*got count=3"),
-        (lambda x: tk.window_match(x[:1, :1].expand(2**17, 2**14, 4), 0.5), ValueError, "at most 2147479552 tokens"),
+        (
+            lambda x: tk.window_match(x, 0.5, count=3, group=1, num_prefix=1),
+            ValueError,
+            "group must be None unless .*got count=3",
+        ),
+        (
+            lambda x: tk.window_match(x[:1, :1].expand(2**17, 2**14, 4), 0.5, num_prefix=1),
+            ValueError,
+            "at most 2147479552 tokens",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(call, error, words):

@@ -9,7 +9,7 @@ import inspect
 import torch
 
 import tokred_kernels as tk
-from tokred_kernels.methods.algm.thresholds import Similarity
+from tokred_kernels.methods.algm import Similarity
 from tokred_kernels.models.imports import import_timm
 from tokred_kernels.patching import METHODS
 
@@ -43,7 +43,6 @@ def op_calls():
         tk.Packing.of: {"lengths": (3, 0, 9), "device": torch.device("cpu")},
         tk.flops.count: {"model": model},
         tk.flops.image_size: {"model": model},
-        tk.flops.made_of: {"model": model},
         tk.viz.draw_tokens: {"image": torch.rand(3, 12, 16), "token_map": token_map, "grid": (3, 4), "num_prefix": 0},
         tk.nn.CompressionRate: {"patch_number": 12},
         tk.nn.TokenPredictor: {"embed_dim": 8},
@@ -96,9 +95,9 @@ def stateful_calls():
         "set_keep_rate": (rated, {"keep_rate": (0.5,)}),
         "calibrate_thresholds": (calibrated, {"batches": [images], "layers": (0, 1), "window": (2, 2)}),
         "diffrate_search": (searched, {"batches": [(images, torch.tensor([0, 1]))], "target_gflops": 0.0003}),
-        "compression_flops": (tk.nn.compression_flops, {"model": torch.nn.Identity()}),
-        "kept_counts": (tk.nn.kept_counts, {"model": torch.nn.Identity()}),
-        "patch": (tk.patch, {"model": torch.nn.Identity(), "method": "tome"}),
+        "compression_flops": (tk.methods.compression_flops, {"model": torch.nn.Identity()}),
+        "kept_counts": (tk.methods.kept_counts, {"model": torch.nn.Identity()}),
+        "patch": (tk.patch, {"model": torch.nn.Identity(), "method": tk.methods.ToMe(2)}),
     }
     for size in ("tiny", "small", "base", "large"):
         make = getattr(tk.nn, f"lookupvit_{size}")
@@ -143,8 +142,7 @@ def patched_with(method):
         with torch.no_grad():
             return model(torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32))
 
-    settings = inspect.signature(METHODS.get(method, tk.nn.LookupViT.from_vit)).parameters.values()
-    call.__signature__ = inspect.Signature([setting for setting in settings if setting.name != "vit"])
+    call.__signature__ = inspect.signature(METHODS.get(method, functools.partial(tk.nn.LookupViT.from_vit, vit())))
     return call
 
 

@@ -11,33 +11,22 @@ from torch import Tensor
 
 from tokred_kernels.backends import native, selfcheck
 from tokred_kernels.backends.selection import ranking
-from tokred_kernels.backends.support import (
-    BACKENDS,
-    BACKWARD,
-    COMPOUNDS,
-    MAP_OPS,
-    NO_CUDA_OPS,
-    OPS,
-    implementation,
-    reason_against,
-    triton_interprets,
-)
+from tokred_kernels.backends.support import BACKENDS, can_run, implementation
+from tokred_kernels.backends.triton.availability import triton_interprets
 from tokred_kernels.checks import shown
+from tokred_kernels.ops.registry import OPS, SPECS
 
 __all__ = [
     "AUTO",
     "BACKENDS",
-    "BACKWARD",
-    "COMPOUNDS",
-    "MAP_OPS",
-    "NO_CUDA_OPS",
     "OPS",
     "best",
+    "can_run",
     "choose",
     "companion",
     "implementation",
     "prepare",
-    "reason_against",
+    "requested",
     "triton_interprets",
     "use_backend",
     "use_sdpa",
@@ -54,14 +43,23 @@ LONG, RAGGED, RAGGED_IF_NARROW = 160, 97, 129
 WIDE_HEADS, TORCHS_BLOCK = 64, 16
 
 
-def _valid(name: str) -> str:
+def _valid(source: str, name: str) -> str:
     if not isinstance(name, str) or name not in (AUTO, *BACKENDS):
-        raise ValueError(f"tokred_kernels: backend must be one of {', '.join((AUTO, *BACKENDS))}, got {shown(name)}")
+        raise ValueError(f"{source} must be one of {', '.join((AUTO, *BACKENDS))}, got {shown(name)}")
     return name
 
 
-_wanted = _valid(os.environ.get("TOKRED_BACKEND", AUTO))
+_requested = os.environ.get("TOKRED_BACKEND", AUTO)  # checked at first use: an error here would make every import fail
 _chosen: dict[tuple[Any, ...], str] = {}
+
+
+def requested() -> str:
+    """Return the backend that was requested, or "auto".
+
+    Raises:
+        ValueError: the environment variable TOKRED_BACKEND is none of them.
+    """
+    return _valid("TOKRED_BACKEND", _requested)
 
 
 class use_backend:
@@ -77,39 +75,35 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _wanted  # noqa: PLW0603
-        self._before = _wanted
-        _wanted = _valid(name)
+        global _requested
+        name = _valid("tokred_kernels.use_backend: name", name)
+        self._before, _requested = _requested, name
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _wanted  # noqa: PLW0603
-        _wanted = self._before
+        global _requested  # noqa: PLW0603
+        _requested = self._before
 
 
-def choose(op: str, tensor: Tensor, *, unfit: tuple[str, ...] = (), training: bool = False) -> str:
+def choose(op: str, tensor: Tensor, *, head_dim: int = 0, training: bool = False) -> str:
     """Return the backend that runs `op` on this tensor: the one requested, or the best.
 
     Args:
         op: a registered op.
         tensor: its first input.
-        unfit: backends whose kernels do not take this shape. `auto` skips them; requested by name, they raise.
+        head_dim: the head dimension, for attention.
         training: if True, the gradient's kernel must have passed the self-check as well.
 
     Raises:
-        RuntimeError: the backend requested cannot run the call; with the reason and those that can.
+        RuntimeError: the backend requested cannot run the call; the message has the reason and the backends that can.
+        ValueError: TOKRED_BACKEND names no backend.
     """
-    if (
-        tensor.is_cpu
-        and _wanted in (AUTO, "cpu")
-        and native.MODULE is not None
-        and not unfit
-        and not torch.jit.is_tracing()
-    ):
-        return "cpu"  # as `_choose` finds too; this runs between two layers of a model
-    return _choose(op, _wanted, tensor, unfit, training)
+    is_direct = tensor.is_cpu and _requested in (AUTO, "cpu") and native.MODULE is not None
+    if is_direct and "cpu" not in SELF_CHECKED and not torch.jit.is_tracing():
+        return "cpu"  # the result of `_choose`, found faster: this runs between two layers of a model
+    return _choose(op, _requested, tensor, head_dim, training)
 
 
 def prepare(module: torch.nn.Module) -> None:
@@ -117,17 +111,17 @@ def prepare(module: torch.nn.Module) -> None:
 
     So it does not run in the middle of a forward pass, of tracing, or of graph capture.
     """
-    if _wanted == AUTO:
+    if _requested == AUTO:
         for device in {p.device for p in module.parameters() if p.device.type in SELF_CHECKED}:
             selfcheck.verdicts(device)
 
 
 def best(op: str, tensor: Tensor) -> str:
     """Return the backend that runs `op`, an op on integers: the one requested if it can, else the best."""
-    if tensor.is_cpu and _wanted in (AUTO, "cpu") and native.MODULE is not None and not torch.jit.is_tracing():
-        return "cpu"  # as `_choose` finds too, but this runs between two layers of a model, and is short
-    if _wanted != AUTO and reason_against(op, _wanted, tensor.device, tensor.dtype) is None:
-        return _wanted
+    if tensor.is_cpu and _requested in (AUTO, "cpu") and native.MODULE is not None and not torch.jit.is_tracing():
+        return "cpu"  # a shortcut with the same result as `_choose`: this runs between two layers of a model
+    if _requested != AUTO and can_run(op, requested(), tensor.device, tensor.dtype) is None:
+        return _requested
     return _choose(op, AUTO, tensor)
 
 
@@ -136,13 +130,13 @@ def companion(op: str, backend: str, tensor: Tensor) -> str:
 
     That is the same one if it was requested and has the op; else the best.
     """
-    if _wanted == AUTO and tensor.device.type in SELF_CHECKED:
+    if _requested == AUTO and tensor.device.type in SELF_CHECKED:
         return _choose(op, AUTO, tensor)
-    return backend if reason_against(op, backend, tensor.device, tensor.dtype) is None else best(op, tensor)
+    return backend if can_run(op, backend, tensor.device, tensor.dtype) is None else best(op, tensor)
 
 
 def use_sdpa(
-    op: str, tensor: Tensor, *, plain: bool, eager: bool = True, unfit: tuple[str, ...] = (), training: bool = False
+    op: str, tensor: Tensor, *, plain: bool, eager: bool = True, head_dim: int = 0, training: bool = False
 ) -> bool:
     """Return whether torch's own fused attention runs the call: `plain`, or with a bias on keys.
 
@@ -155,11 +149,11 @@ def use_sdpa(
         (native.AMX and tensor.dtype == torch.bfloat16)
         or (eager and not plain and native.WIDE_VECTORS and tensor.dtype == torch.float32 and _is_long(tensor))
     ):
-        return _wanted == "cuda"
-    if _wanted == AUTO:
-        chosen = "torch" if plain else _choose(op, AUTO, tensor, unfit, training, with_torch=True)
+        return _requested == "cuda"
+    if _requested == AUTO:
+        chosen = "torch" if plain else _choose(op, AUTO, tensor, head_dim, training, with_torch=True)
         return chosen in ("torch", "cpu", "reference")
-    return _wanted in ("cpu", "cuda")
+    return _requested in ("cpu", "cuda")
 
 
 def _is_long(q: Tensor) -> bool:
@@ -171,15 +165,17 @@ def _is_long(q: Tensor) -> bool:
 
 def _choose(
     op: str,
-    wanted: str,
+    name: str,
     tensor: Tensor,
-    unfit: tuple[str, ...] = (),
+    head_dim: int = 0,
     training: bool = False,
     with_torch: bool = False,
 ) -> str:
-    if wanted == AUTO and torch.jit.is_tracing():  # a traced graph, and ONNX, must run without this package
+    if name == AUTO and torch.jit.is_tracing():  # a traced graph, and ONNX, must run without this package
         return "torch" if with_torch else "reference"
-    key = op, wanted, tensor.device, tensor.dtype, unfit, training, with_torch
+    if head_dim and not any(head_dim > most for most in SPECS[op].max_head_dim.values()):
+        head_dim = 0  # no backend limits it: keep one entry for all head dimensions, and no guard on a symbolic one
+    key = op, name, tensor.device, tensor.dtype, int(head_dim), training, with_torch
     if torch.compiler.is_compiling():  # the cache would become a guard of the graph, and its growth a recompilation
         return _decide(*key)
     chosen = _chosen.get(key)
@@ -197,23 +193,23 @@ def device_is_known(device: torch.device, op: str) -> bool:
 
 def _decide(
     op: str,
-    wanted: str,
+    name: str,
     device: torch.device,
     dtype: torch.dtype,
-    unfit: tuple[str, ...] = (),
+    head_dim: int = 0,
     training: bool = False,
     with_torch: bool = False,
 ) -> str:
-    if wanted == AUTO:
-        return _decide_automatically(op, device, dtype, unfit, training, with_torch)
-    reason = reason_against(op, wanted, device, dtype)
+    if _valid("TOKRED_BACKEND", name) == AUTO:
+        return _decide_automatically(op, device, dtype, head_dim, training, with_torch)
+    reason = can_run(op, name, device, dtype, head_dim)
     if reason is not None:
-        able = [name for name in BACKENDS if reason_against(op, name, device, dtype) is None]
+        able = [other for other in BACKENDS if can_run(op, other, device, dtype, head_dim) is None]
         raise RuntimeError(
-            f'tokred_kernels.{op}: the backend "{wanted}" was requested and cannot run this call: {reason}. '
+            f'tokred_kernels.{op}: the backend "{name}" was requested and cannot run this call: {reason}. '
             f"These can: {', '.join(able)}"
         )
-    return wanted
+    return name
 
 
 # torch.compile calls this while it traces, and keeps the result; a self-check may start then, for it runs no op in this
@@ -222,16 +218,16 @@ _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decide_automatically(
-    op: str, device: torch.device, dtype: torch.dtype, unfit: tuple[str, ...], training: bool, with_torch: bool
+    op: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool, with_torch: bool
 ) -> str:
-    if op in COMPOUNDS:  # one call for all parts if one backend is the best for all; else each part chooses
-        parts = {_decide_automatically(part, device, dtype, unfit, training, False) for part in COMPOUNDS[op]}
+    if SPECS[op].parts:  # one call for all parts if one backend is the best for all; else each part chooses
+        parts = {_decide_automatically(part, device, dtype, head_dim, training, False) for part in SPECS[op].parts}
         return parts.pop() if len(parts) == 1 else "reference"
     for backend in candidates(op, device, dtype, training):
         if backend == "torch":
             if with_torch:
                 return backend
-        elif backend not in unfit and reason_against(op, backend, device, dtype) is None:
+        elif can_run(op, backend, device, dtype, head_dim) is None:
             return backend
     return "reference"
 

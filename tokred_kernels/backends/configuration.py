@@ -13,7 +13,7 @@ from tokred_kernels.backends.selfcheck.verdict import UNKNOWN, Verdict, Verdicts
 
 def show_config() -> str:
     """Print (and return) what was built, and per op and device what `auto` uses and why; starts no self-check."""
-    lines = [f"tokred_kernels with torch {torch.__version__}; backend: {backends._wanted}"]
+    lines = [f"tokred_kernels with torch {torch.__version__}; backend: {backends.requested()}"]
     if native.MODULE is None:
         lines.append(f"native module: missing ({native.FAILURE})")
     else:
@@ -22,7 +22,7 @@ def show_config() -> str:
     lines.append("cpu:")
     for op in backends.OPS:
         chosen = backends._decide(op, backends.AUTO, torch.device("cpu"), torch.float32)
-        reason = backends.reason_against(op, "cpu", "cpu", torch.float32)
+        reason = backends.can_run(op, "cpu", "cpu", torch.float32)
         lines.append(f"  {op:{_WIDTH}}  auto -> {chosen}" + (f"  (not cpu: {reason})" if reason else ""))
     if not torch.cuda.is_available():
         lines.append("gpu: none")
@@ -42,7 +42,7 @@ def gpu_lines(device: torch.device, verdicts: Verdicts) -> list[str]:
     lines = []
     for op in backends.OPS:
         order = ranking(op, verdicts, torch.bfloat16, training=False)
-        able = [b for b in order if b == "torch" or backends.reason_against(op, b, device, torch.bfloat16) is None]
+        able = [b for b in order if b == "torch" or backends.can_run(op, b, device, torch.bfloat16) is None]
         timed = verdicts.get(able[0], {}).get(op, _NOTHING).times_us
         others = f"the fastest that passed, or within {DRAW - 1:.0%} of it" if timed else "the first that passed"
         lines.append(f"  {op:{_WIDTH}}  auto -> {able[0]}  ({others if len(able) > 1 else 'no other passed'})")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from tokred_kernels.backends.selfcheck.verdict import Verdict
-from tokred_kernels.backends.support import BACKWARD, MAP_OPS
+from tokred_kernels.ops.registry import SPECS
 
 # "torch" is scaled_dot_product_attention with the logarithm of the sizes as a bias on the keys.
 FIXED_ORDER = ("cuda", "triton", "torch", "reference")
@@ -24,7 +24,7 @@ def ranking(
     A backend must have passed the self-check in `op`, and, if `training`, in the op that computes its gradient. Passed
     backends without times come after those with times, in the fixed order.
     """
-    ops = (op, BACKWARD[op]) if training and op in BACKWARD else (op,)
+    ops = (op, SPECS[op].backward) if training and SPECS[op].backward else (op,)
     passed = [name for name in FIXED_ORDER if name == "reference" or _passed(verdicts.get(name, {}), ops)]
     times = {name: _time(verdicts.get(name, {}), _timed(name, ops), dtype) for name in passed}
     known = {name: time for name, time in times.items() if time is not None}
@@ -50,7 +50,7 @@ def _time(verdicts: Mapping[str, Verdict], ops: tuple[str, ...], dtype: torch.dt
     total = 0.0
     for op in ops:
         times = verdicts[op].times_us if op in verdicts else {}
-        names = [str(dtype)[6:]] if op not in MAP_OPS else [""]
+        names = [""] if SPECS[op].is_integer else [str(dtype)[6:]]
         if dtype == torch.float16:  # timed as bfloat16: the same bytes and the same matrix units
             names.append("bfloat16")
         chosen = next((found for name in names if (found := [t for n, t in times.items() if n.startswith(name)])), None)

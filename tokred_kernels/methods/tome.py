@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tokred_kernels.checks import check_count, shown
 from tokred_kernels.methods.method import Method
 from tokred_kernels.models.base import inspect_model, install
 from tokred_kernels.models.patched import PatchInfo
@@ -78,10 +79,12 @@ class ToMe(Method):
     def _count(self, name: str, value: Any) -> int:
         where = f"tokred_kernels.{self.owner}"
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{where}: r must be {ACCEPTED}, got {name} of type {type(value).__name__} ({value!r})")
+            raise TypeError(
+                f"{where}: r must be {ACCEPTED}, got {name} of type {type(value).__name__} ({shown(value)})"
+            )
         if value < 0:
-            raise ValueError(f"{where}: r must not be negative, got {name} = {value}")
-        return int(value)
+            raise ValueError(f"{where}: r must not be negative, got {name} = {shown(value)}")
+        return check_count(self.owner, "r", value)
 
     def removed_per_block(self, num_blocks: int) -> list[int]:
         """Return how many tokens each of `num_blocks` blocks removes, before the cut to half of the tokens.

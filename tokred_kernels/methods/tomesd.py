@@ -128,7 +128,7 @@ class ToMeSD(Method):
 
     @property
     def _hashes(self) -> bool:
-        """Whether a hash of the timestep draws the destinations."""
+        """True if a hash of the timestep draws the destinations."""
         return self.random and self.generator is None
 
     def _start_run(self, grid: tuple[int, int], seed: Tensor | None, timestep: Any, device: torch.device) -> Run:
@@ -167,7 +167,7 @@ class Run:
             return None
         geometry = (*self.grid, down, across, 0)
         drawn = None
-        # An odd batch has no pairs of an image with and without its prompt, which need the same draw.
+        # In an even batch, images with and without their prompt are pairs, which need the same draw.
         if method.random and x.shape[0] % 2 == 0:
             if method.generator is not None:
                 drawn = _draw(geometry, x.device, method.generator)

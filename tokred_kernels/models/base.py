@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Inspect and patch a model of any supported library.
 
-Each library has a folder of its name beside this file. Its `adapter.py` has `supports(model)`, `check(model)`,
+Each library has a folder in `models/`. Its `adapter.py` has `supports(model)`, `check(model)`,
 `model_spec(model)` and `install(model, info, reducers)`, which do for its models what the functions here describe. Its
 `flops.py` has the costs outside the blocks that `tokred_kernels.flops` counts.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from tokred_kernels.models.patched import PatchInfo
 from tokred_kernels.models.reducer import BlockReducer
@@ -23,9 +25,12 @@ def inspect_model(model: Any) -> ModelSpec:
     Only exact classes are supported: patching would silently discard what a subclass overrides.
 
     Raises:
+        TypeError: the model is not a module.
         NotImplementedError: the model, or a part of it, is not supported.
         ValueError: a module inside the model is already patched.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tokred_kernels: model must be a torch.nn.Module, got {type(model).__name__}")
     if not _is_supported(model):
         patched = next((part for part in model.modules() if PATCH_INFO in vars(part)), None)
         if patched is not None:

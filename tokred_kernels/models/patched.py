@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What patched models of all libraries have in common.
 
-A patched module keeps its identity, parameters and hooks. Only its class changes, to a subclass of its own class.
+A patched module keeps its identity, parameters and hooks. Only its class changes, to a subclass of the original class.
 """
 
 from __future__ import annotations

@@ -7,11 +7,14 @@ is two operations; not norms, activations, softmax and data movement.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from tokred_kernels.ops.registry import SPECS
 
 
 class Flops(NamedTuple):
@@ -59,18 +62,10 @@ def counter(**settings: Any) -> FlopCounterMode:
     Args:
         **settings: arguments of FlopCounterMode, such as `display=False`.
     """
-    aten = torch.ops.aten
-    known = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        torch.ops.tokred.bipartite_match: _match,
-        torch.ops.tokred.rank_candidates: _rank_candidates,
-        torch.ops.tokred.token_attention: _token_attention,
-        torch.ops.tokred.token_attention_backward: _token_attention_backward,
-        torch.ops.tokred.lookup_gather: _lookup,
-        torch.ops.tokred.lookup_scatter: _lookup,
-        torch.ops.tokred.lookup_gather_backward: lambda *shapes, **_: _lookup(*shapes[2:]) * 5 // 2,
-        torch.ops.tokred.lookup_scatter_backward: lambda *shapes, **_: _lookup(*shapes[1:]) * 5 // 2,
-    }
+    known: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    for name, spec in SPECS.items():
+        if spec.flops is not None:
+            known[getattr(torch.ops.tokred, name)] = _of_tensors(spec.flops)
     return FlopCounterMode(custom_mapping={**known, **settings.pop("custom_mapping", {})}, **settings)
 
 
@@ -78,37 +73,11 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
-def _match(metric: Any, sources: Any, destinations: Any, first: int, stride: int, *rest: Any, **_: Any) -> int:
-    num_src, num_dst = rest[0], rest[1]
-    return 2 * metric[0] * num_src * num_dst * metric[-1]
+def _of_tensors(function: Callable[..., int]) -> Callable[..., int]:
+    """Return `function` for FlopCounterMode: called with tensors, since the lengths of packed images are values."""
 
+    def count(*arguments: Any, out_val: Any = None) -> int:
+        return function(*arguments)
 
-def _rank_candidates(metric: Any, sources: Any, destinations: Any, *others: Any, **more: Any) -> int:
-    *numbers, cu_seqlens, _ = others
-    if cu_seqlens is None:
-        return _match(metric.shape, sources, destinations, *numbers)
-    tokens = cu_seqlens.diff().tolist()  # each image is split into even and odd tokens
-    return sum(2 * (number - number // 2) * (number // 2) * metric.shape[-1] for number in tokens)
-
-
-def _token_attention(q: Any, k: Any, v: Any, bias: Any, policy: Any, starts: Any, *_: Any, **__: Any) -> int:
-    if starts is None:
-        return 4 * q.shape[:3].numel() * q.shape[2] * q.shape[3]
-    pairs = int(starts.diff().long().square().sum())
-    return 4 * pairs * q.shape[1] * q.shape[2]
-
-
-def _token_attention_backward(grad_out: Any, grad_importance: Any, *inputs: Any, **_: Any) -> int:
-    # Five matrix products where the forward has two.
-    return _token_attention(*inputs) * 5 // 2
-
-
-def _lookup(q: Any, k: Any, *_: Any, **__: Any) -> int:
-    batch, heads, compressed, channels = q
-    return 4 * batch * heads * compressed * k[2] * channels
-
-
-# Request tensors instead of shapes: the lengths of packed images are in a tensor.
-_rank_candidates._get_raw = True  # type: ignore[attr-defined]
-_token_attention._get_raw = True  # type: ignore[attr-defined]
-_token_attention_backward._get_raw = True  # type: ignore[attr-defined]
+    count._get_raw = True  # type: ignore[attr-defined]
+    return count

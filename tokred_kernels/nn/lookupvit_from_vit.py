@@ -32,7 +32,7 @@ def vit_settings(model: Any) -> dict[str, Any]:
 
 
 def vit_weights(model: Any) -> dict[str, Tensor]:
-    """Return the tensors that a LookupViT takes from a ViT, under the names of its own parameters."""
+    """Return the tensors that a LookupViT takes from a ViT, under the names of the LookupViT's parameters."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     given = {"pos_embed": model.pos_embed[:, prefix:]}
     _add(given, "patch_embed.proj", model.patch_embed.proj)

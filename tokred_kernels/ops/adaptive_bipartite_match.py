@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ALGM's global matching: as many pairs as are alike."""
+"""ALGM's global matching: merge every pair whose similarity reaches a threshold."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.checks import check_floating, check_metric, check_real, check_same_device, prefix_length, shape
 from tokred_kernels.namedtuples import namedtuple_replace
+from tokred_kernels.ops.autograd import constant
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.build_match_map import build_match_map
 from tokred_kernels.ops.count_above_threshold import count_above_threshold
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_readable, check_threshold, smallest
-from tokred_kernels.ops.library import constant
 from tokred_kernels.ops.rank_candidates import rank_candidates
 from tokred_kernels.packing import Packing, check_packing
 from tokred_kernels.partition import every_other
@@ -30,45 +30,45 @@ def adaptive_bipartite_match(
     threshold: float | None = None,
     class_token: bool = False,
     distill_token: bool = False,
-    num_prefix: int | None = None,
+    num_prefix: int = 0,
     count: int | str = BATCH,
     packed: Packing | None = None,
     group: Any = None,
 ) -> TokenMap:
-    """Merge every pair of an even and an odd token that is alike (ALGM, section 3.3: global bipartite matching, GBM).
+    """Merge every pair of an even and an odd token that is similar (ALGM, section 3.3: global bipartite matching, GBM).
 
-    As `bipartite_match`, with a count that the tokens decide: that of the sources whose best similarity reaches the
-    threshold, which is given, or is mean + std / layer_index of those best similarities.
+    Like `bipartite_match`, but the number of pairs depends on the tokens: it is the number of sources whose best
+    similarity reaches the threshold. The threshold is given, or is mean + std / layer_index of the best similarities.
 
     Args:
-        metric: (B, N, D), or the keys of all heads (B, H, N, d), whose mean is taken; (T, D) if `packed`. Not
-            differentiated.
-        layer_index: above 0, the number of the layer, counted from 1; the deeper, the lower the threshold. Give this or
-            `threshold`.
+        metric: (B, N, D), or keys (B, H, N, d), whose mean over heads is used; (T, D) if `packed`. Not differentiated.
+        layer_index: above 0, the number of the layer, counted from 1. Deeper layers have a lower threshold. Give this
+            or `threshold`.
         threshold: a cosine.
-        class_token, distill_token, num_prefix: what is protected, as in `bipartite_match`; protected sources have no
-            part in mean and std.
-        count: how many sources join. "batch" (ALGM's): in every image the smallest number, over the batch, of sources
-            that reach the threshold, so that the output is a rectangle; mean and unbiased std are taken in each image,
-            and averaged over the batch. "image": in each image all that reach its own threshold, as if it came alone;
-            the map is packed. An int: so many in each image, as in `bipartite_match`, and no threshold is needed.
-        packed: where the images of a packed metric start, such as `token_map.packed` of the map before. Needs
+        class_token, distill_token, num_prefix: the protected tokens, as in `bipartite_match`. The mean and std leave
+            protected sources out.
+        count: how many sources join. "batch", as in ALGM: each image merges as many sources as the image of the batch
+            with the fewest that reach the threshold, so that the output is rectangular; the mean and the unbiased std
+            are computed for each image and averaged over the batch. "image": each image merges all sources that reach
+            its own threshold, as if it were alone in the batch, and the map is packed. An int: that many in each image,
+            as in `bipartite_match`; no threshold is needed.
+        packed: the starts of the images in a packed metric, such as `token_map.packed` of the previous map. Needs
             count="image".
-        group: with count="batch", a torch.distributed process group over which the smallest number is taken too, so
-            that all its processes keep equal shapes; None for this process alone.
+        group: with count="batch", a torch.distributed process group that shares the smallest count, so that all its
+            processes have equal shapes. None for this process alone.
 
     Returns:
-        A TokenMap; the identity where nothing joins. Packed for count="image", where images without a pair keep their
-        tokens in place.
+        A TokenMap; the identity if nothing joins. Packed for count="image"; there, images without a pair keep their
+        tokens in order.
 
-    "batch" reads the B counts back to the host, "image" too. An int reads nothing: use it in CUDA graphs and
+    "batch" and "image" read the B counts back to the host. An int reads nothing: use it in CUDA graphs and
     torch.compile.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: wrong shapes; both or neither of `layer_index` and `threshold`; a threshold that is NaN; an unknown
-            `count`; `packed` or `group` with another count than theirs.
-        RuntimeError: the backend asked for cannot serve the call.
+            `count`; `packed` without count="image", or `group` without count="batch".
+        RuntimeError: the backend requested by name cannot run the call.
     """
     count = check_count_mode(OP, count, group)
     if packed is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ToMe's bipartite soft matching, and the registered match op that every selector of its kind calls."""
+"""ToMe's bipartite soft matching, and the registered match op that other selectors call too."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import bipartite_match as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_count, check_metric, prefix_length
-from tokred_kernels.ops.library import constant, register
+from tokred_kernels.ops.autograd import constant
 from tokred_kernels.partition import METRIC_RULE, RULES, SCHEMA, Partition, every_other
 from tokred_kernels.token_map import TokenMap
 
@@ -22,29 +23,30 @@ def bipartite_match(
     *,
     class_token: bool = False,
     distill_token: bool = False,
-    num_prefix: int | None = None,
+    num_prefix: int = 0,
 ) -> TokenMap:
     """Choose the `r` most similar pairs of an even token and an odd token to merge (ToMe, section 3.1, algorithm 1).
 
-    Even tokens are sources, odd ones destinations. Each source takes the destination of highest cosine similarity, in
-    float32; the `r` sources of highest similarity join theirs. Ties go to the lower index. A token of norm zero has
-    similarity 0 to all, and NaN never wins over a number. The slots are the unmerged sources, by descending similarity
-    (by index where a prefix is protected), then the destinations by index.
+    Even tokens are sources and odd tokens are destinations. Each source proposes the destination of highest cosine
+    similarity, in float32; the `r` sources of highest similarity join theirs. Ties go to the lower index. A token of
+    norm 0 has similarity 0 with all tokens, and a number always beats NaN. The slots are the unmerged sources by
+    descending similarity (by index if a prefix or the class token is protected), then the destinations by index.
 
     Args:
-        metric: (B, N, D), or the keys of all heads (B, H, N, d), whose mean is taken. Not differentiated.
-        r: how many tokens to remove, at most half of the unprotected ones: more is cut to that.
+        metric: (B, N, D), or keys (B, H, N, d), whose mean over heads is used. Not differentiated.
+        r: how many tokens to remove, capped at half of the unprotected tokens.
         class_token: token 0 is never merged.
         distill_token: token 1 is never merged, and stays second.
-        num_prefix: protects so many leading tokens, in place of the two flags: they come first in the output, in order.
+        num_prefix: the number of protected leading tokens, instead of the two flags. They come first in the output, in
+            order.
 
     Returns:
-        A TokenMap from N to N - min(r, (N - protected) // 2) slots; the identity where that is N.
+        A TokenMap from N to N - min(r, (N - protected) // 2) slots; the identity if no token is removed.
 
     Raises:
-        TypeError: `metric` is no floating tensor, or `r` no int.
+        TypeError: `metric` is not a floating-point tensor, or `r` is not an int.
         ValueError: wrong rank, `r < 0`, or `num_prefix` together with a flag.
-        RuntimeError: the backend asked for cannot serve the call.
+        RuntimeError: the backend requested by name cannot run the call.
 
     O(N^2 D) operations and O(N) memory in the kernels.
     """
@@ -55,7 +57,7 @@ def bipartite_match(
 
 
 def match(metric: Tensor, partition: Partition | None) -> TokenMap:
-    """The map that `partition` gives on `metric`; None is the identity."""
+    """Return the map of the match of `metric` by `partition`; the identity if `partition` is None."""
     if partition is None:
         return TokenMap.identity(metric.shape[0], metric.shape[-2], metric.device)
     metric = constant(metric)
@@ -84,7 +86,7 @@ def _fake(
 
 
 def fake_map(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`dest`, `members`, `begin` and `count` in shape and dtype alone."""
+    """Return empty `dest`, `members`, `begin` and `count` of the right shapes and dtypes."""
     batch, tokens = metric.shape[0], metric.shape[-2]
     slots = (batch, partition.num_out())
     return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The map of a match whose partners and ranks are known, once it is decided how many tokens join."""
+"""Build the token map of a match from partners, ranks and the number of tokens that join."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import build_match_map as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.ops.counts import packing_after
-from tokred_kernels.ops.library import register
 from tokred_kernels.packing import Packing
 from tokred_kernels.partition import PACKED_RULES, RULES, SCHEMA, Partition
 from tokred_kernels.token_map import TokenMap
@@ -26,12 +26,16 @@ def build_match_map(
     counts: Tensor | None = None,
     packed_in: Packing | None = None,
 ) -> TokenMap:
-    """Merge the sources of lowest rank into their partners, both (B, num_src) from `rank_candidates`.
+    """Return the map that merges the sources of lowest rank into their partners.
 
-    In every image `partition.r` of them join; or, with `counts` (B,) int32, so many in each, and the map is packed. An
-    image in which none joins keeps its tokens in their order. `num_tokens` is N, or T where packed tokens go in.
-
-    Reads `counts` back to the host, once.
+    Args:
+        partner, rank: (B, num_src), from `rank_candidates`.
+        partition: of the metric; `partition.r` sources of each image join, unless `counts` is given.
+        num_tokens: N, or T if the input is packed.
+        backend: the backend that computed `rank`.
+        counts: (B,) int32, how many sources of each image join; then the map is packed. An image without any keeps its
+            tokens in order. Read back to the host once.
+        packed_in: the packing of the input, or None.
     """
     packed = None
     if counts is not None:
@@ -42,13 +46,15 @@ def build_match_map(
         None if packed is None else packed.cu_seqlens,
     )
     num_out = partition.num_out() if packed is None else packed.rows
+    if backend != "reference":
+        backend = backends.companion("build_match_map", backend, partner)
+    if backend == "reference" and packed is None:  # a selector that is exported computes only `dest`
+        return TokenMap._trusted(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
     if backend == "reference":
-        if packed is None:  # no second view before it is asked for: this is what is exported
-            return TokenMap._trusted(reference.dest_of_ranks(partner, rank, num_tokens, partition), num_out)
         views = reference.build_match_map(partner, rank, partition, num_tokens, counts, *starts, num_out)
     else:
         lists = partition.sources, partition.destinations
-        others = counts, *starts, num_out, backends.companion("build_match_map", backend, partner)
+        others = counts, *starts, num_out, backend
         views = _build_match_map(partner, rank, *lists, *partition.numbers(), num_tokens, *others)
     return TokenMap._trusted(views[0], num_out, *views[1:], packed, packed_in)
 

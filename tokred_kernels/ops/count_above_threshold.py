@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How many of an image's scores reach a threshold, given or their own (ALGM, section 3.3)."""
+"""Count the scores of each image that reach a threshold (ALGM, section 3.3)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import count_above_threshold as reference
-from tokred_kernels.ops.library import register
+from tokred_kernels.backends.registration import register
 
 
 def count_above_threshold(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:
-    """(B,) int32, how many of `score` (B, S) float32 are at least the threshold; -inf never is.
+    """Return (B,) int32, how many entries of `score` (B, S) float32 are at least the threshold; -inf never counts.
 
-    The threshold is the one given; or, where `divisor` is not 0, mean + std / divisor of the scores above -inf, in
-    float64: mean and unbiased std of each image, averaged over the batch unless every image shall have its `own`. An
-    image with fewer than two scores has no std: nothing reaches its threshold, nor, averaged, anybody's.
+    The threshold is `threshold` if `divisor` is 0. Otherwise it is mean + std / divisor of the scores above -inf, in
+    float64, with the mean and unbiased std of each image; they are averaged over the batch unless `own` is True. The
+    std of fewer than two scores is NaN, and nothing reaches a threshold of NaN.
     """
+    if backend != "reference":
+        backend = backends.companion("count_above_threshold", backend, score)
     if backend == "reference":
         return reference.count_above_threshold(score, threshold, divisor, own)
-    return _count_above_threshold(
-        score, threshold, divisor, own, backends.companion("count_above_threshold", backend, score)
-    )
+    return _count_above_threshold(score, threshold, divisor, own, backend)
 
 
 def _fake(score: Tensor, threshold: float, divisor: float, own: bool, backend: str) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How many tokens an adaptive selector merges: one number for the batch, one for each image, or one that is given."""
+"""The `count` argument of adaptive selectors: one number for the batch, one for each image, or a given number."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ BATCH, IMAGE = "batch", "image"
 
 
 def check_count_mode(op: str, count: Any, group: Any) -> int | str:
-    """Return `count`; raise unless it is "batch", "image" or an int of at least 0, and `group` goes with it."""
+    """Return `count`; raise unless it is "batch", "image" or an int of at least 0, and `group` is valid with it."""
     if not isinstance(count, str):
         count = check_count(op, "count", count)
     elif count not in (BATCH, IMAGE):
         raise ValueError(f'tokred_kernels.{op}: count must be "batch", "image" or an int, got {count[:80]!r}')
     if group is not None and count != BATCH:
         raise ValueError(
-            f'tokred_kernels.{op}: group must be None unless count="batch": only a count that is the same everywhere '
-            f"is agreed on between processes, got count={count!r}"
+            f'tokred_kernels.{op}: group must be None unless count="batch": processes share only the count of a batch, '
+            f"got count={count!r}"
         )
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
@@ -33,24 +33,24 @@ def check_count_mode(op: str, count: Any, group: Any) -> int | str:
 
 
 def check_threshold(op: str, threshold: Any) -> float:
-    """Return `threshold` as a float; raise unless it is a number, and not NaN."""
+    """Return `threshold` as a float; raise unless it is a number other than NaN."""
     return check_real(op, "threshold", threshold, infinite=True)
 
 
 def check_readable(op: str, name: str, tensor: Tensor) -> None:
-    """Raise ValueError if `tensor` has no values, so that nothing can be counted."""
+    """Raise ValueError if `tensor` is on the meta device, where counts cannot be computed."""
     if tensor.is_meta:
         raise ValueError(f"tokred_kernels.{op}: {name} is on meta, and has no values to count; give an int for count")
 
 
 def smallest(counts: Tensor, group: Any = None) -> int:
-    """The smallest of the images' counts (B,) int32, over all processes of `group` where there is one.
+    """Return the smallest of the images' counts (B,) int32, over all processes of `group` if it is given.
 
-    Reads the counts, or over a group their minimum, back to the host.
+    Reads the counts back to the host, or with a group their minimum.
     """
     if group is None:
         return min(counts.tolist(), default=0)
-    # A process without images leaves the choice to the others, and takes theirs.
+    # A process without images must not lower the minimum of the others.
     none = torch.iinfo(counts.dtype).max
     lowest = counts.min() if counts.numel() else counts.new_tensor(none)
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=group)
@@ -59,9 +59,9 @@ def smallest(counts: Tensor, group: Any = None) -> int:
 
 
 def packing_after(lengths: tuple[int, ...], counts: Tensor, each: int = 1) -> Packing:
-    """Where images of these lengths start once `each` tokens are gone for each of their counts (B,).
+    """Return the packing of images with these lengths after image b has lost `each * counts[b]` tokens.
 
     Reads the counts back to the host.
     """
-    left = (length - each * number for length, number in zip(lengths, counts.tolist(), strict=True))
-    return Packing.of(tuple(left), counts.device)
+    remaining = (length - each * number for length, number in zip(lengths, counts.tolist(), strict=True))
+    return Packing.of(tuple(remaining), counts.device)

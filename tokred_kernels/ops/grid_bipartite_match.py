@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Matching on a grid, as ToMe for diffusion does it."""
+"""ToMe for diffusion's matching on a grid."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tokred_kernels.checks import check_count, check_flag, check_generator, check_metric
 from tokred_kernels.ops.bipartite_match import match
-from tokred_kernels.ops.library import can_bypass_dispatcher
 from tokred_kernels.ops.window_match import check_pair
 from tokred_kernels.partition import Partition
 from tokred_kernels.token_map import TokenMap
+from tokred_kernels.torch_state import can_bypass_dispatcher
 
 OP = "grid_bipartite_match"
 
@@ -30,19 +30,19 @@ def grid_bipartite_match(
 ) -> TokenMap:
     """Merge the `r` tokens most similar to one of a sparse grid of destinations (ToMe for Stable Diffusion, section 3).
 
-    Every cell of `stride` tokens has one destination, its top left token or a random one; all others are sources, those
-    of a rim that the stride leaves over, too. The `r` sources of highest cosine join; ties go to the lower index. The
-    slots are the unmerged sources by descending similarity, then the destinations by index.
+    Each cell of `stride` tokens has one destination: its top left token, or a random one. All other tokens are sources,
+    including the rim that the stride does not cover. The `r` sources of highest cosine join; ties go to the lower
+    index. The slots are the unmerged sources by descending similarity, then the destinations by index.
 
     Args:
-        metric: (B, N, D), or the keys of all heads (B, H, N, d), whose mean is taken. Not differentiated.
-        r: how many tokens to remove, at most the number of sources: more is cut to that.
+        metric: (B, N, D), or keys (B, H, N, d), whose mean over heads is used. Not differentiated.
+        r: how many tokens to remove, capped at the number of sources.
         grid: height and width in tokens, whose product is N - num_prefix.
         stride: height and width of a cell.
-        random: draw the destination of each cell anew at every call, alike for all images of the batch (so that a
-            prompt and its absence see the same, as in the published code).
-        generator: for the draw, of any device; default torch's own of the metric's device.
-        num_prefix: so many leading tokens are never merged and come first in the output.
+        random: draw the destination of each cell at every call, the same for all images of the batch, so that the
+            conditional and unconditional halves of a batch match (as in the authors' code).
+        generator: for the draw, on any device; default torch's own for the metric's device.
+        num_prefix: the number of leading tokens that are never merged. They come first in the output.
 
     Returns:
         A TokenMap from N to N - r slots.
@@ -50,7 +50,7 @@ def grid_bipartite_match(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: wrong rank, `r < 0`, a grid whose product is not N - num_prefix, or a stride larger than the grid.
-        RuntimeError: the backend asked for cannot serve the call.
+        RuntimeError: the backend requested by name cannot run the call.
 
     O(N^2 D / (sy sx)) operations and O(B N) memory in the kernels.
     """
@@ -77,7 +77,7 @@ def grid_bipartite_match(
 def draw_places(
     geometry: tuple[int, int, int, int, int], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw the place of each cell's destination in the cell, (cells,) int64 on `device`."""
+    """Draw the place of each cell's destination in its cell, (cells,) int64 on `device`."""
     height, width, down, across, _ = geometry
     cells = (height // down) * (width // across)
     source = device if generator is None else generator.device
@@ -90,9 +90,9 @@ def match_cells(
     """Match without checks.
 
     Args:
-        metric, r: of `grid_bipartite_match`.
+        metric, r: as in `grid_bipartite_match`.
         geometry: height and width of the grid and of a cell, and the number of prefix tokens.
-        drawn: (cells,), the place of each cell's destination in the cell, by rows. Default its top left token.
+        drawn: (cells,), the place of each cell's destination in its cell, by rows. Default: the top left token.
     """
     height, width, down, across, first = geometry
     batch, cells = metric.shape[0], (height // down) * (width // across)
@@ -102,26 +102,26 @@ def match_cells(
     if drawn is not None:
         sources, destinations = split(*geometry, drawn)
     else:
-        # Only plain tensors are kept: the stand-ins of a compiler or a mode must not outlive it, and those of a CUDA
-        # graph hold nothing before its first replay.
+        # Cache only plain tensors: those of a compiler or a mode must not outlive it, and those made during the capture
+        # of a CUDA graph hold nothing before its first replay.
         captured = metric.is_cuda and torch.cuda.is_current_stream_capturing()
-        kept = can_bypass_dispatcher(metric) and not captured
-        sources, destinations = (_kept_split if kept else _fixed_split)(*geometry, metric.device)
+        can_cache = can_bypass_dispatcher(metric) and not captured
+        sources, destinations = (_cached_split if can_cache else _fixed_split)(*geometry, metric.device)
     lists = sources.expand(batch, -1).contiguous(), destinations.expand(batch, -1).contiguous()
     return match(metric, Partition(first, 1, sources.numel(), cells, 0, 0, False, r, *lists))
 
 
 def split(height: int, width: int, down: int, across: int, first: int, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that are sources and those that are destinations, each by index, int32.
+    """Return the sources and the destinations, each by index, int32.
 
-    `drawn` (cells,) is the place of each cell's destination in the cell, by rows.
+    `drawn` (cells,) is the place of each cell's destination in its cell, by rows.
     """
     columns = width // across
     cell = torch.arange(drawn.numel(), device=drawn.device)
     row = cell // columns * down + drawn // across
     column = cell % columns * across + drawn % across
     destination = row * width + column
-    # Sorted, with the destinations past the end: no read back of how many there are.
+    # Sort with the destinations past the end: a boolean mask would read the number of sources back to the host.
     token = torch.arange(height * width, device=drawn.device)
     source = token.scatter(0, destination, height * width).sort().values[: height * width - drawn.numel()]
     return (source + first).int(), (destination.sort().values + first).int()
@@ -130,9 +130,9 @@ def split(height: int, width: int, down: int, across: int, first: int, drawn: Te
 def _fixed_split(
     height: int, width: int, down: int, across: int, first: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The split with the top left token of each cell."""
+    """Return the split with the top left token of each cell as its destination."""
     cells = (height // down) * (width // across)
     return split(height, width, down, across, first, torch.zeros(cells, dtype=torch.int64, device=device))
 
 
-_kept_split = functools.lru_cache(maxsize=64)(_fixed_split)
+_cached_split = functools.lru_cache(maxsize=64)(_fixed_split)

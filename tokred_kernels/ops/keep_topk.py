@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Keeping the most important tokens: pruning, as a token map."""
+"""Keep the most important tokens: pruning as a token map."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import keep_topk as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import MAX_ROWS, check_count, check_flag, check_floating, has_too_many, shape
-from tokred_kernels.ops.library import register
 from tokred_kernels.token_map import TokenMap
 
 OP = "keep_topk"
 
 
-def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 1, fuse: bool = False) -> TokenMap:
+def keep_topk(scores: Tensor, k: int, *, num_prefix: int = 0, fuse: bool = False) -> TokenMap:
     """Keep the prefix and the `k` tokens of highest score; drop the others, or fuse them into one.
 
     (DynamicViT, section 3.2; EViT, section 3.2; DiffRate, section 3.1.)
 
-    The slots are the prefix, the kept tokens by descending score, ties to the lower index, and, with `fuse`, one for
-    all the others. NaN comes last. For EViT's fused token, `merge` with reduce="sum" and weights of 1 for tokens that
-    stay and their score for those that do not.
+    The slots are the prefix, the kept tokens by descending score (ties go to the lower index, and NaN comes last), and,
+    with `fuse`, one slot for all other tokens. For EViT's fused token, call `merge` with reduce="sum" and a weight of 1
+    for each kept token and its score for each other token.
 
     Args:
-        scores: (B, N), such as the importance that `token_attention` gives. Compared as float32. Those of the prefix
-            are not looked at. Not differentiated.
-        k: how many tokens to keep besides the prefix.
-        num_prefix: so many leading tokens always stay, in place.
-        fuse: send the others to one last slot. There is none where nothing is left over.
+        scores: (B, N), such as the importance from `token_attention`. Compared as float32. The scores of the prefix are
+            not used. Not differentiated.
+        k: how many tokens to keep after the prefix.
+        num_prefix: the number of leading tokens that always stay, in place.
+        fuse: send the other tokens to one last slot. The slot is left out if all tokens are kept.
 
     Returns:
         A TokenMap from N to num_prefix + k slots, one more with `fuse`.
 
     Raises:
-        TypeError: `scores` is no floating tensor, or a count no int.
+        TypeError: `scores` is not a floating-point tensor, or a count is not an int.
         ValueError: wrong rank, or `k` above N - num_prefix.
-        RuntimeError: the backend asked for cannot serve the call.
+        RuntimeError: the backend requested by name cannot run the call.
     """
     k, num_prefix = _check(scores, k, num_prefix, fuse)
     tokens = scores.shape[1]

@@ -12,21 +12,21 @@ from tokred_kernels.token_map import TokenMap
 
 
 def kth_bipartite_match(metric: Tensor, k: int, *, num_prefix: int = 0) -> TokenMap:
-    """Merge every token into the most similar of each k-th one (ToMe, appendix D, `kth_bipartite_soft_matching`).
+    """Merge every token into the most similar of every k-th token (ToMe, appendix D, `kth_bipartite_soft_matching`).
 
-    Of every `k` tokens the last is a destination, the rest are sources, and every source joins the destination most
-    similar to it. N is cut to a multiple of `k`: tokens past it are dropped.
+    The last token of each group of `k` is a destination, the others are sources, and every source joins the destination
+    most similar to it. Tokens after the last whole group are dropped.
 
     Args:
-        metric: (B, N, D), or the keys of all heads (B, H, N, d), whose mean is taken. Not differentiated.
+        metric: (B, N, D), or keys (B, H, N, d), whose mean over heads is used. Not differentiated.
         k: the group size, at least 1; 1 is the identity.
-        num_prefix: so many leading tokens are left out of the grouping and come first in the output.
+        num_prefix: the number of leading tokens that are in no group. They come first in the output.
 
     Returns:
         A TokenMap from N to num_prefix + (N - num_prefix) // k slots, the destinations by index.
 
     Raises:
-        TypeError: `metric` is no floating tensor, or `k` no int.
+        TypeError: `metric` is not a floating-point tensor, or `k` is not an int.
         ValueError: wrong rank, `k < 1`, or more prefix tokens than tokens.
     """
     op = "kth_bipartite_match"

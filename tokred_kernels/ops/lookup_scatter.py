@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a few compressed tokens give back to many, by the weights with which they looked them up."""
+"""Lookup attention's scatter: lookup tokens receive from compressed tokens, by the weights of the gather."""
 
 from __future__ import annotations
 
@@ -11,56 +11,58 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import heads_last
 from tokred_kernels.backends.reference import lookup_scatter as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_floating, check_real, check_same_device, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import Function, distinct, forbid_double_backward, is_differentiated, register
+from tokred_kernels.ops.autograd import Function, distinct, forbid_double_backward, is_differentiated
 from tokred_kernels.ops.lookup_gather import (
     LOOKUP_RULES,
-    TAKES_OVER,
-    carried,
+    SHARES_BACKWARD,
     default_scale,
     heads_first,
     lookup_inputs,
+    shared_inputs,
 )
-from tokred_kernels.ops.token_attention import too_wide
 
 OP = "lookup_scatter"
 
 
 def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, scale: float | None = None) -> Tensor:
-    """`A^T v` with the A of `lookup_gather`, made anew from q, k and its `lse`: what N lookup tokens get back.
+    """Return `A^T v` with the A of `lookup_gather`: N lookup tokens receive from M compressed tokens.
 
-    (LookupViT, section 3.2, algorithm 3.) A is never stored, and every row of the result has one writer.
+    (LookupViT, section 3.2, algorithm 3.) A is recomputed from q, k and `lse`, and never stored. One worker writes each
+    row of the result, so results are deterministic.
 
     Args:
-        q: (B, H, M, d), and k: (B, H, N, d), those of `lookup_gather`.
+        q: (B, H, M, d), as in `lookup_gather`.
+        k: (B, H, N, d), as in `lookup_gather`.
         v: (B, H, M, d), of the compressed tokens.
-        lse: (B, H, M), as `lookup_gather` gave it: float32, float64 for float64.
-        scale: that of `lookup_gather`.
+        lse: (B, H, M), from `lookup_gather`: float32, or float64 for float64.
+        scale: as in `lookup_gather`.
 
     Returns:
         (B, H, N, d) in q's dtype.
 
-    Under autocast q, k and v are taken in its dtype, as torch's attention takes them; float64 stays.
+    Under autocast q, k and v are cast to its dtype, as torch's attention does; float64 stays float64.
 
-    Differentiable once in q, k, v and lse; by way of lse the gradient of `lookup_gather` completes those of q and k.
+    Differentiable once in q, k, v and lse; the gradient of lse adds to those of q and k through `lookup_gather`.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: wrong shapes, M above N, or tensors on several devices.
-        RuntimeError: the backend asked for cannot serve the call.
+        RuntimeError: the backend requested by name cannot run the call.
     """
     q, k, v = lookup_inputs(OP, q, k, v, q)
     _check_lse(q, lse)
     scale = default_scale(q) if scale is None else check_real(OP, "scale", scale)
     differentiated = is_differentiated(q, k, v, lse)
-    backend = backends.choose(OP, q, unfit=too_wide(q), training=differentiated)
+    backend = backends.choose(OP, q, head_dim=q.shape[-1], training=differentiated)
     if backend == "reference":
         return reference.lookup_scatter(q, k, v, lse, scale)
     if differentiated:
-        by_gather = carried(lse, q, k, scale) if backend in TAKES_OVER else None
-        q, k = by_gather or (q, k)
-        out = _LookupScatter.apply(*distinct(q, k, v), lse, scale, backend, by_gather is not None)
+        shared = shared_inputs(lse, q, k, scale) if backend in SHARES_BACKWARD else None
+        q, k = shared or (q, k)
+        out = _LookupScatter.apply(*distinct(q, k, v), lse, scale, backend, shared is not None)
     else:
         out = _lookup_scatter(q, k, v, lse, scale, backend)
     return out.transpose(1, 2)
@@ -79,10 +81,10 @@ def _check_lse(q: Tensor, lse: Any) -> None:
 class _LookupScatter(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str, by_gather: bool
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str, shared: bool
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, lse)
-        ctx.scale, ctx.backend, ctx.by_gather = scale, backend, by_gather
+        ctx.scale, ctx.backend, ctx.shared = scale, backend, shared
         return _lookup_scatter(q, k, v, lse, scale, backend)
 
     @staticmethod
@@ -91,21 +93,19 @@ class _LookupScatter(Function):
         arguments = grad_out, q, k, v, lse, ctx.scale
         needs = ctx.needs_input_grad[:4]
         with torch.no_grad():
-            if ctx.by_gather:
+            if ctx.shared:
                 kernel = backends.implementation(ctx.backend, "lookup_scatter_backward")
-                _, _, grad_v, grad_lse = kernel(*arguments, of_v_alone=True)
+                _, _, grad_v, grad_lse = kernel(*arguments, only_grad_v=True)
             else:
                 *grads, grad_v, grad_lse = _lookup_scatter_backward(*arguments, ctx.backend)
-        own = heads_first(grad_v), grad_lse
-        if ctx.by_gather:  # see `carried`
-            of_weights = [t if need else None for t, need in zip((v, grad_out.transpose(1, 2)), needs[:2], strict=True)]
+        if ctx.shared:  # see `shared_inputs`
+            grads_qk = [t if need else None for t, need in zip((v, grad_out.transpose(1, 2)), needs[:2], strict=True)]
         else:
             pairs = zip(map(heads_first, grads), needs[:2], strict=True)
-            of_weights = [forbid_double_backward(OP, g, grad_out) if need else None for g, need in pairs]
-        rest = (
-            forbid_double_backward(OP, g, grad_out) if need else None for g, need in zip(own, needs[2:], strict=True)
-        )
-        return (*of_weights, *rest, None, None, None)
+            grads_qk = [forbid_double_backward(OP, g, grad_out) if need else None for g, need in pairs]
+        pairs = zip((heads_first(grad_v), grad_lse), needs[2:], strict=True)
+        rest = [forbid_double_backward(OP, g, grad_out) if need else None for g, need in pairs]
+        return (*grads_qk, *rest, None, None, None)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, backend: str) -> Tensor:

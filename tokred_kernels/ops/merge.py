@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Merge: one segment reduce along a token map."""
+"""Merge: a segment reduce along a token map."""
 
 from __future__ import annotations
 
@@ -10,42 +10,45 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import merge as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_choice, check_floating, check_same_device, check_tokens, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of
-from tokred_kernels.ops.library import Function, forbid_double_backward, is_differentiated, register
+from tokred_kernels.ops.autograd import Function, forbid_double_backward, is_differentiated
 from tokred_kernels.token_map import TokenMap
 
-REDUCES = ("mean", "sum", "amax")
+REDUCES = ("mean", "sum", "amax", "max")
 VIEW_RULES = {"members": "int32 (B * N,)", "begin": "int32 (B, M)"}
 
 
 def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tensor | None = None) -> Tensor:
-    """Reduce the tokens that share a slot to one.
+    """Reduce the tokens that share a slot to one token.
 
     Args:
         x: (B, N, C), or (T, C) if the map takes packed tokens.
         token_map: from N tokens to N' slots.
-        reduce: "mean", "sum" or "amax". With weights w, mean is sum(w x) / sum(w) and sum is sum(w x). Sums are kept in
-            float32 (float64 for float64) and rounded once.
-        weight: (B, N) or (B, N, 1), or (T,) or (T, 1), float32 whatever x is (other floats are converted); not with
-            "amax".
+        reduce: "mean", "sum", or "amax" ("max" is the same). With weights w, mean is sum(w x) / sum(w) and sum is
+            sum(w x). Sums are kept in float32 (float64 for float64) and rounded once.
+        weight: (B, N) or (B, N, 1), or (T,) or (T, 1), float32 for every dtype of x (other floats are converted); not
+            with "amax".
 
     Returns:
         (B, N', C), or (T', C) from a packed map, in x's dtype. A slot without members is 0, as is the mean of a slot
-        whose weights sum to 0; so are their gradients. In all other slots NaN in gives NaN out. What a dropped token
-        holds reaches neither the result nor a gradient.
+        whose weights sum to 0; their gradients are 0 too. In all other slots a NaN gives NaN. The values of dropped
+        tokens reach neither the result nor a gradient.
 
-    Differentiable once in `x` and `weight`. "amax" divides its gradient evenly between the members that tie.
+    Differentiable once in `x` and `weight`. "amax" divides its gradient evenly among the members that tie.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: wrong shapes, an unknown `reduce`, a weight with "amax", or tensors on several devices.
-        RuntimeError: the backend asked for cannot serve the call.
+        RuntimeError: the backend requested by name cannot run the call.
 
     One pass: reads `x` once and writes the result once.
     """
     check_against_map("merge", x, token_map)
     check_choice("merge", "reduce", reduce, REDUCES)
+    if reduce == "max":
+        reduce = "amax"
     if weight is not None:
         if reduce == "amax":
             raise ValueError('tokred_kernels.merge: weight must be None with reduce="amax": a maximum has no weights')
@@ -54,7 +57,7 @@ def merge(x: Tensor, token_map: TokenMap, *, reduce: str = "mean", weight: Tenso
 
 
 def check_map(op: str, token_map: Any) -> None:
-    """Raise unless it is a TokenMap."""
+    """Raise TypeError unless `token_map` is a TokenMap."""
     if not isinstance(token_map, TokenMap):
         raise TypeError(f"tokred_kernels.{op}: token_map must be a TokenMap, got {type(token_map).__name__}")
 
@@ -72,7 +75,7 @@ def check_against_map(op: str, x: Any, token_map: Any) -> None:
 
 
 def prepare_weight(op: str, name: str, weight: Any, x: Tensor) -> Tensor:
-    """The weight as a contiguous (B, N), or (T,), in the dtype that sums are kept in; differentiable."""
+    """Return the weight as a contiguous (B, N), or (T,), in the dtype of sums; differentiable."""
     check_floating(op, name, weight)
     rows = x.shape[:-1]
     if not is_per_row(weight, rows):
@@ -91,7 +94,7 @@ def prepare_weight(op: str, name: str, weight: Any, x: Tensor) -> Tensor:
 def segment_reduce(
     x: Tensor, token_map: TokenMap, weight: Tensor | None, reduce: str, weight_sum: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Merge without checks: y (B, N', C), and the sum of weights (B, N') where it is wanted."""
+    """Merge without checks; return y (B, N', C), and the sum of weights (B, N') if `weight_sum`, else None."""
     if token_map.packed is not None:
         flat_weight = None if weight is None else weight.view(1, -1)
         one = x.flatten(0, -2)[None], token_map.as_rows(), flat_weight
@@ -130,7 +133,7 @@ class _Merge(Function):
         keep_total = None if weight is None else total
         ctx.save_for_backward(keep_x, keep_y, weight, keep_total, dest, members, begin, count)
         ctx.reduce, ctx.backend, ctx.weight_sum = reduce, backend, weight_sum
-        if not need_weight:  # of x the sums of weights know nothing
+        if not need_weight:  # the sums of weights do not depend on x
             ctx.mark_non_differentiable(total)
         return y, total
 
@@ -164,7 +167,7 @@ def _fake(
 
 
 def fake_merge(x: Tensor, begin: Tensor, weight_sum: bool) -> tuple[Tensor, Tensor]:
-    """What the merge of x along a map whose `begin` is (B, N') gives, in shape and dtype alone."""
+    """Return empty results of a merge of x along a map whose `begin` is (B, N'), of the right shapes and dtypes."""
     accumulator = accumulator_of(x)
     y = x.new_empty((*begin.shape, x.shape[2]))
     return y, x.new_empty(begin.shape if weight_sum else (0,), dtype=accumulator)

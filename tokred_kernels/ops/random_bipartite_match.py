@@ -18,17 +18,16 @@ def random_bipartite_match(
     """Merge `r` random tokens into the most similar of the others (ToMe, appendix D, `random_bipartite_soft_matching`).
 
     Args:
-        metric: (B, N, D), or the keys of all heads (B, H, N, d), whose mean is taken. Not differentiated.
-        r: how many tokens to remove, at most one fewer than the unprotected ones: more is cut to that. 0 is the
-            identity.
-        num_prefix: so many leading tokens are never drawn and come first in the output, in order.
-        generator: of the metric's device; default torch's own.
+        metric: (B, N, D), or keys (B, H, N, d), whose mean over heads is used. Not differentiated.
+        r: how many tokens to remove, capped at one fewer than the unprotected tokens. 0 is the identity.
+        num_prefix: the number of leading tokens that are never drawn. They come first in the output, in order.
+        generator: on the metric's device; default torch's own.
 
     Returns:
-        A TokenMap from N to N - r slots: the prefix, then the destinations in random order, drawn anew for each image.
+        A TokenMap from N to N - r slots: the prefix, then the destinations in random order, drawn for each image.
 
     Raises:
-        TypeError: `metric` is no floating tensor, or `r` no int.
+        TypeError: `metric` is not a floating-point tensor, or `r` is not an int.
         ValueError: wrong rank, `r < 0`, or more prefix tokens than tokens.
     """
     op = "random_bipartite_match"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The part of a match that does not depend on how many tokens join: who would join whom, and in what order."""
+"""Find and rank the pairs of a match: the part that does not depend on how many sources join."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import rank_candidates as reference
-from tokred_kernels.ops.library import register
+from tokred_kernels.backends.registration import register
 from tokred_kernels.partition import METRIC_RULE, PACKED_RULES, RULES, SCHEMA, Partition
 
 
 def rank_candidates(
     metric: Tensor, partition: Partition, backend: str, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`score`, `partner` and `rank`, (B, num_src) each, of the sources of `metric`.
+    """Return `score`, `partner` and `rank`, (B, num_src) each, for the sources of `metric`.
 
-    `metric` is (B, N, D) or (B, H, N, d); or, with `cu_seqlens` (B + 1,) int32, packed (T, D), where each image is
-    split into even and odd tokens by itself and `partition` is that of the longest one.
+    Args:
+        metric: (B, N, D) or (B, H, N, d); or packed (T, D) with `cu_seqlens`. Each packed image is split into its even
+            and odd tokens.
+        partition: of the metric, or of the longest packed image. `partition.r` is not used.
+        backend: the backend that runs the op.
+        cu_seqlens: (B + 1,) int32, the starts of packed images.
 
-    `score`, float32, is the highest cosine; -inf of a source that is protected, or absent because its image is shorter,
-    or similar to nothing because it holds NaN. `partner`, int32, is the number of the destination that has it. `rank`,
-    int32, is the place in the order of descending scores, ties to the lower index; 2^31 - 1 of a source that may not
-    join. `partition.r` is not looked at.
+    Returns:
+        `score`, float32: the highest cosine; -inf for a source that is protected, holds NaN, or is missing because its
+        image is shorter. `partner`, int32: the number of the destination with that cosine. `rank`, int32: the place in
+        the order of descending scores, ties to the lower index; 2^31 - 1 for a source that cannot join.
     """
     if backend == "reference":
         return reference.rank_candidates(metric, partition, cu_seqlens)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Attention over tokens that count, that may be dropped, and whose importance is asked for."""
+"""Attention over tokens with sizes and a keep policy, which can return the importance of each token."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,22 +12,15 @@ from torch import Tensor
 from tokred_kernels import backends
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.reference import token_attention as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.backends.torch_attention import torchs_attention
 from tokred_kernels.checks import check_choice, check_floating, check_real, check_same_device, is_per_row, shape
 from tokred_kernels.dtypes import accumulator_of, autocasted
-from tokred_kernels.ops.library import (
-    Function,
-    anchor_of,
-    can_bypass_dispatcher,
-    distinct,
-    forbid_double_backward,
-    is_differentiated,
-    register,
-)
+from tokred_kernels.ops.autograd import Function, anchor_of, distinct, forbid_double_backward, is_differentiated
 from tokred_kernels.packing import Packing, check_packing
+from tokred_kernels.torch_state import can_bypass_dispatcher
 
 OP = "token_attention"
-WIDEST = {"triton": 128, "cuda": 256}  # head widths that fit their tiles
 IMPORTANCES = ("class", "mean", "last")
 IMPORTANCE_RULE = "importance in ('', 'class', 'mean', 'last')"
 ATTENTION_RULES = {
@@ -35,7 +28,7 @@ ATTENTION_RULES = {
     **dict.fromkeys(("bias", "policy"), "sums (B, N)"),
     "longest": "longest >= 0",
     "importance": IMPORTANCE_RULE,
-    "backend": "D <= {'triton': 128}.get(backend, D)",
+    "backend": "D <= max_head_dim('token_attention', backend)",
 }
 PACKED_RULES = {
     **dict.fromkeys(("q", "k", "v"), "float (T, H, D)"),
@@ -43,6 +36,34 @@ PACKED_RULES = {
     "starts": "int32 (S,); starts_of(starts, T, longest)",
     "longest": "0 <= longest <= T or S == 1",
 }
+
+
+@overload
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: Tensor | None = None,
+    policy: Tensor | None = None,
+    scale: float | None = None,
+    importance: None = None,
+    packed: Packing | None = None,
+) -> Tensor: ...
+
+
+@overload
+def token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: Tensor | None = None,
+    policy: Tensor | None = None,
+    scale: float | None = None,
+    importance: str,
+    packed: Packing | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def token_attention(
@@ -56,39 +77,40 @@ def token_attention(
     importance: str | None = None,
     packed: Packing | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention without its N x N weights: `softmax(q k^T scale + log size) v`, and what each token was worth to it.
+    """Return `softmax(q k^T scale + log size) v` and the importance of each token, without storing N x N weights.
 
     Args:
-        q, k, v: (B, H, N, d), of one dtype; any strides whose last is 1. (T, H, d) each if `packed`.
-        size: (B, N) or (B, N, 1), how many first tokens each key stands for (ToMe, section 3.2); above 0.
-        policy: (B, N) or (B, N, 1), from 0, dropped, to 1, kept (DynamicViT, section 3.3): with e_ij =
-            exp(s_ij - max_j s_ij) and m_ij = policy_j, 1 on the diagonal, the weights are (e m + eps / N) /
-            (sum e m + eps), eps = 1e-6. A query always sees itself, so a policy that drops all is finite.
-        scale: of the scores; default 1 / sqrt(d).
-        importance: None, or which weights make a key's importance, averaged over heads: "class", those of the first
-            query (EViT, DiffRate); "mean", the mean over queries; "last", those of the last query.
-        packed: where the images of packed rows start, such as `token_map.packed`. Then size and policy are (T,) or
-            (T, 1), and an image's first and last query are its own.
+        q, k, v: (B, H, N, d), or (T, H, d) if `packed`, of one dtype. A last stride of 1 avoids a copy.
+        size: (B, N) or (B, N, 1), how many original tokens each key represents (ToMe, section 3.2); above 0.
+        policy: (B, N) or (B, N, 1), from 0 (dropped) to 1 (kept) (DynamicViT, section 3.3). With e_ij =
+            exp(s_ij - max_j s_ij), and m_ij = policy_j except m_ii = 1, the weights are (e m + eps / N) /
+            (sum e m + eps), eps = 1e-6. A query always attends to itself, so a policy of zeros gives finite results.
+        scale: the factor of q k^T; default 1 / sqrt(d).
+        importance: None, or the attention weights that make the importance of a key, averaged over heads: "class", the
+            weights of the first query (EViT, DiffRate); "mean", their mean over queries; "last", the weights of the
+            last query.
+        packed: the starts of the images in packed rows, such as `token_map.packed`. Then size and policy are (T,) or
+            (T, 1), and each image has its own first and last query.
 
     Returns:
-        (B, H, N, d), or (T, H, d), in q's dtype; with `importance` a pair of that and (B, N), or (T,), float32 (float64
-        for float64).
+        (B, H, N, d), or (T, H, d), in q's dtype. With `importance`, a pair of this and the importance: (B, N), or (T,),
+        float32 (float64 for float64).
 
-    Under autocast q, k and v are taken in its dtype, as torch's attention takes them; float64 stays.
+    Under autocast q, k and v are cast to its dtype, as torch's attention does; float64 stays float64.
 
-    Differentiable once in q, k, v, size and policy, by way of both results. Scores and sums are kept in float32.
-    O(B H N d) memory, forward and backward. Without size, policy and importance, and where it can serve a size alone,
-    torch's own scaled_dot_product_attention does the work; but on CPUs neither of bfloat16 with AMX, nor, in eager
-    calls, of float32 with sizes and AVX-512 from some hundred tokens on, where this is faster.
+    Differentiable once in q, k, v, size and policy, through both results. Scores and sums are kept in float32.
+    O(B H N d) memory, forward and backward. Calls without policy, importance and packed run torch's own
+    scaled_dot_product_attention if it is the fastest: always without a size, and for CPUs with a size, except in
+    bfloat16 with AMX, and in float32 with AVX-512 from some hundred tokens on.
 
-    NaN in q, k or v gives NaN out, except in torch's own attention on a CPU: there a query that holds NaN can give 0.
+    NaN in q, k or v gives NaN, except that in torch's own attention on a CPU a query with a NaN can give 0.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: wrong shapes, a scale that is not finite, an unknown `importance`, tensors on several devices, sizes
-            that are not above 0, or a policy outside [0, 1]. Their entries are checked on the CPU only:
-            a GPU would have to be waited for.
-        RuntimeError: the backend asked for cannot serve the call.
+            that are not above 0, or a policy outside [0, 1]. The entries are checked on the CPU only; on a GPU this
+            would wait for the device.
+        RuntimeError: the backend requested by name cannot run the call.
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
         check_floating(OP, name, value)
@@ -111,26 +133,23 @@ def token_attention(
         if low < 0 or high > 1:
             raise ValueError(f"tokred_kernels.{OP}: policy must be from 0 to 1, got values from {low:g} to {high:g}")
     bias = None if size is None else size.log()
-    # Older releases of torch (2.11 is one) divide by the number of heads, and take the process with them.
+    # Some releases of torch (2.11 is one) divide by the number of heads: with 0 heads the process dies.
     if policy is None and importance is None and packed is None and q.shape[1] > 0:
-        wants_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        needs_grad_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         eager = q.is_cpu and can_bypass_dispatcher(q, but_the_profiler=True)
-        plain, training = bias is None, is_differentiated(q, k, v)
-        if not wants_bias and backends.use_sdpa(OP, q, plain=plain, eager=eager, unfit=too_wide(q), training=training):
+        training = is_differentiated(q, k, v)
+        if not needs_grad_bias and backends.use_sdpa(
+            OP, q, plain=bias is None, eager=eager, head_dim=q.shape[-1], training=training
+        ):
             return torchs_attention(q, k, v, bias, scale=scale)
     training = is_differentiated(q, k, v, bias, policy)
-    backend = backends.choose(OP, q, unfit=too_wide(q), training=training)
-    out, worth = _attend(q, k, v, bias, policy, packed, scale, importance or "", backend)
-    return out if importance is None else (out, worth)
-
-
-def too_wide(q: Tensor) -> tuple[str, ...]:
-    """The backends whose kernels do not take heads as wide as q's."""
-    return tuple(name for name, widest in WIDEST.items() if q.shape[-1] > widest)
+    backend = backends.choose(OP, q, head_dim=q.shape[-1], training=training)
+    out, importance_out = _attend(q, k, v, bias, policy, packed, scale, importance or "", backend)
+    return out if importance is None else (out, importance_out)
 
 
 def _check(q: Any, k: Any, v: Any, packed: Packing | None) -> tuple[int, ...]:
-    """Raise unless the three fit; the shape of what there is one of for each token."""
+    """Raise unless q, k and v fit together; return the shape of a tensor with one entry for each token."""
     wanted, rank = ("(B, H, N, d)", 4) if packed is None else ("(T, H, d), packed", 3)
     if q.dim() != rank:
         raise ValueError(f"tokred_kernels.{OP}: q must be {wanted}, got shape {shape(q)}")
@@ -149,7 +168,7 @@ def _check(q: Any, k: Any, v: Any, packed: Packing | None) -> tuple[int, ...]:
 
 
 def _per_token(name: str, value: Any, q: Tensor, rows: tuple[int, ...]) -> Tensor | None:
-    """`value` as a contiguous tensor of shape `rows` in the dtype that sums are kept in; differentiable."""
+    """Return `value` as a contiguous tensor of shape `rows` in the dtype of sums; differentiable."""
     if value is None:
         return None
     check_floating(OP, name, value)
@@ -161,7 +180,7 @@ def _per_token(name: str, value: Any, q: Tensor, rows: tuple[int, ...]) -> Tenso
 
 
 def _bounds(value: Tensor) -> tuple[float, float]:
-    """The lowest and the highest number of `value`; 1 and 1 where nobody may look. NaN is passed over."""
+    """Return the lowest and highest entry of `value`, ignoring NaN; 1 and 1 if its entries cannot be read for free."""
     if value.device.type != "cpu" or value.numel() == 0 or not can_bypass_dispatcher(value):
         return 1.0, 1.0
     numbers = value.detach().nan_to_num(nan=1.0)
@@ -185,12 +204,12 @@ def _attend(
     starts = None if packed is None else packed.cu_seqlens
     longest = 0 if packed is None else max(packed.lengths, default=0)
     if is_differentiated(q, k, v, bias, policy):
-        out, worth = _TokenAttention.apply(
+        out, importance_out = _TokenAttention.apply(
             *distinct(q, k, v), bias, policy, starts, longest, scale, importance, backend
         )
     else:
-        out, _, _, worth = _token_attention(q, k, v, bias, policy, starts, longest, scale, importance, backend)
-    return (out if packed is not None else out.transpose(1, 2)), worth
+        out, _, _, importance_out = _token_attention(q, k, v, bias, policy, starts, longest, scale, importance, backend)
+    return (out if packed is not None else out.transpose(1, 2)), importance_out
 
 
 class _TokenAttention(Function):
@@ -208,30 +227,42 @@ class _TokenAttention(Function):
         importance: str,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        out, row_max, row_sum, worth = _token_attention(
+        out, row_max, row_sum, importance_out = _token_attention(
             q, k, v, bias, policy, starts, longest, scale, importance, backend
         )
-        ctx.set_materialize_grads(False)  # where the importance only chooses tokens, no gradient comes through it
+        ctx.set_materialize_grads(False)  # an importance that only selects tokens has no gradient
         ctx.save_for_backward(q, k, v, bias, policy, starts, out, row_max, row_sum)
         ctx.settings = longest, scale, importance
         ctx.backend = backend
         if not importance:
-            ctx.mark_non_differentiable(worth)
-        return out, worth
+            ctx.mark_non_differentiable(importance_out)
+        return out, importance_out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_worth: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_importance: Tensor | None) -> tuple[Tensor | None, ...]:
         longest, scale, importance = ctx.settings
         q, k, v, bias, policy, starts, out, row_max, row_sum = ctx.saved_tensors
         needs = ctx.needs_input_grad
         need_bias, need_policy = bias is not None and needs[3], policy is not None and needs[4]
-        # Attention is linear in no input but v, so a second derivative may be asked for by way of any of them.
-        anchor = anchor_of(grad_out, grad_worth, q, k, v, bias, policy)
+        # Attention is nonlinear in all inputs but v, so a second derivative can go through any of them.
+        anchor = anchor_of(grad_out, grad_importance, q, k, v, bias, policy)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         with torch.no_grad():
             grads = _token_attention_backward(
-                *(grad_out, grad_worth if importance else None, q, k, v, bias, policy, starts, out, row_max, row_sum),
+                *(
+                    grad_out,
+                    grad_importance if importance else None,
+                    q,
+                    k,
+                    v,
+                    bias,
+                    policy,
+                    starts,
+                    out,
+                    row_max,
+                    row_sum,
+                ),
                 *(longest, scale, importance, need_bias, need_policy, ctx.backend),
             )
         if starts is None:
@@ -258,13 +289,13 @@ def _fake(
     layout = attention_layout(q, starts)
     accumulator = accumulator_of(q)
     row = q.new_empty(layout[:-1], dtype=accumulator)
-    worth = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)
-    return q.new_empty(layout), row, torch.empty_like(row), worth
+    importance_out = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)
+    return q.new_empty(layout), row, torch.empty_like(row), importance_out
 
 
 def _backward_fake(
     grad_out: Tensor,
-    grad_worth: Tensor | None,
+    grad_importance: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Unmerge: one gather along a token map."""
+"""Unmerge: a gather along a token map."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import unmerge as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.checks import check_same_device, check_tokens, shape
-from tokred_kernels.ops.library import Function, forbid_double_backward, is_differentiated, register
+from tokred_kernels.ops.autograd import Function, forbid_double_backward, is_differentiated
 from tokred_kernels.ops.merge import _merge, check_map
 from tokred_kernels.token_map import TokenMap
 
 
 def unmerge(y: Tensor, token_map: TokenMap) -> Tensor:
-    """Give every token the value of its slot: back to N tokens, in their first order (ToMe, appendix D; ALGM, 3.4).
+    """Give every token the value of its slot: N tokens in their original order (ToMe, appendix D; ALGM, section 3.4).
 
     Args:
-        y: (B, N', C), or (T', C) of a packed map, one row a slot.
-        token_map: from N tokens to N' slots; composed by `then`, it goes back several layers at once.
+        y: (B, N', C), or (T', C) for a packed map, one row for each slot.
+        token_map: from N tokens to N' slots. A map composed by `then` undoes the merges of several layers at once.
 
     Returns:
-        (B, N, C), or (T, C) where packed tokens went in, in y's dtype; 0 where the token was dropped.
+        (B, N, C), or (T, C) if the map takes packed tokens, in y's dtype; 0 for dropped tokens.
 
     Differentiable once in `y`: the gradient is the sum over each slot's members.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: `y` is not as the map says, or is on another device.
-        RuntimeError: the backend asked for cannot serve the call.
+        ValueError: `y` does not have the map's slots, or is on another device.
+        RuntimeError: the backend requested by name cannot run the call.
     """
     check_map("unmerge", token_map)
     check_tokens("unmerge", "y", y, packed=token_map.packed is not None)

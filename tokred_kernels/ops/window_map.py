@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The map that merges the most similar windows, once it is decided how many."""
+"""Build the token map that merges the most similar windows."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import window_map as reference
+from tokred_kernels.backends.registration import register
 from tokred_kernels.ops.counts import packing_after
-from tokred_kernels.ops.library import register
 from tokred_kernels.token_map import TokenMap
 from tokred_kernels.windows import RULES, SCHEMA, Windows
 
 
 def window_map(score: Tensor, windows: Windows, r: int, backend: str, counts: Tensor | None = None) -> TokenMap:
-    """The map in which the `r` windows of highest score (B, W) float32 merge, ties to the lower index.
+    """Return the map that merges the `r` windows of highest `score` (B, W) float32; ties go to the lower index.
 
-    With `counts` (B,) int32 so many of each image merge instead, and the map is packed; they are read back to the host,
-    once. Slots: the leading tokens, the merged windows by descending score, all other tokens by index.
+    With `counts` (B,) int32, image b merges `counts[b]` windows instead, and the map is packed; `counts` is read back
+    to the host once. The slots are the leading tokens, the merged windows by descending score, and all other tokens by
+    index.
     """
-    gone = windows.size() - 1
+    removed = windows.size() - 1
     packed = None
     if counts is not None:
-        packed = packing_after((windows.num_tokens(),) * score.shape[0], counts, each=gone)
+        packed = packing_after((windows.num_tokens(),) * score.shape[0], counts, each=removed)
     starts_out = None if packed is None else packed.cu_seqlens
-    num_out = windows.num_tokens() - r * gone if packed is None else packed.rows
+    num_out = windows.num_tokens() - r * removed if packed is None else packed.rows
+    if backend != "reference":
+        backend = backends.companion("window_map", backend, score)
+    if backend == "reference" and packed is None:  # a selector that is exported computes only `dest`
+        return TokenMap._trusted(reference.window_dest(score, windows, r), num_out)
     if backend == "reference":
-        if packed is None:  # no second view before it is asked for: this is what is exported
-            return TokenMap._trusted(reference.window_dest(score, windows, r), num_out)
         views = reference.window_map(score, windows, r, counts, starts_out, num_out)
     else:
-        others = counts, starts_out, num_out, backends.companion("window_map", backend, score)
-        views = _window_map(score, *windows, r, *others)
+        views = _window_map(score, *windows, r, counts, starts_out, num_out, backend)
     return TokenMap._trusted(views[0], num_out, *views[1:], packed)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How similar the tokens of each window are."""
+"""Compute the similarity of the tokens of each window."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from tokred_kernels import backends
 from tokred_kernels.backends.reference import window_similarity as reference
-from tokred_kernels.ops.library import register
+from tokred_kernels.backends.registration import register
 from tokred_kernels.windows import RULES, SCHEMA, Windows
 
 
 def window_similarity(x: Tensor, windows: Windows, threshold: float, backend: str) -> tuple[Tensor, Tensor]:
-    """The mean cosine of the pairs of different tokens in each window of x (B, N, C), (B, W) float32, by rows.
+    """Return the mean cosine of each window of x (B, N, C), and how many windows reach the threshold.
 
-    And how many of them are at least the threshold, (B,) int32. A token of norm zero has cosine 0 with all. -inf where
-    a token is NaN or infinite: such a window never merges.
+    The mean cosine, (B, W) float32 by rows, is over the pairs of different tokens. A token of norm 0 has cosine 0 with
+    all tokens. A window with a NaN or infinite token gets -inf and never merges. The counts are (B,) int32.
     """
-    threshold = max(threshold, torch.finfo(torch.float32).min)  # that of windows that never merge lies below it
+    threshold = max(threshold, torch.finfo(torch.float32).min)  # above -inf, so that such windows never count
     if backend == "reference":
         return reference.window_similarity(x, windows, threshold)
     return _window_similarity(x, *windows, threshold, backend)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The C++ and CUDA kernels, through one pybind11 module that takes addresses: one adaptor an op serves both devices."""
+"""The C++ and CUDA kernels, called through one pybind11 module that takes addresses; each op has one file for both."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ MODULE: ModuleType | None = None
 CUDA: ModuleType | None = None
 FAILURE = ""
 
-try:  # after torch, so that the module's OpenMP is torch's own, and one thread pool serves both
+try:  # after torch, so that the module uses torch's OpenMP and thread pool
     MODULE = importlib.import_module("tokred_kernels._native")
     CUDA = getattr(MODULE, "cuda", None)
 except ModuleNotFoundError:  # the reference and Triton kernels work without it
     FAILURE = "it was not built: TOKRED_NATIVE=0 was set at installation, or the source tree is not installed"
-except ImportError as error:  # it is there, but does not load
+except ImportError as error:  # the module exists, but does not load
     FAILURE = str(error)
 
-# Whether products of bfloat16 are done in AMX tiles on the CPU.
+# True if the CPU kernels use AMX for bfloat16 products.
 AMX = MODULE is not None and MODULE.cpu.instruction_set() == "amx"
-# Whether the CPU's vectors have 64 bytes.
+# True if the CPU's vectors have 64 bytes.
 WIDE_VECTORS = MODULE is not None and MODULE.cpu.instruction_set() in ("avx512", "amx")
 
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-# A result on the CPU of so many bytes is asked for in large pages. As numpy has it: below, the pages may not fill.
+# A CPU result of at least this size requests large pages. This is numpy's limit too: smaller results may not fill them.
 LARGE_BYTES = 4 << 20
 REDUCE_CODE = {"sum": 0, "mean": 1, "amax": 2}
 
 
-# Torch's own short ways to these two numbers; private, so either may go missing.
+# torch's fastest functions for these two numbers. They are private, and a later torch can drop them.
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda device: torch.cuda.current_stream(device).cuda_stream
 )
 
 
-class _Elsewhere:
-    """The CUDA ops, each run with `device` made the current one, where CUDA launches and asks for attributes."""
+class _OnOtherDevice:
+    """The CUDA ops, each called with `device` as the current device, on which CUDA launches."""
 
     def __init__(self, device: int) -> None:
         self._device = device
@@ -68,20 +68,20 @@ def cuda_failure(device_index: int) -> str | None:
 
 
 def kernels(tensor: Tensor) -> Any:
-    """The ops of the tensor's device. Every native call gets them here, so here the device is made the current one."""
+    """Return the ops for the tensor's device; they make that device the current one."""
     if not tensor.is_cuda:
         return MODULE.cpu  # type: ignore[union-attr]
     device = tensor.get_device()
-    return CUDA if device == _current_device() else _Elsewhere(device)
+    return CUDA if device == _current_device() else _OnOtherDevice(device)
 
 
 def stream(tensor: Tensor) -> int:
-    """Torch's current stream on the tensor's device, 0 on the CPU."""
+    """Return torch's current stream on the tensor's device; 0 on the CPU."""
     return _raw_stream(tensor.get_device()) if tensor.is_cuda else 0
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the data starts; 0 for None."""
+    """Return the address of the tensor's data; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -98,22 +98,22 @@ def check_indices(op: str, like: Tensor, *tensors: Tensor) -> None:
 
 
 def empty_result(tensor: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
-    """A new tensor like this one, for a result: uninitialised, and on the CPU in large pages where it is large.
+    """Return an uninitialised tensor for a result; if it is large and on the CPU, in large pages.
 
-    The allocator hands large memory back to the system and fetches it anew, so that most calls would fault on every
-    small page of what they write.
+    The allocator returns large blocks to the system, so with small pages most calls would fault on every page that they
+    write.
     """
-    result = tensor.new_empty(*size)  # torch reads numbers one by one faster than a tuple
+    result = tensor.new_empty(*size)  # torch parses separate ints faster than a tuple
     if result.nbytes >= LARGE_BYTES and not result.is_cuda:
         MODULE.cpu.use_large_pages(result.data_ptr(), result.nbytes)  # type: ignore[union-attr]
     return result
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """The (B, N, C) tensor itself where its rows lie at one stride and their elements side by side, else a copy."""
+    """Return the (B, N, C) tensor if its rows have one stride and contiguous elements, else a copy."""
     _, tokens, channels = tensor.shape
     outer, stride, inner = tensor.stride()
-    if tokens == 1 and stride != outer:  # torch lets the stride over one token be anything, and `contiguous` leaves it
+    if tokens == 1 and stride != outer:  # the stride of a dimension of size 1 is arbitrary, and `contiguous` keeps it
         tensor, stride = tensor.as_strided(tensor.shape, (outer, outer, inner)), outer
     if (inner == 1 or channels == 1) and (outer == tokens * stride or tensor.shape[0] == 1) and stride >= channels:
         return tensor

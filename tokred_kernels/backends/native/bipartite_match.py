@@ -29,12 +29,12 @@ def bipartite_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tenso
 
 
 def inner_dense(tensor: Tensor) -> Tensor:
-    """The tensor itself where the elements of its last dimension lie side by side, else a copy."""
+    """Return the tensor if its last stride is 1, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def problem(metric: Tensor, partition: Partition) -> tuple[int, ...]:
-    """The numbers of a MatchProblem that is not packed; see csrc/common/args.h and csrc/bindings.cpp."""
+    """Return the numbers of a MatchProblem that is not packed; see csrc/common/args.h and csrc/bindings.cpp."""
     if metric.dim() == 4:
         images, heads, tokens, channels = metric.shape
         stride_b, stride_h, stride_n, _ = metric.stride()
@@ -48,5 +48,5 @@ def problem(metric: Tensor, partition: Partition) -> tuple[int, ...]:
 
 
 def partition_values(partition: Partition) -> tuple[int, ...]:
-    """The numbers of a Partition, its lists as addresses."""
+    """Return the numbers of a Partition, with its lists as addresses."""
     return (address(partition.sources), address(partition.destinations), *partition.numbers())

@@ -10,7 +10,7 @@ from tokred_kernels.backends.native import check_indices, kernels, stream
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """See `ops.compose`."""
+    """See `token_map_ops.compose`."""
     if not (first.dtype is second.dtype is torch.int32 and first.is_contiguous() and second.is_contiguous()):
         check_indices("compose", first, first, second)  # called for its message only: it runs between two layers
     (batch, tokens), (images, middle) = first.shape, second.shape

@@ -22,12 +22,12 @@ def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 
 
 def lookup_problem(q: Tensor, k: Tensor) -> tuple[int, ...]:
-    """The numbers of a LookupProblem; see csrc/common/args.h and csrc/bindings_attention.cpp."""
+    """Return the numbers of a LookupProblem; see csrc/common/args.h and csrc/bindings_attention.cpp."""
     sizes = (*q.shape[:3], k.shape[2], q.shape[3])
     return (*strided(q), *strided(k), *sizes, DTYPE_CODE[q.dtype])
 
 
 def strided(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Where it starts, and the strides of image, head and token."""
+    """Return the address, and the strides of image, head and token."""
     image, head, token, _ = tensor.stride()
     return tensor.data_ptr(), image, head, token

@@ -22,10 +22,10 @@ def lookup_gather_backward(
     scale: float,
     scattered: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.lookup_gather`: gradients as results lie, heads last; `grad_out` and `out` come as (B, M, H, d).
+    """See `ops.lookup_gather`: the gradients of q, k and v, heads last; `grad_out` and `out` are (B, M, H, d).
 
-    On the CPU `scattered` may be the v (B, H, M, d) of a scatter by the same weights and the gradient of its result, as
-    (B, H, N, d): what these give q and k is added.
+    On the CPU, `scattered` can hold the v (B, H, M, d) of a scatter with the same weights and the gradient of its
+    result (B, H, N, d); the gradients of q and k then include those of the scatter.
     """
     q, k, v = (inner_dense(t) for t in (q, k, v))
     grad_out = inner_dense(grad_out.transpose(1, 2))

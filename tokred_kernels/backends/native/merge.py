@@ -26,7 +26,7 @@ def merge(
     reduce: str,
     weight_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.merge`: y (B, N', C), and (B, N') sums of weights, or an empty tensor where they are not wanted."""
+    """See `ops.merge`: y (B, N', C), and sums of weights (B, N'), empty unless `weight_sum`."""
     x = rows(x)
     images, tokens, channels = x.shape
     batch, num_out = begin.shape

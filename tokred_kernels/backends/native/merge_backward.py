@@ -33,7 +33,7 @@ def merge_backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.merge`: the gradients of x (B, N, C) and weight (B, N), each empty where it is not needed."""
+    """See `ops.merge`: the gradients of x (B, N, C) and weight (B, N), each empty if it is not needed."""
     check_indices("merge_backward", grad_y, dest)
     grad_y = grad_y.contiguous()
     if grad_weight_sum is not None:

@@ -9,7 +9,7 @@ from tokred_kernels.backends.native import check_indices, kernels, stream
 
 
 def to_csr(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.to_csr`."""
+    """See `token_map_ops.to_csr`."""
     dest = dest.contiguous()
     check_indices("to_csr", dest, dest)
     batch, tokens = dest.shape

@@ -25,18 +25,18 @@ def token_attention(
     scale: float,
     importance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.token_attention`: out as it lies in memory, what the backward needs of each row, importance."""
+    """See `ops.token_attention`: out (heads last), the row maxima and sums for the backward, and the importance."""
     q, k, v = (inner_dense(t) for t in (q, k, v))
     layout = attention_layout(q, starts)
     accumulator = accumulator_of(q)
     out = empty_result(q, layout)
     row_max, row_sum = (q.new_empty(layout[:-1], dtype=accumulator) for _ in range(2))
-    worth = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)
+    importance_out = q.new_empty(layout[:-2] if importance else (0,), dtype=accumulator)
     partial = torch.empty_like(row_max) if importance else None
     values = problem(q, k, v, bias, policy, starts, longest, importance, row_max, row_sum)
-    outputs = out.data_ptr(), address(partial), worth.data_ptr() if importance else 0
+    outputs = out.data_ptr(), address(partial), importance_out.data_ptr() if importance else 0
     kernels(q).token_attention(values, scale, *outputs, stream(q))
-    return out, row_max, row_sum, worth
+    return out, row_max, row_sum, importance_out
 
 
 def problem(
@@ -51,7 +51,7 @@ def problem(
     row_max: Tensor,
     row_sum: Tensor,
 ) -> tuple[int, ...]:
-    """The numbers of a TokenAttentionProblem; see csrc/common/args.h and csrc/bindings_attention.cpp."""
+    """Return the numbers of a TokenAttentionProblem; see csrc/common/args.h and csrc/bindings_attention.cpp."""
     if starts is None:
         sizes = tuple(q.shape)
         strides = [t.stride()[:3] for t in (q, k, v)]
@@ -66,5 +66,5 @@ def problem(
 
 
 def packed_strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Of image, head and token, of packed rows (T, H, d): the images have none of their own."""
+    """Return the strides of image, head and token of packed rows (T, H, d); 0 for images: rows are absolute."""
     return 0, tensor.stride(1), tensor.stride(0)

@@ -38,9 +38,9 @@ def build_match_map(
 
 
 def dest_of_ranks(partner: Tensor, rank: Tensor, num_tokens: int, partition: Partition) -> Tensor:
-    """`dest` (B, N) int32 where the sources of rank under `partition.r` join their partners (B, num_src)."""
+    """Return `dest` (B, N) int32 of the map in which sources with ranks below `partition.r` join their partners."""
     first, num_src, num_dst, r = partition.first, partition.num_src, partition.num_dst, partition.r
-    # A protected destination follows an unmerged source, where one is left.
+    # Each protected destination follows an unmerged source, if any remains.
     lead, interleaved = partition.protected_src, min(partition.protected_dst, num_src - r)
     batch, device = rank.shape[0], rank.device
     if r == 0:

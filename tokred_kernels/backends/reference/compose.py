@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """See `ops.compose`."""
+    """See `token_map_ops.compose`."""
     if second.shape[1] == 0:
         return torch.full_like(first, -1)
     there = second.gather(1, first.clamp(min=0).long())

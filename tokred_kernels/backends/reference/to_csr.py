@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def to_csr(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.to_csr`."""
+    """See `token_map_ops.to_csr`."""
     batch, tokens = dest.shape
     slot = torch.where(dest < 0, num_out, dest).long()  # dropped tokens sort last, into a slot of their own
     order = slot.argsort(dim=1, stable=True)

@@ -26,7 +26,7 @@ def token_attention(
     scale: float,
     importance: str,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.token_attention`: the output and the importance, which is empty where none is asked for."""
+    """See `ops.token_attention`: the output and the importance, which is empty without `importance`."""
     if packed is None:
         return _attend(q, k, v, bias, policy, scale, importance)
     lengths = list(packed.lengths)
@@ -35,11 +35,11 @@ def token_attention(
     for *operands, image_bias, image_policy in zip(*columns, strict=True):
         query, key, value = (t.transpose(0, 1)[None] for t in operands)
         terms = [None if t is None else t[None] for t in (image_bias, image_policy)]
-        out, worth = _attend(query, key, value, terms[0], terms[1], scale, importance)
-        pieces.append((out[0].transpose(0, 1), worth[0] if importance else worth))
+        out, importance_out = _attend(query, key, value, terms[0], terms[1], scale, importance)
+        pieces.append((out[0].transpose(0, 1), importance_out[0] if importance else importance_out))
     if not pieces:
         return torch.empty_like(q), q.new_empty(0)
-    return torch.cat([out for out, _ in pieces]), torch.cat([worth for _, worth in pieces])
+    return torch.cat([out for out, _ in pieces]), torch.cat([importance_out for _, importance_out in pieces])
 
 
 def _attend(

@@ -30,16 +30,13 @@ from tokred_kernels.backends.selfcheck import cache, supervisor
 from tokred_kernels.backends.selfcheck.known_bad import reason_known
 from tokred_kernels.backends.selfcheck.supervisor import Settings, Task
 from tokred_kernels.backends.selfcheck.verdict import UNSUPPORTED, Verdict, Verdicts
-from tokred_kernels.backends.support import MAP_OPS, OPS, reason_against, triton_interprets
+from tokred_kernels.backends.support import can_run
+from tokred_kernels.backends.triton.availability import triton_interprets
+from tokred_kernels.ops.registry import OPS, SPECS
 
 COMMAND, INFO = "python -m tokred_kernels check", "python -m tokred_kernels info"
 # The backends that a device's check covers. The reference runs anywhere, and is checked and timed on GPUs like kernels.
 CHECKED = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "triton")}
-# torch's own attention with a bias is a candidate for token attention with sizes, and is not ours to check.
-TIMED_ONLY = {"token_attention": ("torch",), "token_attention_backward": ("torch",)}
-LOOKUP_OPS = frozenset(op for op in OPS if op.startswith("lookup_"))
-# Ops that are tiles of matrix products, which Triton has on the matrix units and CUDA not.
-TRITON_FIRST = LOOKUP_OPS | {"token_attention", "token_attention_backward"}
 DTYPES = ("float32", "float16", "bfloat16")
 # Seconds for one task. Compiling the Triton kernels of attention takes a minute on a slow CPU core.
 LIMIT, LIMIT_INTERPRETED = 120.0, 300.0
@@ -107,7 +104,11 @@ def is_known(device: torch.device, op: str) -> bool:
 
 
 def _key(device: torch.device, op: str) -> tuple[int, bool]:
-    return torch.cuda.current_device() if device.index is None else device.index, op in LOOKUP_OPS
+    return torch.cuda.current_device() if device.index is None else device.index, _is_lookup(op)
+
+
+def _is_lookup(op: str) -> bool:
+    return op in SPECS and SPECS[op].family == "lookup"
 
 
 def is_off() -> bool:
@@ -139,25 +140,27 @@ def check(
     facts = cache.facts(device)
     tasks = []
     for backend, op in kernels:
-        reason = reason_against(op, backend, device, torch.float32)
+        reason = can_run(op, backend, device, torch.float32)
         reason = reason or reason_known(backend, op, facts["architecture"], facts["triton"])
         if reason is not None:
             found.setdefault(backend, {})[op] = Verdict(UNSUPPORTED, reason)
             progress(Task(op, (backend,)), backend, found[backend][op])
-        elif backend == "triton" and op not in MAP_OPS:  # split: most of the time goes into compiling
+        elif backend == "triton" and not SPECS[op].is_integer:  # split: most of the time goes into compiling
             tasks += [Task(op, (backend,), dtype=dtype) for dtype in DTYPES]
         else:
             tasks.append(Task(op, (backend,)))
     tasks.sort(key=_takes_long, reverse=True)
     if device.type == "cuda":
         for op in dict.fromkeys(task.op for task in tasks):
-            tasks.append(Task(op, (*CHECKED["cuda"], *TIMED_ONLY.get(op, ())), times=True))
+            # SDPA with a bias is a candidate for token attention with sizes; it is PyTorch's, and is not checked.
+            sdpa = ("torch",) if SPECS[op].family == "attention" else ()
+            tasks.append(Task(op, (*CHECKED["cuda"], *sdpa), times=True))
     return supervisor.run(tasks, _settings(device, deep), progress, found)
 
 
 def _takes_long(task: Task) -> tuple[bool, bool]:
     """Order tasks so that the longest start first: those that compile attention, gradients before the rest."""
-    return task.backends == ("triton",) and task.op in TRITON_FIRST, task.op.endswith("_backward")
+    return task.backends == ("triton",) and SPECS[task.op].is_matrix_product, task.op.endswith("_backward")
 
 
 def due(device: torch.device, found: Verdicts, op: str = "") -> list[tuple[str, str]]:
@@ -167,13 +170,13 @@ def due(device: torch.device, found: Verdicts, op: str = "") -> list[tuple[str, 
     if CUDA has no kernel, or a wrong one; `python -m tokred_kernels check` checks everything.
     """
     pairs = []
-    names = [name for name in OPS if (name in LOOKUP_OPS) == (op in LOOKUP_OPS)]
+    names = [name for name in OPS if _is_lookup(name) == _is_lookup(op)]
     for name, backend in itertools.product(names, CHECKED["cuda"]):
-        if name in found.get(backend, {}) or reason_against(name, backend, device, torch.float32) is not None:
+        if name in found.get(backend, {}) or can_run(name, backend, device, torch.float32) is not None:
             continue
         by_cuda = found.get("cuda", {}).get(name)
-        expected = reason_against(name, "cuda", device, torch.float32) is None if by_cuda is None else by_cuda.is_passed
-        if backend != "triton" or name in TRITON_FIRST or not expected:
+        expected = can_run(name, "cuda", device, torch.float32) is None if by_cuda is None else by_cuda.is_passed
+        if backend != "triton" or SPECS[name].is_matrix_product or not expected:
             pairs.append((backend, name))
     return pairs
 
@@ -193,7 +196,7 @@ def _check_automatically(device: torch.device, facts: dict[str, Any], op: str) -
 
 
 def _check_due(device: torch.device, facts: dict[str, Any], found: Verdicts, op: str) -> Verdicts:
-    which = "kernels of lookup attention" if op in LOOKUP_OPS else "kernels"
+    which = "kernels of lookup attention" if _is_lookup(op) else "kernels"
     _say(
         f"checking the {which} on {facts['device']}, once for this GPU, driver and versions ({ESTIMATE}); "
         "set TOKRED_SELFCHECK=0 to skip the check and run the PyTorch reference"

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 
 from tokred_kernels.backends import native
 from tokred_kernels.backends.selfcheck.verdict import HUNG, UNKNOWN, Verdict, Verdicts
-from tokred_kernels.backends.support import triton_interprets
+from tokred_kernels.backends.triton.availability import triton_interprets
 from tokred_kernels.files import replace_text
 from tokred_kernels.version import __version__
 
@@ -39,28 +38,27 @@ def folder() -> Path:
     """Return the cache folder, whether or not it exists.
 
     Raises:
-        Unusable: there is no home folder, and TOKRED_CACHE_DIR is not set.
+        Unusable: the home folder is unknown, and TOKRED_CACHE_DIR is not set.
     """
     named = os.environ.get("TOKRED_CACHE_DIR")
     try:
         return Path(named) if named else Path.home() / ".cache" / "tokred_kernels"
     except RuntimeError as error:
-        raise Unusable(f"there is no home folder for the cache ({error}); set TOKRED_CACHE_DIR") from error
+        raise Unusable(f"the cache needs a home folder ({error}); set TOKRED_CACHE_DIR") from error
 
 
-def writable_folder() -> Path:
+def made_folder() -> Path:
     """Return the cache folder, created if it is missing.
 
     Raises:
-        Unusable: it cannot be created or is not a folder, or nothing can be written there.
+        Unusable: it cannot be created, or is not a folder.
     """
     path = folder()
     try:
         if path.exists() and not path.is_dir():
             raise Unusable(f"the cache folder {path} is a file; set TOKRED_CACHE_DIR to a folder")
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
+        return path
     except OSError as error:
         raise Unusable(f"the cache folder {path} cannot be written ({error.strerror}); set TOKRED_CACHE_DIR") from error
 
@@ -133,7 +131,7 @@ def key(of: dict[str, Any]) -> str:
 
 
 def read(of: dict[str, Any]) -> Verdicts:
-    """Return the cached verdicts; none if there is no file, or if it is corrupt, or was written for other facts."""
+    """Return the cached verdicts; none if the file is missing or corrupt, or was written for other facts."""
     try:
         content = json.loads((folder() / f"{key(of)}.json").read_text())
         if content["schema"] != SCHEMA or content["facts"] != json.loads(json.dumps(of)):
@@ -143,7 +141,7 @@ def read(of: dict[str, Any]) -> Verdicts:
             for backend, ops in content["verdicts"].items()
         }
     except (Unusable, OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        # Ignore an unreadable file: it may be half a disk's garbage, or another program's.
+        # Ignore a file that is corrupt, or that another program wrote.
         return {}
 
 
@@ -155,7 +153,7 @@ def write(of: dict[str, Any], verdicts: Verdicts) -> None:
     Raises:
         Unusable: the folder cannot be written.
     """
-    path = writable_folder() / f"{key(of)}.json"
+    path = made_folder() / f"{key(of)}.json"
     merged = read(of)
     for backend, ops in verdicts.items():
         unclear = (UNKNOWN, HUNG) if os.environ.get("TOKRED_SELFCHECK_TIMEOUT") else (UNKNOWN,)
@@ -180,7 +178,7 @@ def lock(of: dict[str, Any], on_wait: Callable[[], None]) -> Iterator[None]:
     """
     import filelock  # noqa: PLC0415  (one of torch's requirements; 30 ms to import, which only a check needs)
 
-    path = writable_folder() / f"{key(of)}.lock"
+    path = made_folder() / f"{key(of)}.lock"
     try:
         held = filelock.FileLock(path)
         try:
@@ -189,7 +187,7 @@ def lock(of: dict[str, Any], on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             held.acquire(timeout=LONGEST_WAIT)
     except (OSError, NotImplementedError) as error:  # Timeout, or a network file system without locks
-        raise Unusable(f"{path} cannot be locked ({error}); set TOKRED_CACHE_DIR") from error
+        raise Unusable(f"{path} cannot be written or locked ({error}); set TOKRED_CACHE_DIR") from error
     try:
         yield
     finally:

@@ -65,9 +65,9 @@ class Guarded:
         """Return what was written where nothing must be written, or None."""
         for raw, nbytes in self._raw:
             for name, band in (("before", raw[:BAND]), ("after", raw[BAND + nbytes :])):
-                namedtuple_replace = (band != self._band).nonzero()
-                if len(namedtuple_replace):
-                    at = int(namedtuple_replace[0 if name == "after" else -1])
+                written = (band != self._band).nonzero()
+                if len(written):
+                    at = int(written[0 if name == "after" else -1])
                     distance = at if name == "after" else BAND - 1 - at
                     return f"wrote outside a tensor of {nbytes} bytes, {distance} bytes {name} it"
         for now, before in self._inputs:

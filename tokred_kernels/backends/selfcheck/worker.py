@@ -23,10 +23,11 @@ from tokred_kernels.backends.selfcheck.cases import Case, cases, reference_call,
 from tokred_kernels.backends.selfcheck.memory import Guarded
 from tokred_kernels.backends.selfcheck.supervisor import ANSWER
 from tokred_kernels.backends.selfcheck.verdict import CRASHED, PASSED, UNKNOWN, WRONG, Verdict
-from tokred_kernels.backends.support import implementation, triton_interprets
+from tokred_kernels.backends.support import implementation
+from tokred_kernels.backends.triton.availability import triton_interprets
 
 # For each run, the byte that fills new memory and that of the guard bands. As floats they are NaN, 1e36 and a moderate
-# number: NaN hides where a maximum drops it, and a number where it is multiplied by 0. Results must not depend on them.
+# number: a maximum can hide NaN, and a factor of 0 hides a number. Results must not depend on them.
 POISONS = ((0xFF, 0x7B), (0x7B, 0xFF), (0x5A, 0xA5))
 POISONS_INTERPRETED = POISONS[:2]
 GRACE = 60.0  # seconds
@@ -85,7 +86,7 @@ def check(backend: str, op: str, device: torch.device, deep: bool = False, dtype
         number += 1
     if device.type == "cuda":  # what the timing will compile, while others compile too
         timing.compile_inputs(call, timing.inputs(op, device, dtype))
-    return Verdict(PASSED) if number else Verdict(UNKNOWN, f"the self-check has no case of {op}")
+    return Verdict(PASSED) if number else Verdict(UNKNOWN, f"the self-check lacks cases for {op}")
 
 
 def check_case(

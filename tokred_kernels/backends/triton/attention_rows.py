@@ -35,7 +35,7 @@ def rows_kernel(
     bias,  # (rows), if BIAS
     policy,  # (rows), if POLICY
     starts,  # (B + 1), if PACKED
-    grad_worth,  # (rows), if IMPORTANCE
+    grad_importance,  # (rows), if IMPORTANCE
     row_max,  # (rows, H), unless POLICY; row_sum and out likewise
     row_sum,  # (rows, H)
     out,  # (rows, H, d)
@@ -120,7 +120,7 @@ def rows_kernel(
             values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
             reached = products(grads, values)
             if IMPORTANCE != "":
-                reached += share[:, None] * load_tokens(grad_worth, first, j, count)[None, :]
+                reached += share[:, None] * load_tokens(grad_importance, first, j, count)[None, :]
             kept_sum = kept_sum * shrink + tl.sum(seen, 1)
             kept_grad_sum = kept_grad_sum * shrink + tl.sum(seen * reached, 1)
             grad_sum += tl.sum(reached, 1)
@@ -145,15 +145,15 @@ def rows_kernel(
             if IMPORTANCE == "last":
                 limit = tl.where((block + 1) * BLOCK_QUERIES >= count, count, 0)
             queries = load_vectors(q, i, count, q_stride_n, CHANNELS, BLOCK_CHANNELS)
-            worth = tl.zeros((BLOCK_QUERIES,), tl.float32)  # of the row's weights
+            weighted = tl.zeros((BLOCK_QUERIES,), tl.float32)  # of the row's weights
             for begin in range(0, limit, BLOCK_KEYS):
                 j = begin + tl.arange(0, BLOCK_KEYS)
                 keys = load_vectors(k, j, count, k_stride_n, CHANNELS, BLOCK_CHANNELS)
                 dots = products(queries, keys)
                 scores = dots * (scale * LOG2_E) + key_terms(bias, first, j, j < count, BIAS)[None, :]
                 seen = tl.exp2(scores - own_level[:, None])
-                worth += tl.sum(seen * load_tokens(grad_worth, first, j, count)[None, :], 1)
-            total += worth * inverse * share
+                weighted += tl.sum(seen * load_tokens(grad_importance, first, j, count)[None, :], 1)
+            total += weighted * inverse * share
         own_level += tl.log2(load_rows(row_sum + at, i, count, heads, 1.0))
     store_rows(level + start, own_level, i, written, stride)
     store_rows(delta + start, total, i, written, stride)

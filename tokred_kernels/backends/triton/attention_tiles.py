@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the kernels of token attention share: where an image's rows are, tiles of them, and what is added to scores."""
+"""Functions that the attention kernels share: addresses of rows, loads and stores of tiles, and terms of scores."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.token_attention import packed_strides
 from tokred_kernels.backends.reference.token_attention import POLICY_EPS
-from tokred_kernels.backends.triton import INTERPRETED, multiply_add, narrow
-from tokred_kernels.backends.triton.configs_attention import MAX_HEAD_WIDTH, AttentionConfig
+from tokred_kernels.backends.triton.common import INTERPRETED, multiply_add, narrow
+from tokred_kernels.backends.triton.configs_attention import AttentionConfig
 
 # Exponentials are of base 2, which GPUs have an instruction for; scores are scaled to match.
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -21,22 +21,13 @@ LN_2 = tl.constexpr(math.log(2))
 EPS = tl.constexpr(POLICY_EPS)
 
 
-def check_width(op: str, q: Tensor) -> None:
-    """Raise ValueError where a head has more channels than a program can hold."""
-    if q.shape[-1] > MAX_HEAD_WIDTH:
-        raise ValueError(
-            f"tokred_kernels.{op}: q must have at most {MAX_HEAD_WIDTH} channels a head, which is the most "
-            f'that triton kernels take (use the backend "cpu" or "reference"), got shape {tuple(q.shape)}'
-        )
-
-
 def head_strides(tensor: Tensor, starts: Tensor | None) -> tuple[int, int, int]:
-    """Of image, head and token, of (B, H, N, d), or, packed, of (T, H, d)."""
+    """Return the strides of image, head and token of a tensor (B, H, N, d), or packed (T, H, d)."""
     return packed_strides(tensor) if starts is not None else (tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
 
 def sizes(q: Tensor, starts: Tensor | None, longest: int) -> tuple[int, int, int, int]:
-    """How many images, heads and tokens there are, in the longest image where packed, and channels of a head."""
+    """Return the numbers of images, heads, tokens (of the longest packed image) and channels of a head."""
     if starts is not None:
         return starts.shape[0] - 1, q.shape[1], longest, q.shape[2]
     images, heads, tokens, channels = q.shape
@@ -44,21 +35,21 @@ def sizes(q: Tensor, starts: Tensor | None, longest: int) -> tuple[int, int, int
 
 
 def shares(images: int, heads: int, tokens: int, block: int) -> tuple[tuple[int], int]:
-    """The grid of a kernel whose programs have `block` tokens of one head of one image, and the blocks of an image."""
+    """Return the grid of a kernel with one program for `block` tokens of a head, and the blocks of an image."""
     blocks = triton.cdiv(tokens, block)
     return (images * heads * blocks,), blocks
 
 
 def is_whole(config: AttentionConfig, tokens: int, policy: Tensor | None, starts: Tensor | None) -> bool:
-    """Whether blocks of keys are read whole, see `key_block`: with a policy keys count that have no weight.
+    """Return whether kernels read whole blocks of keys; see `key_block`.
 
-    On AMD's GPUs the same program spills.
+    They cannot with a policy, since keys without weight count then. On AMD's GPUs that program spills registers.
     """
     return torch.version.hip is None and policy is None and starts is None and tokens >= config.block_keys
 
 
 def launch_options(config: AttentionConfig, channels: int) -> dict[str, int]:
-    """What every kernel of tiles of scores is launched with, but for its own arguments and modes."""
+    """Return the launch options that all kernels with tiles of scores have in common."""
     return {
         "CHANNELS": channels,
         "BLOCK_CHANNELS": config.block_channels,
@@ -159,8 +150,8 @@ def load_block(
 
 @triton.jit
 def key_terms(bias, first, j, present, BIAS: tl.constexpr, WHOLE: tl.constexpr = False):
-    """What is added to the scores of keys j, in base 2: -infinity where one is not `present`; see `key_block`."""
-    if BIAS and WHOLE:  # every key is there, whether it counts or not: without a mask, the load is cheaper
+    """Return the terms to add to the scores of keys j, in base 2: -infinity for keys not `present`; see `key_block`."""
+    if BIAS and WHOLE:  # every key is in memory, so the load needs no mask and is cheaper
         term = tl.where(present, tl.load(bias + first + j) * LOG2_E, float("-inf"))
     elif BIAS:
         term = tl.load(bias + first + j, mask=present, other=float("-inf")) * LOG2_E
@@ -171,27 +162,27 @@ def key_terms(bias, first, j, present, BIAS: tl.constexpr, WHOLE: tl.constexpr =
 
 @triton.jit
 def load_tokens(values, first, j, count):
-    """What there is one of for each of the tokens j, (rows); 0 beyond the image's `count`."""
+    """Load the entries of tokens j from a tensor (rows); 0 beyond the image's `count`."""
     return tl.load(values + first + j, mask=j < count, other=0.0)
 
 
 @triton.jit
 def load_rows(values, i, count, heads, other):
-    """What there is one of for each of the tokens i of a head, (rows, H)."""
+    """Load the entries of tokens i of a head from a tensor (rows, H)."""
     return tl.load(values + i.to(tl.int64) * heads, mask=i < count, other=other)
 
 
 @triton.jit
 def store_rows(values, row, i, count, heads):
-    """Write what `load_rows` would read."""
+    """Store the entries that `load_rows` loads."""
     tl.store(values + i.to(tl.int64) * heads, row, mask=i < count)
 
 
 @triton.jit
 def rows_apart(image, head, first, heads, padded, PACKED: tl.constexpr):
-    """Where the numbers of an image's rows start, and how far apart they are.
+    """Return the start and the stride of the entries of an image's rows.
 
-    Those of one head are beside each other, and go on to `padded`; where images are PACKED, those of one row are.
+    The entries of a head are contiguous and padded to `padded` rows; if images are PACKED, those of a row are.
     """
     if PACKED:
         start, stride = first * heads + head, heads
@@ -202,7 +193,7 @@ def rows_apart(image, head, first, heads, padded, PACKED: tl.constexpr):
 
 @triton.jit
 def load_padded(values, i, count, stride, other, PACKED: tl.constexpr):
-    """What there is one of for each of the tokens i of a head; beyond the image's `count` it must be in memory."""
+    """Load the entries of tokens i of a head; those beyond the image's `count` must be in memory."""
     if PACKED:
         return load_rows(values, i, count, stride, other)
     return tl.load(values + i)
@@ -210,27 +201,27 @@ def load_padded(values, i, count, stride, other, PACKED: tl.constexpr):
 
 @triton.jit
 def row_softmax(row_max, row_sum, i, count, heads):
-    """What makes weights of the scores of queries i, in base 2: exp2(score - level) * inverse, 0 beyond `count`."""
+    """Return `level` and `inverse` of weights exp2(score - level) * inverse, scores in base 2; 0 beyond `count`."""
     level = load_rows(row_max, i, count, heads, float("inf")) * LOG2_E
     return level, 1.0 / load_rows(row_sum, i, count, heads, 1.0)
 
 
 @triton.jit
 def first_highest(scores, best, j, highest, highest_key):
-    """The first key of highest score: among keys j with the highest score `best`, and earlier ones with `highest`."""
+    """Return the first key of highest score, among keys j with the maximum `best` and earlier keys with `highest`."""
     best_key = tl.min(tl.where(scores == best[:, None], j[None, :], 0x7FFFFFFF), 1)
     return tl.where(best > highest, best_key, highest_key)
 
 
 @triton.jit
 def finite_level(highest):
-    """What to subtract from the scores of rows: the highest one, or 0 if no key has a score yet."""
+    """Return the value to subtract from the scores of rows: the highest score, or 0 if no key has a score yet."""
     return tl.where(highest == float("-inf"), 0.0, highest)
 
 
 @triton.jit
 def counts_query(i, count, IMPORTANCE: tl.constexpr):
-    """Whether the weights of queries i count for the importance."""
+    """Return whether the weights of queries i count for the importance."""
     if IMPORTANCE == "class":
         counts = i == 0
     elif IMPORTANCE == "last":
@@ -242,14 +233,14 @@ def counts_query(i, count, IMPORTANCE: tl.constexpr):
 
 @triton.jit
 def weight_share(heads, count, IMPORTANCE: tl.constexpr):
-    """What one weight adds to the importance of its key."""
+    """Return the factor of a weight in the importance of its key."""
     number = heads * count if IMPORTANCE == "mean" else heads
     return 1.0 / number.to(tl.float32)
 
 
 @triton.jit
 def products(a, b):
-    """a b^T, float32, of float32 without TF32."""
+    """Return a b^T in float32; float32 operands are not rounded to TF32."""
     return multiply_add(a, b, tl.zeros((a.shape[0], b.shape[0]), tl.float32))
 
 

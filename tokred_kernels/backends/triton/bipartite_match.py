@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import on_device
 from tokred_kernels.backends.triton.build_match_map import build_match_map
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.configs import select_config
 from tokred_kernels.backends.triton.rank_candidates import (
     best_destination,

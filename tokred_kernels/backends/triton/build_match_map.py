@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG
 from tokred_kernels.backends.triton.rank_candidates import destination_token, packed_rows, source_token
 from tokred_kernels.backends.triton.to_csr import collect_members

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One map after another in Triton: a gather of slots, in one launch bound by latency."""
+"""Compose two maps in Triton: a gather of slots, in one launch bound by latency."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """See `ops.compose`."""
+    """See `token_map_ops.compose`."""
     first = first.contiguous()
     dest = torch.empty_like(first)
     if dest.numel():

@@ -55,15 +55,15 @@ class RowsConfig:
     num_warps: int
 
 
-# Longer vectors are taken 64 channels at a time, and a thread has few scores and their running best: with more of
-# either, kernels spill where the metric's strides let no load be wide. float32 products run on the vector units, where
-# a thread holds whole rows of both operands: 16 channels.
+# At most 64 channels at a time, and few scores and running maxima for each thread: with more, kernels spill registers
+# if the metric's strides prevent wide loads. float32 products run on the vector units, where a thread holds whole rows
+# of both operands: 16 channels.
 _MATCH_16 = {channels: MatchConfig(64, 32, channels, 8, 2) for channels in (32, 64)}
 _MATCH_32 = {16: MatchConfig(64, 64, 16, 8, 2)}
 MATCH_CONFIGS = {dtype: _MATCH_32 if dtype == torch.float32 else _MATCH_16 for dtype in DTYPES}
 
-# In blocks of sources. An image's destinations are read once for each; with H heads that is H times as much, so that
-# beyond so many blocks (640 tokens) the mean over heads is written first, in a launch of its own.
+# A limit in blocks of sources. Each block reads all destinations of an image, for each head. Above this limit (640
+# tokens), another launch writes the mean over heads first.
 MEAN_IN_MATCH_BLOCKS = 5
 
 SELECT_LIMIT = 1024  # sources or destinations of an image whose map one program makes
@@ -92,19 +92,19 @@ ROWS_CONFIGS = {
 
 
 def match_config(channels: int, dtype: torch.dtype) -> MatchConfig:
-    """For scores of vectors of `channels`."""
+    """Return the config for scores of vectors of `channels`."""
     configs = MATCH_CONFIGS[dtype]
     return configs[min((block for block in configs if block >= channels), default=max(configs))]
 
 
 def select_config(num_src: int, num_dst: int) -> SelectConfig | None:
-    """For the map of one image; None where it is too large for one program."""
+    """Return the config for the map of one image; None if the image is too large for one program."""
     larger = max(num_src, num_dst)
     return next((config for block, config in SELECT_CONFIGS.items() if block >= larger), None)
 
 
 def rows_config(channels: int, dtype: torch.dtype) -> RowsConfig:
-    """For moving rows of `channels`: the widest block that pads a row by less than an eighth."""
+    """Return the config for copies of rows of `channels`: the widest block that pads a row by less than an eighth."""
     for block in (256, 128):
         if -channels % block < channels / 8:
             return ROWS_CONFIGS[block, dtype]
@@ -112,5 +112,5 @@ def rows_config(channels: int, dtype: torch.dtype) -> RowsConfig:
 
 
 def window_config(channels: int) -> WindowConfig:
-    """For windows of tokens of `channels`."""
+    """Return the config for windows of tokens of `channels`."""
     return WINDOW_CONFIGS[min((block for block in WINDOW_CONFIGS if block >= channels), default=max(WINDOW_CONFIGS))]

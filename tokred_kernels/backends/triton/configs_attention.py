@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Which blocks token and lookup attention take: pure functions of architecture, shape and dtype.
+"""The block sizes of token and lookup attention: pure functions of architecture, shape and dtype.
 
-What `benchmarks/tune.py` has measured stands in tuned.json beside this file, and goes before the tables.
+The results of `benchmarks/tune.py`, in tuned.json in this folder, take precedence over the tables.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from tokred_kernels.backends.triton.configs_tables import (
 )
 from tokred_kernels.backends.triton.configs_tuned import apply, read
 
-MAX_HEAD_WIDTH = 128
-FEW = 64  # compressed tokens up to which lookup attention has configs of their own
+FEW = 64  # lookup attention has other configs up to this number of compressed tokens
 
-# Lookup attention has few queries, so that few programs would take them all: the keys are split until there are enough
-# programs. A split of fewer keys, or a sum of more splits, takes longer than it saves.
+# Lookup attention has few queries and so few programs; the keys are split until there are enough programs. Splits of
+# fewer keys, or more splits, take longer than they save.
 LOOKUP_SPLIT_KEYS = 128
 LOOKUP_SPLITS = 64
 
@@ -36,18 +35,18 @@ TUNED = Path(__file__).parent / "tuned.json"
 if TUNED.exists():
     apply(read(TUNED), TABLES)
 
-# Rows of what splits leave: 16 bytes a thread of each, and several splits at once.
+# Rows of partial results: each thread loads 16 bytes of each split, and several splits at once.
 COMBINE_CONFIGS = {width: RowsConfig(512 // width, width, 4, 4) for width in (32, 64, 128)}
 
 
 def architecture_of(tensor: Tensor) -> str:
-    """The architecture that configs for kernels on this tensor are for: "sm_90", say, or "gfx942"."""
+    """Return the architecture whose configs apply to this tensor, such as "sm_90" or "gfx942"."""
     return gpu_architecture(tensor.device.index) if tensor.is_cuda else PORTABLE
 
 
 @functools.cache
 def gpu_architecture(index: int) -> str:
-    """That of a GPU, by its number."""
+    """Return the architecture of a GPU by its index."""
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
@@ -55,25 +54,25 @@ def gpu_architecture(index: int) -> str:
 
 
 def attention_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
-    """For attention by heads of `channels`, at most MAX_HEAD_WIDTH."""
+    """Return the config of attention with this head dimension."""
     return choose(_of("attention", policy), channels, dtype, architecture)
 
 
 def importance_config(
     channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE, importance: str = "mean"
 ) -> AttentionConfig:
-    """For the importance of keys: the mean over all queries, or what one query makes of them."""
+    """Return the config for the importance of keys, by all queries ("mean") or one query."""
     name = "importance_mean" if importance == "mean" else "importance"
     return choose(_of(name, policy), channels, dtype, architecture)
 
 
 def row_terms_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
-    """For what all gradients need of each row."""
+    """Return the config for the terms of rows that all gradients need."""
     return choose(_of("rows", policy), channels, dtype, architecture)
 
 
 def queries_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
-    """For the gradients of queries."""
+    """Return the config for the gradients of queries."""
     return choose(_of("queries", policy), channels, dtype, architecture)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How many scores reach a threshold, in Triton: one program per image.
+"""Count the scores that reach a threshold in Triton, one program per image.
 
 One launch, or two if the threshold is the average over all images. A program reads the scores of its image up to three
 times, from cache after the first, so both launches are bound by latency. Sums are float64, always in the same order.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Keeping the highest scores in Triton.
+"""Keep the highest scores in Triton.
 
 One launch, in which one program writes both views of an image's map. Above 1024 candidates, a launch before it ranks
 them with many programs per image.
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG, select_config
 from tokred_kernels.backends.triton.rank_candidates import count_before, ranks
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookup attention's gather in Triton: a block of few queries past its share of many keys, then shares put together."""
+"""Lookup attention's gather in Triton: programs for blocks of queries and splits of keys, then the sum of splits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     LN_2,
     LOG2_E,
-    check_width,
     head_start,
     launch_options,
     load_vectors,
@@ -22,6 +20,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_rows,
     store_vectors,
 )
+from tokred_kernels.backends.triton.common import narrow, on_device
 from tokred_kernels.backends.triton.configs_attention import architecture_of, lookup_config, lookup_splits
 from tokred_kernels.backends.triton.lookup_tiles import (
     combine,
@@ -35,7 +34,6 @@ from tokred_kernels.backends.triton.lookup_tiles import (
 
 def lookup_gather(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See `ops.lookup_gather`: out (B, M, H, d) and lse (B, H, M)."""
-    check_width("lookup_gather", q)
     q, k, v = (inner_dense(t) for t in (q, k, v))
     images, heads, compressed, channels = q.shape
     tokens = k.shape[2]

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import on_device
-from tokred_kernels.backends.triton.attention_tiles import check_width
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.lookup_gradients import differentiate_keys, differentiate_queries
 from tokred_kernels.backends.triton.lookup_tiles import empty_heads_last
 
@@ -24,7 +23,6 @@ def lookup_gather_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.lookup_gather`: gradients as results lie, heads last; `grad_out` and `out` come as (B, M, H, d)."""
-    check_width("lookup_gather", q)
     q, k, v = (inner_dense(t) for t in (q, k, v))
     grad_out = inner_dense(grad_out.transpose(1, 2))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the gradients of gather and scatter share: few queries past many keys, then a block of keys past all queries.
+"""The kernels that the gradients of gather and scatter share: one over blocks of queries, one over blocks of keys.
 
-Either has vectors of the few and vectors of the many, whose product is the gradient of a weight: for the gather, the
-gradient of its result and v; for the scatter, v and the gradient of its result.
+The gradient of a weight is a product of a vector of the query and a vector of the key: for the gather, the gradient of
+its result and v; for the scatter, v and the gradient of its result.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import narrow
 from tokred_kernels.backends.triton.attention_tiles import (
     LOG2_E,
     head_start,
@@ -25,6 +24,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_rows,
     store_vectors,
 )
+from tokred_kernels.backends.triton.common import narrow
 from tokred_kernels.backends.triton.configs_attention import architecture_of, lookup_config, lookup_splits
 from tokred_kernels.backends.triton.lookup_tiles import (
     combine,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lookup attention's scatter in Triton: a block of many keys past all the few queries, with weights made anew."""
+"""Lookup attention's scatter in Triton: each program takes a block of keys and all queries, and recomputes weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     LOG2_E,
-    check_width,
     head_start,
     launch_options,
     load_vectors,
@@ -21,6 +19,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     shares,
     store_vectors,
 )
+from tokred_kernels.backends.triton.common import narrow, on_device
 from tokred_kernels.backends.triton.configs_attention import architecture_of, lookup_config
 from tokred_kernels.backends.triton.lookup_tiles import (
     empty_heads_last,
@@ -32,7 +31,6 @@ from tokred_kernels.backends.triton.lookup_tiles import (
 
 def lookup_scatter(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> Tensor:
     """See `ops.lookup_scatter`: (B, N, H, d)."""
-    check_width("lookup_scatter", q)
     q, k, v = (inner_dense(t) for t in (q, k, v))
     lse = lse.contiguous()
     images, heads, compressed, channels = q.shape

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the kernels of lookup attention share: many tokens split over programs, and the adding up of what those leave.
+"""Functions that the kernels of lookup attention share: splits of many tokens over programs, and the sum of splits.
 
-A program of a split writes what the only one would write, as if there were no other tokens, in float32.
+The program of a split writes its results in float32, as if there were no other tokens.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from tokred_kernels.backends.triton.attention_tiles import (
 )
 from tokred_kernels.backends.triton.configs_attention import combine_config
 
-# Weights are multiplied by this before they are rounded to float16, which has few digits for one of many thousands.
+# Weights are scaled by this before they are rounded to float16, which has few digits for weights of many tokens.
 HALF_RANGE = tl.constexpr(2.0**8)
 
 
 def empty_heads_last(tensor: Tensor) -> Tensor:
-    """(B, N, H, d) for (B, H, N, d): as results lie in memory."""
+    """Return an empty (B, N, H, d) tensor for a (B, H, N, d) one: the memory layout of results."""
     return tensor.new_empty(heads_last(tensor))
 
 
 def parts_of(splits: int, *results: Tensor) -> list[Tensor]:
-    """Where each split writes its own: (splits, ...) float32, or, where there is but one, the results themselves."""
+    """Return the tensors that splits write: (splits, ...) float32, or the results if there is only one split."""
     if splits == 1:
         return list(results)
     return [result.new_empty((splits, *result.shape), dtype=torch.float32) for result in results]
 
 
 def combine(parts: list[Tensor], results: list[Tensor], *, softmax: bool) -> None:
-    """Add up what splits left, in their order.
+    """Add up the partial results of splits, in order.
 
-    The parts and results are vectors, (B, M, H, d), and, if `softmax`, the logarithms of the sums of exponentials,
-    (B, H, M). Else they are vectors alone, or vectors, others and rows, (B, H, M).
+    If `softmax`, the parts and results are vectors (B, M, H, d) and log-sum-exps (B, H, M). Otherwise they are vectors,
+    or vectors, more vectors and rows (B, H, M).
     """
     more = not softmax and len(parts) > 1
     vectors, out = parts[0], results[0]
@@ -85,13 +85,13 @@ def split_at(split, images, heads, compressed):
 
 @triton.jit
 def weight_factor(dtype: tl.constexpr):
-    """What weights are multiplied by before they are rounded to `dtype`."""
+    """Return the factor of weights before they are rounded to `dtype`."""
     return HALF_RANGE if dtype == tl.float16 else 1.0
 
 
 @triton.jit
 def load_level(lse, i, count):
-    """What to take from the scores of queries i, in base 2: infinity where there is no such query."""
+    """Return the values to subtract from the scores of queries i, in base 2; infinity beyond `count`."""
     return load_rows(lse, i, count, 1, float("inf")) * LOG2_E
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native import rows
-from tokred_kernels.backends.triton import is_nan, narrow, on_device
+from tokred_kernels.backends.triton.common import is_nan, narrow, on_device
 from tokred_kernels.backends.triton.configs import rows_config
 
 
@@ -22,7 +22,7 @@ def merge(
     reduce: str,
     weight_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.merge`: y (B, N', C), and (B, N') sums of weights, or an empty tensor where they are not wanted."""
+    """See `ops.merge`: y (B, N', C), and sums of weights (B, N'), empty unless `weight_sum`."""
     x = rows(x)
     batch, num_out = begin.shape
     channels = x.shape[2]
@@ -30,7 +30,7 @@ def merge(
     sums = x.new_empty((batch, num_out) if weight_sum else (0,), dtype=torch.float32)
     if batch * num_out:
         config = rows_config(channels, x.dtype)
-        # One column of programs even where there are no channels: the sums are theirs too.
+        # At least one column of programs, even without channels: they also write the sums.
         columns = max(1, triton.cdiv(channels, config.block_channels))
         with on_device(x):
             merge_kernel[(triton.cdiv(batch * num_out, config.block_rows), columns)](

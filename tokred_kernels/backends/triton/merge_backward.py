@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native import rows
-from tokred_kernels.backends.triton import is_nan, narrow, on_device
+from tokred_kernels.backends.triton.common import is_nan, narrow, on_device
 from tokred_kernels.backends.triton.configs import rows_config
 
 
@@ -28,7 +28,7 @@ def merge_backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.merge`: the gradients of x (B, N, C) and weight (B, N), each empty where it is not needed."""
+    """See `ops.merge`: the gradients of x (B, N, C) and weight (B, N), each empty if it is not needed."""
     grad_y = grad_y.contiguous()
     if grad_weight_sum is not None:
         grad_weight_sum = grad_weight_sum.contiguous()
@@ -190,5 +190,5 @@ def amax_backward_kernel(
 
 @triton.jit
 def reaches(value, highest):
-    """Whether a value is the maximum; NaN is NaN's."""
+    """Return whether a value equals the maximum; NaN equals NaN."""
     return (value == highest) | (is_nan(value) & is_nan(highest))

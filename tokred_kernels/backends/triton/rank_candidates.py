@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The best destination of each source in Triton, score tile by score tile, and the order of the sources."""
+"""The best destination of each source in Triton, tile by tile of scores, and the ranks of the sources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
 from tokred_kernels.backends.reference.rank_candidates import MIN_SQUARED_NORM, NO_RANK
-from tokred_kernels.backends.triton import is_nan, multiply_add, narrow, on_device
+from tokred_kernels.backends.triton.common import is_nan, multiply_add, narrow, on_device
 from tokred_kernels.backends.triton.configs import MEAN_IN_MATCH_BLOCKS, RANK_CONFIG, match_config, rows_config
 from tokred_kernels.partition import Partition
 
@@ -251,7 +251,7 @@ def match_kernel(
                 b = load_tile(b_at, is_dst, start, stride_h, heads, channels, MEAN, BLOCK_CHANNELS)
                 b_squared += squares(b)
                 dots = multiply_add(c, b, dots)
-        # s = (a . b) / |a| / |b|. A NaN is no greater than anything, so it never becomes the best.
+        # s = (a . b) / |a| / |b|. A comparison with NaN is false, so NaN never becomes the best.
         scores = dots * a_inverse[:, None] * inverse_norm(b_squared)[None, :]
         better = is_dst[None, :] & (scores > best)
         best = tl.where(better, scores, best)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.configs import RANK_CONFIG
 from tokred_kernels.backends.triton.rank_candidates import packed_rows
 
@@ -22,7 +22,7 @@ _DROPPED = tl.constexpr(2**31 - 1)  # the slot by which dropped tokens sort last
 
 
 def to_csr(dest: Tensor, num_out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.to_csr`."""
+    """See `token_map_ops.to_csr`."""
     batch, tokens = dest.shape
     begin, count = (dest.new_empty((batch, num_out)) for _ in range(2))
     return collect_members(dest.contiguous(), batch, tokens, num_out, begin, count), begin, count

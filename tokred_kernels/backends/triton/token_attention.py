@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token attention in Triton: a block of queries past all keys, with the softmax kept running; then the importance."""
+"""Token attention in Triton: each program takes a block of queries and all keys, with an online softmax."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from torch import Tensor
 
 from tokred_kernels.backends.layout import attention_layout
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_tiles import (
     EPS,
     LN_2,
     LOG2_E,
-    check_width,
     finite_level,
     first_highest,
     head_start,
@@ -38,6 +36,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_vectors,
     weight_share,
 )
+from tokred_kernels.backends.triton.common import narrow, on_device
 from tokred_kernels.backends.triton.configs_attention import architecture_of, attention_config, importance_config
 
 # Weights are multiplied by this before they are rounded to float16, so that those of kept keys that lie far below a
@@ -58,13 +57,12 @@ def token_attention(
     importance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `ops.token_attention`: out as it lies in memory, what the backward needs of each row, importance."""
-    check_width("token_attention", q)
     q, k, v = (inner_dense(t) for t in (q, k, v))
     images, heads, tokens, channels = sizes(q, starts, longest)
     layout = attention_layout(q, starts)
     out = q.new_empty(layout)
     row_max, row_sum = (q.new_empty(layout[:-1], dtype=torch.float32) for _ in range(2))
-    worth = q.new_empty(layout[:-2] if importance else (0,), dtype=torch.float32)
+    importance_out = q.new_empty(layout[:-2] if importance else (0,), dtype=torch.float32)
     top = None
     if importance and policy is not None:
         top = row_max.new_empty(row_max.shape, dtype=torch.int32)
@@ -87,14 +85,14 @@ def token_attention(
         grid, blocks = shares(images, 1, tokens, config.block_keys)
         if importance and grid[0]:
             importance_kernel[grid](
-                *(q, k, bias, policy, starts, row_max, row_sum, top, worth),
+                *(q, k, bias, policy, starts, row_max, row_sum, top, importance_out),
                 *(number for t in (q, k) for number in head_strides(t, starts)),
                 *(heads, tokens, blocks, scale),
                 **modes,
                 IMPORTANCE=importance,
                 **launch_options(config, channels),
             )
-    return out, row_max, row_sum, worth
+    return out, row_max, row_sum, importance_out
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "blocks"])
@@ -195,7 +193,7 @@ def importance_kernel(
     row_max,  # (rows, H)
     row_sum,  # (rows, H)
     top,  # (rows, H), the first key of highest score, if POLICY: its exponential is 1, however its score rounds here
-    worth,  # out: (rows)
+    importance_out,  # out: (rows)
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -258,4 +256,4 @@ def importance_kernel(
                 seen = tl.where(j == load_rows(top + at, i, count, heads, -1), 1.0, seen)
                 seen = tl.where(j == i, seen, seen * kept) + least
             sums += seen / load_rows(row_sum + at, i, count, heads, 1.0)
-    tl.store(worth + first + j, sums * weight_share(heads, count, IMPORTANCE), mask=j < count)
+    tl.store(importance_out + first + j, sums * weight_share(heads, count, IMPORTANCE), mask=j < count)

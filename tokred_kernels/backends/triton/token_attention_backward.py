@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The gradients of token attention in Triton: terms of rows, then the gradient of queries, then of keys and values.
 
-Each kernel computes the scores again, possibly with another order of summation. A weight so has a relative error of a
-score's rounding, about |score| * 2^-24, as in FlashAttention. Without a policy no weight exceeds 1, and no gradient is
-larger than its terms. With a policy, gradients are divided by a sum that may be as small as eps. There, the highest
-score's exponential is 1 by definition, and D_i and Z_i come from one kernel; see `rows_kernel`.
+Each kernel computes the scores again, possibly with another order of summation. So the relative error of a weight is
+the rounding of its score, about |score| * 2^-24, as in FlashAttention. Without a policy no weight exceeds 1, and no
+gradient is larger than its terms. With a policy, gradients are divided by a sum that can be as small as eps. There, the
+exponential of the highest score is 1 by definition, and D_i and Z_i come from one kernel; see `rows_kernel`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import narrow, on_device
 from tokred_kernels.backends.triton.attention_rows import rows_kernel
 from tokred_kernels.backends.triton.attention_tiles import (
     EPS,
     LOG2_E,
-    check_width,
     counts_query,
     head_start,
     head_strides,
@@ -41,6 +39,7 @@ from tokred_kernels.backends.triton.attention_tiles import (
     store_vectors,
     weight_share,
 )
+from tokred_kernels.backends.triton.common import narrow, on_device
 from tokred_kernels.backends.triton.configs_attention import (
     AttentionConfig,
     architecture_of,
@@ -72,7 +71,6 @@ def token_attention_backward(
 
     `grad_out` lies as `out` does: (B, N, H, d), or (T, H, d).
     """
-    check_width("token_attention", q)
     q, k, v, grad_out = (inner_dense(t) for t in (q, k, v, grad_out))
     if grad_importance is not None:
         grad_importance = grad_importance.contiguous()
@@ -133,7 +131,7 @@ def keys_kernel(
     bias,  # (rows), if BIAS
     policy,  # (rows), if POLICY
     starts,  # (B + 1), if PACKED
-    grad_worth,  # (rows), if IMPORTANCE
+    grad_importance,  # (rows), if IMPORTANCE
     delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next four are from `rows_kernel`
     level,  # as delta
     top,  # as delta, if POLICY
@@ -191,7 +189,7 @@ def keys_kernel(
     if POLICY:
         kept = load_tokens(policy, first, j, count)
     if IMPORTANCE != "":
-        worth = load_tokens(grad_worth, first, j, count) * weight_share(heads, count, IMPORTANCE)
+        from_importance = load_tokens(grad_importance, first, j, count) * weight_share(heads, count, IMPORTANCE)
 
     to_keys = tl.zeros((BLOCK_KEYS, BLOCK_CHANNELS), tl.float32)
     to_values = tl.zeros((BLOCK_KEYS, BLOCK_CHANNELS), tl.float32)
@@ -212,7 +210,7 @@ def keys_kernel(
         grads = load_vectors(grad_out, i, count, g_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(values, grads)
         if IMPORTANCE != "":
-            reached += tl.where(counts_query(i, count, IMPORTANCE)[None, :], worth[:, None], 0.0)
+            reached += tl.where(counts_query(i, count, IMPORTANCE)[None, :], from_importance[:, None], 0.0)
         moved = weights * (reached - mean[None, :])
         if POLICY:
             own = i[None, :] == j[:, None]
@@ -244,7 +242,7 @@ def queries_kernel(
     bias,  # (rows), if BIAS
     policy,  # (rows), if POLICY
     starts,  # (B + 1), if PACKED
-    grad_worth,  # (rows), if IMPORTANCE
+    grad_importance,  # (rows), if IMPORTANCE
     delta,  # (B, H, padded), or, if PACKED, (rows, H); this and the next four are from `rows_kernel`
     level,  # as delta
     top,  # as delta, if POLICY
@@ -312,8 +310,8 @@ def queries_kernel(
         values = load_vectors(v, j, count, v_stride_n, CHANNELS, BLOCK_CHANNELS)
         reached = products(grads, values)
         if IMPORTANCE != "":
-            worth = load_tokens(grad_worth, first, j, count)
-            reached += share[:, None] * worth[None, :]
+            from_importance = load_tokens(grad_importance, first, j, count)
+            reached += share[:, None] * from_importance[None, :]
         moved = weights * (reached - mean[:, None])
         if POLICY:
             kept = load_tokens(policy, first, j, count)

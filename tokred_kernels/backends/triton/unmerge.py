@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native import rows
-from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.configs import rows_config
 
 
@@ -43,7 +43,7 @@ def unmerge_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """A tile of tokens, each from its slot; 0 where it was dropped."""
+    """Copy a tile of tokens from their slots; 0 for dropped tokens."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     is_row, is_channel = row < num_rows, channel < channels

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokred_kernels.backends.triton import on_device
+from tokred_kernels.backends.triton.common import on_device
 from tokred_kernels.backends.triton.configs import SCAN_CONFIG
 from tokred_kernels.backends.triton.rank_candidates import ranks
 from tokred_kernels.windows import Windows

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokred_kernels.backends.native.bipartite_match import inner_dense
-from tokred_kernels.backends.triton import is_nan, on_device
+from tokred_kernels.backends.triton.common import is_nan, on_device
 from tokred_kernels.backends.triton.configs import window_config
 from tokred_kernels.backends.triton.rank_candidates import inverse_norm, squares
 from tokred_kernels.windows import Windows

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokred_kernels.backends import use_backend
-from tokred_kernels.checks import check_count
+from tokred_kernels.checks import check_choice, check_count
 from tokred_kernels.methods.algm.thresholds import Thresholds
 from tokred_kernels.methods.method import Method, ascending_layers, check_layers_exist
 from tokred_kernels.models.base import inspect_model, install
@@ -21,7 +20,7 @@ from tokred_kernels.models.spec import BlockSpec
 from tokred_kernels.models.state import TokenState
 from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
 from tokred_kernels.ops.counts import BATCH, IMAGE, check_count_mode, check_threshold
-from tokred_kernels.ops.window_match import KEEP, check_pair, window_match
+from tokred_kernels.ops.window_match import KEEP, REFUSE, check_pair, window_match
 from tokred_kernels.partition import every_other
 from tokred_kernels.token_map import TokenMap
 from tokred_kernels.windows import Windows
@@ -80,7 +79,11 @@ class ALGM(Method):
     def __post_init__(self) -> None:
         self.check_flags("prop_attn", "trace")
         layers = ascending_layers(self.owner, self.layers)
-        window, count = check_pair(self.owner, "window", self.window), self.count
+        window = check_pair(self.owner, "window", self.window)
+        if window == (1, 1):
+            raise ValueError(f"tokred_kernels.{self.owner}: window must hold at least 2 tokens, got {window}")
+        check_choice(self.owner, "uneven", self.uneven, (KEEP, REFUSE))
+        count: Any = self.count
         if isinstance(count, (tuple, list)):
             if len(count) != len(layers):
                 raise ValueError(
@@ -108,13 +111,6 @@ class ALGM(Method):
         elif later is not None:
             later = check_threshold(f"{self.owner}(global_threshold=)", later)
         self.store(layers=layers, window=window, threshold=threshold, global_threshold=later, count=count)
-        self._check_window(window)
-
-    def _check_window(self, grid: tuple[int, int]) -> None:
-        """Run the checks of `window_match` for this grid, on an empty batch."""
-        settings: Any = {"window": self.window, "grid": grid, "num_prefix": 0, "uneven": self.uneven}
-        with use_backend("reference"):
-            window_match(torch.empty(0, grid[0] * grid[1], 1), self.threshold, **settings)  # type: ignore[arg-type]
 
     def apply(self, module: nn.Module, reusable: Collection[str] = ()) -> None:
         """See `Method`."""
@@ -131,7 +127,11 @@ class ALGM(Method):
                 "patch_embed, does not define one; timm's PatchEmbed and HybridEmbed do"
             )
         if spec.grid is not None:
-            self._check_window(spec.grid)
+            height, width = self.window
+            if height > spec.grid[0] or width > spec.grid[1]:
+                raise ValueError(f"tokred_kernels.patch: window must fit into the grid {spec.grid}, got {self.window}")
+            if self.uneven == REFUSE and (spec.grid[0] % height or spec.grid[1] % width):
+                raise ValueError(f"tokred_kernels.patch: window must divide the grid {spec.grid}, got {self.window}")
         first, *later = self.layers
         counts, thresholds = _per_layer(self.count, len(self.layers)), _per_layer(self.global_threshold, len(later))
         common: Any = {"prop_attn": self.prop_attn, "group": self.group, "num_prefix": spec.num_prefix}

@@ -57,7 +57,7 @@ class DiffRate(Method):
             of an entry of the published compression_rate.json, for example `json.load(file)["ViT-S-DeiT"]["2.9"]`. The
             text "None" instead of a list, as in that file, removes nothing. A count above the number of tokens removes
             nothing either. A block whose `merge_kept_num` is not below its `prune_kept_num` only prunes, as in the
-            published code; 7 of the 31 published entries have such blocks. None (default) learns the counts.
+            published code, where 7 of 31 entries have such blocks. None (default) learns the counts.
         granularity: with `kept=None`, the gap between the counts that can be learned, at least 1. Default 1.
         frozen: with `kept=None`, the blocks that keep all tokens, counted from 0, or from the end if negative. Default
             (0,), as published for DeiT. State dicts published for MAE need (0, -1).

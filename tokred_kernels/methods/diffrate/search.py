@@ -28,7 +28,7 @@ from tokred_kernels.models.state import ForwardTrace
 
 OP = "diffrate_search"
 LAST_RATE = 0.1  # the last learning rate divided by the first, as published
-LINE_SECONDS = 5.0  # between two lines if there is no progress bar
+LINE_SECONDS = 5.0  # between two lines of progress, if tqdm is not installed
 
 
 class FoundRates(NamedTuple):
@@ -82,7 +82,7 @@ def diffrate_search(
         model: a vision transformer with trained weights that `patch` supports: either patched with DiffRate and without
             given counts, to train these further, or not patched, to patch it first. It can be inside
             DistributedDataParallel.
-        batches: (images, labels) from a DataLoader, list or the like, which is repeated as needed, or a function that
+        batches: (images, labels) from a DataLoader or list, which is repeated as needed, or a function that
             returns one for each repetition. Images and labels are moved to the model's device.
         target_gflops: the GFLOPs per image to reach, in the units of `flops.count(model).gflops`: a multiply-add is two
             operations. Papers on vision transformers count it as one, so double their numbers.
@@ -163,8 +163,6 @@ def _check_numbers(**numbers: Any) -> None:
 
 def _ensure_patched(model: Any, granularity: int) -> bool:
     """Patch `model` to learn its counts, unless it is so already; return whether it was patched here."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"tokred_kernels.{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
     info = getattr(model, PATCH_INFO, None)
     if info is None:
         prepare(model)
@@ -302,7 +300,7 @@ def _endless(batches: Any) -> Iterator[Any]:
         if not found:
             raise ValueError(
                 f"tokred_kernels.{OP}: batches must give (images, labels), got "
-                + ("none" if first else "none the second time; give a DataLoader, list or function")
+                + ("none" if first else "no batches the second time; give a DataLoader, list or function")
             )
         first = False
 

@@ -22,7 +22,7 @@ from tokred_kernels.ops.merge import merge
 from tokred_kernels.ops.unmerge import unmerge
 from tokred_kernels.token_map import TokenMap
 
-# Under a name of its own: torch.compile does not trace into a class that diffusers marks as allowed in graphs.
+# Read from the class once: torch.compile does not trace into a class that diffusers marks as allowed in graphs.
 ORIGINAL_FORWARD: Any = BasicTransformerBlock.forward
 # The argument of a transformer's forward that reaches its blocks unchanged, also through a checkpoint.
 CARRIER = "cross_attention_kwargs"
@@ -158,7 +158,7 @@ class MergedPart:
 
 
 class BlockProxy:
-    """A block for one call of its own forward: some parts are replaced, and all other attributes are the block's."""
+    """A block during one call of its forward: some parts are replaced, and all other attributes are the block's."""
 
     def __init__(self, block: nn.Module, parts: dict[str, MergedPart]) -> None:
         self.block = block

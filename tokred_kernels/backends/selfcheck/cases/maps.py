@@ -15,17 +15,7 @@ from tokred_kernels.backends.reference.count_above_threshold import count_above_
 from tokred_kernels.backends.reference.keep_topk import keep_topk
 from tokred_kernels.backends.reference.rank_candidates import NO_RANK
 from tokred_kernels.backends.reference.to_csr import to_csr
-from tokred_kernels.backends.selfcheck.cases.compare import exactly, expect
-from tokred_kernels.backends.selfcheck.cases.inputs import (
-    LAYOUTS,
-    MAPS,
-    Case,
-    Draw,
-    Level,
-    TimingCase,
-    name_of,
-    row_starts,
-)
+from tokred_kernels.backends.selfcheck.cases import compare, inputs
 from tokred_kernels.backends.selfcheck.cases.match import LENGTHS, PARTITIONS, SHARES, partition_of
 from tokred_kernels.partition import Partition, every_other
 
@@ -38,18 +28,18 @@ NAMES = {
 }
 
 
-def _case(op: str, name: str, *arguments: Any) -> Case:
+def _case(op: str, name: str, *arguments: Any) -> inputs.Case:
     def build() -> list[Any]:
-        return [exactly(*pair) for pair in zip(NAMES[op], reference_call(op, arguments), strict=True)]
+        return [compare.exactly(*pair) for pair in zip(NAMES[op], reference_call(op, arguments), strict=True)]
 
-    return Case(name, arguments, expect(build))
+    return inputs.Case(name, arguments, compare.expect(build))
 
 
-def _sizes(level: Level) -> tuple[int, ...]:
+def _sizes(level: inputs.Level) -> tuple[int, ...]:
     return level.sizes(1, 2, 17, 197, 577, 1089, 5001, interpreted=(1, 2, 17, 197), deep=(1024, 1025, 20000))
 
 
-def _count_above_threshold_cases(op: str, level: Level) -> Iterator[Case]:
+def _count_above_threshold_cases(op: str, level: inputs.Level) -> Iterator[inputs.Case]:
     mixed = level.compiled().mix(
         number=_sizes(level),
         mode=("threshold", "deviation", "tie", "equal", "mean"),
@@ -57,8 +47,8 @@ def _count_above_threshold_cases(op: str, level: Level) -> Iterator[Case]:
         few=(False, True),
     )
     for number, mode, own, few in mixed:
-        name = name_of(f"S={number} {mode}", "of each image" * own, "few scores" * few)
-        draw = Draw(op, name)
+        name = inputs.name_of(f"S={number} {mode}", "of each image" * own, "few scores" * few)
+        draw = inputs.Draw(op, name)
         score = draw.uniform(3, number) * torch.tensor([[0.3], [1.0], [0.7]])
         if mode == "equal":
             score[:] = 1 / 3
@@ -75,42 +65,46 @@ def _count_above_threshold_cases(op: str, level: Level) -> Iterator[Case]:
         yield _case(op, name, score, max(threshold, -1.0), divisor, own)
 
 
-def _keep_topk_cases(op: str, level: Level) -> Iterator[Case]:
+def _keep_topk_cases(op: str, level: inputs.Level) -> Iterator[inputs.Case]:
     mixed = level.compiled().mix(
-        number=_sizes(level), share=(0.5, 1.0, 0.0, 0.02), layout=tuple(LAYOUTS), fuse=(False, True), first=(1, 0, 5)
+        number=_sizes(level),
+        share=(0.5, 1.0, 0.0, 0.02),
+        layout=tuple(inputs.LAYOUTS),
+        fuse=(False, True),
+        first=(1, 0, 5),
     )
     for number, share, layout, fuse, first in mixed:
         first = min(first, number)  # noqa: PLW2901
         k = int((number - first) * share)
-        name = name_of(f"N={number} k={k} ({share:.0%}) prefix={first} {layout}", "fused" * fuse)
-        draw = Draw(op, name)
+        name = inputs.name_of(f"N={number} k={k} ({share:.0%}) prefix={first} {layout}", "fused" * fuse)
+        draw = inputs.Draw(op, name)
         score = draw.integers(0, number // 3 + 2, 2, number) * (draw.integers(0, 2, 2, number) * 2.0 - 1)  # -0.0, too
         if number >= 17:
             score[:, draw.orders(1, number)[0, :4]] = torch.tensor([torch.nan, torch.nan, -torch.inf, torch.inf])
-        yield _case(op, name, LAYOUTS[layout](score), k, first, fuse and first + k < number)
+        yield _case(op, name, inputs.LAYOUTS[layout](score), k, first, fuse and first + k < number)
 
 
-def _to_csr_cases(op: str, level: Level) -> Iterator[Case]:
+def _to_csr_cases(op: str, level: inputs.Level) -> Iterator[inputs.Case]:
     for number, kind, share, images in level.compiled().mix(
-        number=_sizes(level), kind=MAPS, share=(0.5, 1.0, 1.3, 0.0), images=(2, 1, 3)
+        number=_sizes(level), kind=inputs.MAPS, share=(0.5, 1.0, 1.3, 0.0), images=(2, 1, 3)
     ):
         slots = int(number * share)
         name = f"N={number} B={images} {slots} slots ({share:.0%}), {kind}"
-        yield _case(op, name, LAYOUTS["offset"](Draw(op, name).dest(images, number, slots, kind)), slots)
+        yield _case(op, name, inputs.LAYOUTS["offset"](inputs.Draw(op, name).dest(images, number, slots, kind)), slots)
 
 
-def _compose_cases(op: str, level: Level) -> Iterator[Case]:
+def _compose_cases(op: str, level: inputs.Level) -> Iterator[inputs.Case]:
     for number, kind, then, share, images in level.compiled().mix(
-        number=_sizes(level), kind=MAPS, then=MAPS, share=(0.5, 1.0, 0.0), images=(2, 1, 3)
+        number=_sizes(level), kind=inputs.MAPS, then=inputs.MAPS, share=(0.5, 1.0, 0.0), images=(2, 1, 3)
     ):
         middle = int(number * share)
         name = f"N={number} B={images} {middle} slots ({share:.0%}), {kind} then {then}"
-        draw = Draw(op, name)
+        draw = inputs.Draw(op, name)
         first = draw.dest(images, number, middle, kind)
-        yield _case(op, name, LAYOUTS["offset"](first), draw.dest(images, middle, max(1, middle // 2), then))
+        yield _case(op, name, inputs.LAYOUTS["offset"](first), draw.dest(images, middle, max(1, middle // 2), then))
 
 
-def _ranked(partition: Partition, images: int, draw: Draw) -> tuple[Tensor, Tensor]:
+def _ranked(partition: Partition, images: int, draw: inputs.Draw) -> tuple[Tensor, Tensor]:
     """A partner and a rank for each source, as rank_candidates may return them."""
     first, number = partition.protected_src, partition.num_src
     partner = torch.zeros(images, number, dtype=torch.int32)
@@ -121,12 +115,12 @@ def _ranked(partition: Partition, images: int, draw: Draw) -> tuple[Tensor, Tens
     return partner, rank
 
 
-def _build_match_map_cases(op: str, level: Level) -> Iterator[Case]:
+def _build_match_map_cases(op: str, level: inputs.Level) -> Iterator[inputs.Case]:
     for number, kind, share, images in level.compiled().mix(
         number=_sizes(level), kind=PARTITIONS, share=SHARES, images=(2, 1, 3)
     ):
         name = f"N={number} B={images} {kind}, {share:.0%} join"
-        draw = Draw(op, name)
+        draw = inputs.Draw(op, name)
         partition = partition_of(kind, number, share, images, draw)
         yield _case(op, name, *_ranked(partition, images, draw), partition, number, None, None, None, 0)
     for lengths, prefix, packed in (
@@ -139,7 +133,7 @@ def _build_match_map_cases(op: str, level: Level) -> Iterator[Case]:
     ):
         images, longest = len(lengths), max(lengths)
         name = f"B={images} prefix={prefix} " + ("packed" if packed else f"N={longest} counts")
-        draw = Draw(op, name)
+        draw = inputs.Draw(op, name)
         whole = every_other(longest, longest, prefix, False, False)
         assert whole is not None
         partner, rank = _ranked(whole, images, draw)
@@ -154,12 +148,12 @@ def _build_match_map_cases(op: str, level: Level) -> Iterator[Case]:
             if length // 2 > whole.protected_dst:
                 partner[image] = draw.integers(whole.protected_dst, length // 2, partner.shape[1]).int()
             left.append(length - int(counts[image]))
-        starts = row_starts(lengths) if packed else None
+        starts = inputs.row_starts(lengths) if packed else None
         rows = sum(lengths) if packed else longest
-        yield _case(op, name, partner, rank, whole, rows, counts, starts, row_starts(left), sum(left))
+        yield _case(op, name, partner, rank, whole, rows, counts, starts, inputs.row_starts(left), sum(left))
 
 
-_CASES: dict[str, Callable[[str, Level], Iterator[Case]]] = {
+_CASES: dict[str, Callable[[str, inputs.Level], Iterator[inputs.Case]]] = {
     "build_match_map": _build_match_map_cases,
     "count_above_threshold": _count_above_threshold_cases,
     "keep_topk": _keep_topk_cases,
@@ -168,7 +162,7 @@ _CASES: dict[str, Callable[[str, Level], Iterator[Case]]] = {
 }
 
 
-def cases(op: str, level: Level) -> Iterator[Case]:
+def cases(op: str, level: inputs.Level) -> Iterator[inputs.Case]:
     """The cases of `op`."""
     return _CASES[op](op, level)
 
@@ -188,11 +182,11 @@ def reference_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return (dest, *to_csr(dest, first + k + int(fuse)))
 
 
-def timing_cases(op: str) -> Iterator[TimingCase]:
+def timing_cases(op: str) -> Iterator[inputs.TimingCase]:
     """The maps of ViT-S at batch 64 and of long sequences at batch 8, of one dtype: they hold integers."""
     for images, number in ((64, 197), (8, 4096)):
         name = f"{images}x{number}"
-        draw = Draw(op, name)
+        draw = inputs.Draw(op, name)
         if op == "build_match_map":
             partition = partition_of("even and odd", number, 0.5, images, draw)
             arguments: tuple[Any, ...] = (*_ranked(partition, images, draw), partition, number, None, None, None, 0)
@@ -207,4 +201,4 @@ def timing_cases(op: str) -> Iterator[TimingCase]:
                 draw.dest(images, number, number // 2, "few"),
                 draw.dest(images, number // 2, number // 4, "few"),
             )
-        yield TimingCase(name, torch.float32, arguments)
+        yield inputs.TimingCase(name, torch.float32, arguments)

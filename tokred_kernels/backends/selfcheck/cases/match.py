@@ -16,26 +16,7 @@ from tokred_kernels.backends.reference.build_match_map import dest_of_ranks
 from tokred_kernels.backends.reference.rank_candidates import NO_RANK, best_destination, rank_sources, ranks
 from tokred_kernels.backends.reference.rank_candidates import rank_candidates as reference_rank_candidates
 from tokred_kernels.backends.reference.to_csr import to_csr
-from tokred_kernels.backends.selfcheck.cases.compare import (
-    COSINE_BAND,
-    Output,
-    exactly,
-    expect,
-    map_outputs,
-    mismatch,
-)
-from tokred_kernels.backends.selfcheck.cases.inputs import (
-    CHANNELS,
-    DTYPES,
-    HEAD_LAYOUTS,
-    TIMED_DTYPES,
-    Case,
-    Draw,
-    Level,
-    TimingCase,
-    name_of,
-    row_starts,
-)
+from tokred_kernels.backends.selfcheck.cases import compare, inputs
 from tokred_kernels.namedtuples import namedtuple_replace
 from tokred_kernels.partition import Partition, every_kth, every_other, prefix_and_rest
 
@@ -44,7 +25,7 @@ SHARES = (0.4, 1.0, 0.0)  # of the sources that may join; rank_candidates does n
 LENGTHS = (12, 0, 1, 2, 3, 17, 4, 7)
 
 
-def partition_of(kind: str, number: int, share: float, images: int, draw: Draw) -> Partition:
+def partition_of(kind: str, number: int, share: float, images: int, draw: inputs.Draw) -> Partition:
     """A partition of `number` tokens in which `share` of the sources that may join do so."""
     if kind == "every 3rd":  # all sources join
         return every_kth(number, 3, min(2, number))
@@ -67,7 +48,7 @@ def partition_of(kind: str, number: int, share: float, images: int, draw: Draw) 
     return namedtuple_replace(whole, r=int(whole.r * share))
 
 
-def exact_metric(draw: Draw, images: int, number: int, heads: int, channels: int, dtype: torch.dtype) -> Tensor:
+def exact_metric(draw: inputs.Draw, images: int, number: int, heads: int, channels: int, dtype: torch.dtype) -> Tensor:
     """Exact tokens (B, N, C), or keys (B, H, N, C) of 1 or 3 heads with that mean; some are not finite."""
     metric = draw.exact_tokens(images, number, channels)
     if number >= 17:
@@ -89,13 +70,13 @@ def exact_match(metric: Tensor, partition: Partition) -> tuple[Tensor, Tensor, T
     return rank_sources(*best_destination(metric, partition, torch.float64), partition.protected_src)
 
 
-def _exact_map(metric: Tensor, partition: Partition) -> list[Output]:
+def _exact_map(metric: Tensor, partition: Partition) -> list[compare.Output]:
     _, partner, rank = exact_match(metric, partition)
     dest = dest_of_ranks(partner, rank, metric.shape[-2], partition)
-    return map_outputs((dest, *to_csr(dest, partition.num_out())))
+    return compare.map_outputs((dest, *to_csr(dest, partition.num_out())))
 
 
-def _exact_scores(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> list[Output]:
+def _exact_scores(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> list[compare.Output]:
     """What is specified of rank_candidates: no rank of a source that has no destination, no partner without a rank."""
     if cu_seqlens is None:
         score, partner, rank = exact_match(metric, partition)
@@ -104,9 +85,9 @@ def _exact_scores(metric: Tensor, partition: Partition, cu_seqlens: Tensor | Non
         score, partner, rank = reference_rank_candidates(metric.double(), partition, cu_seqlens)
         can_join = (cu_seqlens.diff() // 2 > partition.protected_dst)[:, None].expand(rank.shape)
     return [
-        Output("score", score, torch.float32, COSINE_BAND),
-        exactly("partner", partner, where=can_join & (rank != NO_RANK)),
-        exactly("rank", rank, where=can_join),
+        compare.Output("score", score, torch.float32, compare.COSINE_BAND),
+        compare.exactly("partner", partner, where=can_join & (rank != NO_RANK)),
+        compare.exactly("rank", rank, where=can_join),
     ]
 
 
@@ -116,13 +97,13 @@ def _random_cosines(metric: Tensor) -> Tensor:
     return unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
 
 
-def _separate(draw: Draw, *shape: int, dtype: torch.dtype) -> Tensor:
+def _separate(draw: inputs.Draw, *shape: int, dtype: torch.dtype) -> Tensor:
     """Draw a random metric whose matches rounding cannot change: no two cosines that compete are close."""
     while True:
         metric = draw.normal(*shape).to(dtype)
         top = _random_cosines(metric).topk(2).values
         gap = min((top[..., 0] - top[..., 1]).min(), top[..., 0].sort().values.diff().min())
-        if gap > COSINE_BAND:
+        if gap > compare.COSINE_BAND:
             return metric
 
 
@@ -139,63 +120,63 @@ def _check_random_scores(metric: Tensor, outputs: tuple[Tensor, ...]) -> str | N
         return f"partner: expected the number of a destination for each of {tuple(best.shape)} sources, int32"
     taken = cosines.gather(2, partner.long()[..., None])[..., 0]
     return (
-        mismatch(score, Output("score", best, torch.float32, COSINE_BAND))
-        or mismatch(taken, Output("cosine with partner", best, torch.float64, COSINE_BAND))
-        or mismatch(rank, exactly("rank of score", ranks(score).int()))
+        compare.mismatch(score, compare.Output("score", best, torch.float32, compare.COSINE_BAND))
+        or compare.mismatch(taken, compare.Output("cosine with partner", best, torch.float64, compare.COSINE_BAND))
+        or compare.mismatch(rank, compare.exactly("rank of score", ranks(score).int()))
     )
 
 
-def cases(op: str, level: Level) -> Iterator[Case]:
+def cases(op: str, level: inputs.Level) -> Iterator[inputs.Case]:
     """The cases of `op`."""
     outputs = _exact_map if op == "bipartite_match" else _exact_scores
     mixed = level.mix(
         number=level.sizes(
             1, 2, 17, 197, 577, 1089, 4097, interpreted=(1, 2, 17, 34, 50, 67, 197), deep=(33, 129, 8192)
         ),
-        dtype=DTYPES,
+        dtype=inputs.DTYPES,
         kind=PARTITIONS,
         share=SHARES,
-        layout=tuple(HEAD_LAYOUTS),
-        channels=CHANNELS,
+        layout=tuple(inputs.HEAD_LAYOUTS),
+        channels=inputs.CHANNELS,
         heads=(0, 3, 1),
     )
     for number, dtype, kind, share, layout, channels, heads in mixed:
         images = 2 if number < 1000 else 1
-        name = name_of(dtype, f"N={number} C={channels} H={heads} {layout}, {kind}, {share:.0%} join")
-        draw = Draw(op, name)
+        name = inputs.name_of(dtype, f"N={number} C={channels} H={heads} {layout}, {kind}, {share:.0%} join")
+        draw = inputs.Draw(op, name)
         partition = partition_of(kind, number, share, images, draw)
         if op == "bipartite_match" and partition.r == 0 and partition.num_src:
             continue  # a map that joins nothing is the identity and needs no match
-        metric = HEAD_LAYOUTS["sliced" if layout == "projected" and not heads else layout](
+        metric = inputs.HEAD_LAYOUTS["sliced" if layout == "projected" and not heads else layout](
             exact_metric(draw, images, number, heads, channels, dtype)
         )
-        yield Case(name, (metric, partition), expect(functools.partial(outputs, metric, partition)))
+        yield inputs.Case(name, (metric, partition), compare.expect(functools.partial(outputs, metric, partition)))
     numbers = (17, 66) if level.interpreted else (17, 197, 577)
-    for number, (dtype, channels) in itertools.product(numbers, zip(DTYPES, (72, 33, 64), strict=True)):
-        name = name_of(dtype, f"N={number} C={channels} random")
-        draw = Draw(op, name)
+    for number, (dtype, channels) in itertools.product(numbers, zip(inputs.DTYPES, (72, 33, 64), strict=True)):
+        name = inputs.name_of(dtype, f"N={number} C={channels} random")
+        draw = inputs.Draw(op, name)
         partition = partition_of("even and odd", number, 0.5, 1, draw)
         if op == "bipartite_match":
             metric = _separate(draw, 1, number, channels, dtype=dtype)
-            yield Case(name, (metric, partition), expect(functools.partial(outputs, metric, partition)))
+            yield inputs.Case(name, (metric, partition), compare.expect(functools.partial(outputs, metric, partition)))
         else:
             metric = draw.normal(1, number, channels).to(dtype)
-            yield Case(name, (metric, partition), functools.partial(_check_random_scores, metric))
+            yield inputs.Case(name, (metric, partition), functools.partial(_check_random_scores, metric))
     if op == "rank_candidates":
         yield from _packed_cases(level)
 
 
-def _packed_cases(level: Level) -> Iterator[Case]:
-    for prefix, dtype in zip((0, 1, 2, 5), (*DTYPES, torch.float32), strict=True):
+def _packed_cases(level: inputs.Level) -> Iterator[inputs.Case]:
+    for prefix, dtype in zip((0, 1, 2, 5), (*inputs.DTYPES, torch.float32), strict=True):
         lengths = LENGTHS if level.interpreted else (*LENGTHS, 197, 577)
-        starts, longest = row_starts(lengths), max(lengths)
-        name = name_of(dtype, f"packed, prefix of {prefix}")
-        draw = Draw(name)
+        starts, longest = inputs.row_starts(lengths), max(lengths)
+        name = inputs.name_of(dtype, f"packed, prefix of {prefix}")
+        draw = inputs.Draw(name)
         partition = every_other(longest, longest, prefix, False, False)
         assert partition is not None
-        metric = HEAD_LAYOUTS["sliced"](draw.exact_tokens(int(starts[-1]), 33).to(dtype))
+        metric = inputs.HEAD_LAYOUTS["sliced"](draw.exact_tokens(int(starts[-1]), 33).to(dtype))
         arguments = metric, partition, starts
-        yield Case(name, arguments, expect(functools.partial(_exact_scores, *arguments)))
+        yield inputs.Case(name, arguments, compare.expect(functools.partial(_exact_scores, *arguments)))
 
 
 def reference_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -207,13 +188,13 @@ def reference_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return (dest, *to_csr(dest, partition.num_out()))
 
 
-def timing_cases(op: str) -> Iterator[TimingCase]:
+def timing_cases(op: str) -> Iterator[inputs.TimingCase]:
     """Keys of ViT-S and ViT-L, and the tokens of a diffusion model without heads."""
     for (images, heads, number, channels, r), dtype in itertools.product(
-        ((64, 6, 197, 64, 16), (16, 16, 577, 64, 23), (4, 0, 4096, 64, 2000)), TIMED_DTYPES
+        ((64, 6, 197, 64, 16), (16, 16, 577, 64, 23), (4, 0, 4096, 64, 2000)), inputs.TIMED_DTYPES
     ):
         shape = (images, heads, number, channels) if heads else (images, number, channels)
-        name = name_of(dtype, "x".join(map(str, shape)))
-        metric = Draw(op, name).normal(*shape).to(dtype)
+        name = inputs.name_of(dtype, "x".join(map(str, shape)))
+        metric = inputs.Draw(op, name).normal(*shape).to(dtype)
         partition = every_other(number, r, 0, False, False)
-        yield TimingCase(name, dtype, (metric, partition))
+        yield inputs.TimingCase(name, dtype, (metric, partition))

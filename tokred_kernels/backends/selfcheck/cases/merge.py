@@ -18,26 +18,7 @@ from torch import Tensor
 from tokred_kernels.backends.reference.merge import merge
 from tokred_kernels.backends.reference.to_csr import to_csr
 from tokred_kernels.backends.reference.unmerge import unmerge
-from tokred_kernels.backends.selfcheck.cases.compare import (
-    Output,
-    absent,
-    closely,
-    doubled,
-    exactly,
-    expect,
-)
-from tokred_kernels.backends.selfcheck.cases.inputs import (
-    CHANNELS,
-    DTYPES,
-    LAYOUTS,
-    MAPS,
-    TIMED_DTYPES,
-    Case,
-    Draw,
-    Level,
-    TimingCase,
-    name_of,
-)
+from tokred_kernels.backends.selfcheck.cases import compare, inputs
 
 # The reduction, whether there are weights, and whether their sums are returned or, in the backward, have a gradient.
 MODES = (
@@ -55,7 +36,7 @@ SHARES = (0.5, 0.9, 1.3, 0.02)
 class _Setting:
     """A map, its weights and the reduction along it."""
 
-    def __init__(self, draw: Draw, number: int, share: float, kind: str, mode: tuple[str, bool, bool]) -> None:
+    def __init__(self, draw: inputs.Draw, number: int, share: float, kind: str, mode: tuple[str, bool, bool]) -> None:
         self.reduce, self.weighted, self.sums = mode
         self.slots = max(1, int(number * share))
         self.images = 2 if number < 1000 else 1
@@ -66,24 +47,24 @@ class _Setting:
             self.weight = torch.where(self.dest == 0, 0, draw.integers(1, 6, self.images, number)).float()
 
 
-def _mixed(op: str, level: Level) -> Iterator[tuple[str, Draw, torch.dtype, int, str, _Setting]]:
+def _mixed(op: str, level: inputs.Level) -> Iterator[tuple[str, inputs.Draw, torch.dtype, int, str, _Setting]]:
     mixed = level.mix(
         number=level.sizes(1, 2, 17, 197, 577, 1089, 4097, interpreted=(1, 2, 9, 17, 33, 70, 197), deep=(20000,)),
-        dtype=DTYPES,
+        dtype=inputs.DTYPES,
         mode=MODES,
-        kind=MAPS,
-        layout=tuple(LAYOUTS),
-        channels=CHANNELS,
+        kind=inputs.MAPS,
+        layout=tuple(inputs.LAYOUTS),
+        channels=inputs.CHANNELS,
         share=SHARES,
     )
     for number, dtype, mode, kind, layout, channels, share in mixed:
         words = mode[0] + ", weighted" * mode[1] + ", sums" * mode[2]
-        name = name_of(dtype, f"N={number} C={channels} {layout} {kind}, {share:.0%} slots, {words}")
-        draw = Draw(op, name)
+        name = inputs.name_of(dtype, f"N={number} C={channels} {layout} {kind}, {share:.0%} slots, {words}")
+        draw = inputs.Draw(op, name)
         yield name, draw, dtype, channels, layout, _Setting(draw, number, share, kind, mode)
 
 
-def _tokens(draw: Draw, setting: _Setting, channels: int, dtype: torch.dtype) -> Tensor:
+def _tokens(draw: inputs.Draw, setting: _Setting, channels: int, dtype: torch.dtype) -> Tensor:
     """Small integers, with a NaN, an infinity and its negative if there are other tokens."""
     images, number = setting.dest.shape
     x = draw.integers(-4, 5, images, number, channels).to(dtype)
@@ -93,18 +74,21 @@ def _tokens(draw: Draw, setting: _Setting, channels: int, dtype: torch.dtype) ->
     return x
 
 
-def _merged(x: Tensor, setting: _Setting) -> list[Output]:
+def _merged(x: Tensor, setting: _Setting) -> list[compare.Output]:
     weight = None if setting.weight is None else setting.weight.double()
     reduce, slots = setting.reduce, setting.slots
     y, total = merge(x.double(), weight, setting.dest, slots, reduce, setting.sums)
     # Quotients may be products with a reciprocal.
-    out = closely("y", y, y.abs(), 2, x.dtype) if reduce == "mean" else exactly("y", y.float(), x.dtype)
-    return [out, exactly("weight_sum", total, torch.float32) if total is not None else absent("weight_sum")]
+    out = compare.closely("y", y, y.abs(), 2, x.dtype) if reduce == "mean" else compare.exactly("y", y.float(), x.dtype)
+    return [
+        out,
+        compare.exactly("weight_sum", total, torch.float32) if total is not None else compare.absent("weight_sum"),
+    ]
 
 
-def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
+def _gradients(arguments: tuple[Any, ...]) -> list[compare.Output]:
     """The equations of csrc/common/args.h in float64."""
-    grad_y, grad_sum, x, y, weight, total, dest, _, _, count, reduce, need_x, need_weight = doubled(arguments)
+    grad_y, grad_sum, x, y, weight, total, dest, _, _, count, reduce, need_x, need_weight = compare.doubled(arguments)
     dtype, slot, kept = arguments[0].dtype, dest.clamp(min=0).long(), (dest >= 0)[..., None]
     rows = slot[..., None].expand(-1, -1, grad_y.shape[2])
     g = grad_y.gather(1, rows)
@@ -114,7 +98,7 @@ def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
         divisor = (count.double() if total is None else total).gather(1, slot)
     counted = kept & (divisor != 0)[..., None]
     divisor = torch.where(divisor == 0, 1.0, divisor)
-    outputs = [absent("grad_x")._replace(dtype=dtype), absent("grad_weight")]
+    outputs = [compare.absent("grad_x")._replace(dtype=dtype), compare.absent("grad_weight")]
     if need_x and reduce == "amax":
         own = y.gather(1, rows)
         having = ((x == own) | (x.isnan() & own.isnan())) & kept
@@ -124,7 +108,11 @@ def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
         value = torch.where(counted, (w / divisor)[..., None] * g, 0.0)
     if need_x:
         exact = reduce == "sum"
-        outputs[0] = exactly("grad_x", value, dtype) if exact else closely("grad_x", value, value.abs(), 2, dtype)
+        outputs[0] = (
+            compare.exactly("grad_x", value, dtype)
+            if exact
+            else compare.closely("grad_x", value, value.abs(), 2, dtype)
+        )
     if need_weight:
         dots, magnitude = (x * g).sum(-1), (x * g).abs().sum(-1)
         if reduce == "mean":  # the y that is passed is rounded
@@ -134,11 +122,11 @@ def _gradients(arguments: tuple[Any, ...]) -> list[Output]:
         if grad_sum is not None:
             dots = dots + torch.where(kept[..., 0], grad_sum.gather(1, slot), 0.0)
         terms, factors = (x.shape[2], dtype) if reduce == "mean" else (0, None)
-        outputs[1] = closely("grad_weight", dots, magnitude + dots.abs(), terms, torch.float32, factors)
+        outputs[1] = compare.closely("grad_weight", dots, magnitude + dots.abs(), terms, torch.float32, factors)
     return outputs
 
 
-def _backward_cases(level: Level) -> Iterator[Case]:
+def _backward_cases(level: inputs.Level) -> Iterator[inputs.Case]:
     for i, (name, draw, dtype, channels, layout, setting) in enumerate(_mixed("merge_backward", level)):
         images, number = setting.dest.shape
         reduce, weight = setting.reduce, setting.weight
@@ -152,33 +140,33 @@ def _backward_cases(level: Level) -> Iterator[Case]:
         y, total = (None if part is None else part.contiguous() for part in results)
         grad_sum = draw.integers(-4, 5, images, setting.slots).float() if need_weight and setting.sums else None
         arguments = (
-            LAYOUTS[layout](grad_y) if reduce == "sum" else grad_y,
+            inputs.LAYOUTS[layout](grad_y) if reduce == "sum" else grad_y,
             grad_sum,
-            LAYOUTS[layout](x) if need_weight or reduce == "amax" else None,
+            inputs.LAYOUTS[layout](x) if need_weight or reduce == "amax" else None,
             y if reduce == "amax" or (need_weight and reduce == "mean") else None,
             weight,
             total,
-            LAYOUTS["offset"](setting.dest),
+            inputs.LAYOUTS["offset"](setting.dest),
             *setting.views,
             *(reduce, need_x, need_weight),
         )
         needs = "x" * need_x + " and " * (need_x and need_weight) + "weight" * need_weight
-        yield Case(f"{name}, of {needs}", arguments, expect(functools.partial(_gradients, arguments)))
+        yield inputs.Case(f"{name}, of {needs}", arguments, compare.expect(functools.partial(_gradients, arguments)))
 
 
-def _merge_cases(level: Level) -> Iterator[Case]:
+def _merge_cases(level: inputs.Level) -> Iterator[inputs.Case]:
     for name, draw, dtype, channels, layout, setting in _mixed("merge", level):
-        x = LAYOUTS[layout](_tokens(draw, setting, channels, dtype))
+        x = inputs.LAYOUTS[layout](_tokens(draw, setting, channels, dtype))
         arguments = (x, setting.weight, *setting.views, setting.reduce, setting.sums)
-        yield Case(name, arguments, expect(functools.partial(_merged, x, setting)))
+        yield inputs.Case(name, arguments, compare.expect(functools.partial(_merged, x, setting)))
     yield from _packed_cases(level)
 
 
-def _packed_cases(level: Level) -> Iterator[Case]:
+def _packed_cases(level: inputs.Level) -> Iterator[inputs.Case]:
     """Packed images reach the kernel as the rows of one: here one image is empty and one loses all its tokens."""
-    for dtype, mode in itertools.product(DTYPES[:1] if level.interpreted else DTYPES, MODES[:3]):
-        name = name_of(dtype, "packed", *mode)
-        draw = Draw("merge", name)
+    for dtype, mode in itertools.product(inputs.DTYPES[:1] if level.interpreted else inputs.DTYPES, MODES[:3]):
+        name = inputs.name_of(dtype, "packed", *mode)
+        draw = inputs.Draw("merge", name)
         setting = _Setting(draw, 60, 0.5, "spread", mode)
         kept = ((9, 5), (0, 0), (11, 0), (40, 17))
         parts = [draw.dest(1, length, slots, "spread")[0] for length, slots in kept]
@@ -190,22 +178,22 @@ def _packed_cases(level: Level) -> Iterator[Case]:
         setting.weight = None if setting.weight is None else setting.weight[:1].contiguous()
         x = _tokens(draw, setting, 72, dtype)
         arguments = (x, setting.weight, *setting.views, setting.reduce, setting.sums)
-        yield Case(name, arguments, expect(functools.partial(_merged, x, setting)))
+        yield inputs.Case(name, arguments, compare.expect(functools.partial(_merged, x, setting)))
 
 
-def _unmerged(y: Tensor, dest: Tensor) -> list[Output]:
-    return [exactly("x", unmerge(y, dest))]
+def _unmerged(y: Tensor, dest: Tensor) -> list[compare.Output]:
+    return [compare.exactly("x", unmerge(y, dest))]
 
 
-def _unmerge_cases(level: Level) -> Iterator[Case]:
+def _unmerge_cases(level: inputs.Level) -> Iterator[inputs.Case]:
     for name, draw, dtype, channels, layout, setting in _mixed("unmerge", level):
         y = draw.normal(setting.images, setting.slots, channels).to(dtype)
         y[:, -1, 1], y[:, 0, 2] = torch.nan, torch.inf
-        arguments = LAYOUTS[layout](y), LAYOUTS["offset"](setting.dest)
-        yield Case(name, arguments, expect(functools.partial(_unmerged, *arguments)))
+        arguments = inputs.LAYOUTS[layout](y), inputs.LAYOUTS["offset"](setting.dest)
+        yield inputs.Case(name, arguments, compare.expect(functools.partial(_unmerged, *arguments)))
 
 
-def cases(op: str, level: Level) -> Iterator[Case]:
+def cases(op: str, level: inputs.Level) -> Iterator[inputs.Case]:
     """The cases of `op`."""
     return {"merge": _merge_cases, "merge_backward": _backward_cases, "unmerge": _unmerge_cases}[op](level)
 
@@ -245,12 +233,12 @@ def reference_call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return next(grads) if need_x else none, next(grads) if need_weight else none.float()
 
 
-def timing_cases(op: str) -> Iterator[TimingCase]:
+def timing_cases(op: str) -> Iterator[inputs.TimingCase]:
     """The merges of ViT-S, ViT-B and a diffusion model."""
     shapes = ((64, 197, 384, 181), (16, 577, 768, 554), (4, 4096, 320, 2096))
-    for (images, number, channels, slots), dtype in itertools.product(shapes, TIMED_DTYPES):
-        name = name_of(dtype, f"{images}x{number}x{channels}")
-        draw = Draw(op, name)
+    for (images, number, channels, slots), dtype in itertools.product(shapes, inputs.TIMED_DTYPES):
+        name = inputs.name_of(dtype, f"{images}x{number}x{channels}")
+        draw = inputs.Draw(op, name)
         dest = draw.dest(images, number, slots, "few")
         views = to_csr(dest, slots)
         x, y = (draw.normal(images, rows, channels).to(dtype) for rows in (number, slots))
@@ -262,4 +250,4 @@ def timing_cases(op: str) -> Iterator[TimingCase]:
         else:
             total = torch.ones(images, slots)
             arguments = y, None, None, None, weight, total, dest, *views, "mean", True, False
-        yield TimingCase(name, dtype, arguments)
+        yield inputs.TimingCase(name, dtype, arguments)

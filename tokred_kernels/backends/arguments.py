@@ -4,15 +4,16 @@
 The public functions check their arguments and call kernels directly. `torch.ops.tokred.*` can be called with anything,
 and kernels take raw addresses, so the registered implementations check what memory safety needs.
 
-A rule for a tensor is "dtype (dimensions)", with alternatives by rank: "float (B, N, D) or (B, H, N, D)". Dtypes:
-"float", the one floating dtype of the call, any strides; "dense", the same, made contiguous; "sums", the dtype that its
-sums are kept in; or "int32" and "float32". All but "float" are made contiguous. A capital letter is a dimension, bound
-at its first occurrence; everything else in a rule is a Python expression of dimensions and arguments. A condition on
-the tensor's entries can follow after ";". It is checked on the CPU only: a GPU would have to be waited for.
+A rule for a tensor is "dtype (dimensions)", with alternatives by rank: "float (B, N, D) or (B, H, N, D)". The dtypes
+are "float", the one floating-point dtype of the call, with any strides; "dense", the same dtype, made contiguous;
+"sums", the dtype of its sums; and "int32" and "float32". All but "float" are made contiguous. A capital letter is a
+dimension, bound at its first occurrence; everything else in a rule is a Python expression of dimensions and arguments.
+A condition on the tensor's entries can follow after ";". It is evaluated on the CPU only; on a GPU that would wait for
+the device.
 
-A rule for another argument is a condition. The rule of a capital letter binds it.
+A rule for another argument is a condition. A rule for a capital letter binds the letter.
 
-A condition is True or None if it holds, and False or a text about what must hold if not.
+A condition that holds is True or None. One that fails is False, or a text that completes "the argument must ...".
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ import torch
 from torch import Tensor
 
 from tokred_kernels import backends
-from tokred_kernels.checks import FLOATING, MAX_ROWS, shape
+from tokred_kernels.checks import MAX_ROWS, check_dense, check_floating, shape
+from tokred_kernels.ops.registry import KERNEL_BACKENDS, SPECS
 
 NO_RANK = torch.iinfo(torch.int32).max
-# Ops that a backend without a kernel for them leaves to the reference, with the same arguments.
-BY_REFERENCE = ("build_match_map", "window_map", "count_above_threshold")
 _FIXED = {"int32": torch.int32, "float32": torch.float32}
 _TENSOR = re.compile(r"(\w+) (\([^;]*\))(?:; (.*))?")
 
@@ -37,9 +37,9 @@ _TENSOR = re.compile(r"(\w+) (\([^;]*\))(?:; (.*))?")
 def checker(
     schema: torch.FunctionSchema, rules: Mapping[str, str], packed: Mapping[str, str] | None = None, by: str = ""
 ) -> Callable[..., list[Any]]:
-    """Return the function that checks an op's arguments and returns them, contiguous where the kernels need it.
+    """Return a function that checks an op's arguments, and returns them with contiguous tensors as the rules say.
 
-    `packed` replaces and completes `rules` if the argument `by` is given.
+    If the argument `by` is not None, the rules in `packed` override or complete `rules`.
     """
     op = schema.name.rpartition(":")[2]
     names = [argument.name for argument in schema.arguments]
@@ -97,10 +97,10 @@ class _Rules:
         return [values[name] for name in self.names]
 
     def _check_backend(self, backend: str, first: Tensor) -> None:
-        if backend not in backends.BACKENDS or (backend == "reference" and self.op not in BY_REFERENCE):
-            known = ", ".join(backends.BACKENDS[1:])
+        if backend not in KERNEL_BACKENDS:
+            known = ", ".join(KERNEL_BACKENDS)
             raise ValueError(f"tokred_kernels.{self.op}: backend must be one of {known}, got {backend!r}")
-        reason = backends.reason_against(self.op, backend, first.device, first.dtype)
+        reason = backends.can_run(self.op, backend, first.device, first.dtype)
         if reason is not None:
             raise RuntimeError(f"tokred_kernels.{self.op}: backend {backend!r} cannot run this call: {reason}")
 
@@ -114,17 +114,18 @@ class _Rules:
         first: Tensor,
         floats: torch.dtype | None,
     ) -> None:
-        if value.layout is not torch.strided or value.is_nested:
-            raise TypeError(f"tokred_kernels.{self.op}: {name} must be a dense (strided) tensor, got {value.layout}")
+        if kind == "float":
+            check_floating(self.op, name, value)
+        else:
+            check_dense(self.op, name, value)
         if value.device != first.device:
             raise ValueError(f"tokred_kernels.{self.op}: {name} must be on {first.device}, got {value.device}")
         if kind == "sums":
             wanted: torch.dtype | None = torch.float64 if floats is torch.float64 else torch.float32
         else:
             wanted = _FIXED.get(kind) or floats
-        if value.dtype != wanted or (kind == "float" and wanted not in FLOATING):
-            wording = f"{wanted}" if wanted in (*FLOATING, torch.int32) else "a floating dtype"
-            raise TypeError(f"tokred_kernels.{self.op}: {name} must have {wording}, got {value.dtype}")
+        if value.dtype != wanted:
+            raise TypeError(f"tokred_kernels.{self.op}: {name} must be {wanted}, got {value.dtype}")
         dimensions = next((one for one in shapes if len(one) == value.dim()), None)
         if dimensions is None or not self._fits(value, dimensions, values):
             wording = " or ".join(f"({', '.join(one)})" for one in shapes)
@@ -147,12 +148,12 @@ class _Rules:
 
 
 def _sizes(text: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that a rule names."""
+    """Return the values of the names in a rule."""
     return {key: values[key] for key in re.findall(r"\w+", text) if isinstance(values.get(key), (int, str))}
 
 
 def _entries(value: Tensor, low: int, high: int) -> str | None:
-    """Entries from `low` to below `high`."""
+    """Require entries from `low` to below `high`."""
     if value.numel() == 0:
         return None
     lowest, highest = (number.item() for number in value.aminmax())
@@ -184,7 +185,7 @@ def _segments(members: Tensor, begin: Tensor, count: Tensor, rows: int, dest: Te
 
 
 def _starts(starts: Tensor, rows: int, longest: int) -> str | None:
-    """`starts` ascends from 0 to `rows`, in steps of at most `longest`."""
+    """Require that `starts` ascends from 0 to `rows`, in steps of at most `longest`."""
     steps = starts.long().diff()
     fits = starts.numel() and starts[0] == 0 and starts[-1] == rows
     if fits and bool((steps >= 0).all()) and int(steps.max() if steps.numel() else 0) <= longest:
@@ -193,7 +194,7 @@ def _starts(starts: Tensor, rows: int, longest: int) -> str | None:
 
 
 def _follows(starts: Tensor, lengths: Tensor, rows: int) -> str | None:
-    """`starts` is where images of these lengths start, `rows` in all."""
+    """Require the starts of images of these lengths, with `rows` rows in all."""
     expected = [0, *lengths.long().cumsum(0).tolist()]
     if starts.tolist() == expected and expected[-1] == rows:
         return None
@@ -205,18 +206,18 @@ def _lengths(starts: Tensor | None, images: int, tokens: int) -> Tensor:
 
 
 def _ranks(rank: Tensor, protected: int, sources: Tensor) -> str | None:
-    """The first `sources` of each row but the protected ones have the ranks 0, 1, ..., all others none."""
+    """Require the ranks 0, 1, ... for the unprotected among the first `sources` of each row, NO_RANK for all others."""
     number = torch.arange(rank.shape[1])
     eligible = (number >= protected) & (number < sources[:, None])
     places = torch.where(eligible, rank, NO_RANK).long().sort(dim=1).values
     expected = torch.where(number < eligible.sum(1, keepdim=True), number, NO_RANK)
     if torch.equal(places, expected) and bool((rank[~eligible] == NO_RANK).all()):
         return None
-    return f"hold each place once, from 0, and {NO_RANK} for sources that may not join"
+    return f"hold each place once, from 0, and {NO_RANK} for sources that cannot join"
 
 
 def _partners(partner: Tensor, starts: Tensor) -> str | None:
-    """Each image's partners are odd tokens of the same image."""
+    """Require that the partners of each image are odd tokens of the same image."""
     limit = (starts.long().diff() // 2).clamp(min=1)
     if bool(((partner >= 0) & (partner < limit[:, None])).all()):
         return None
@@ -224,16 +225,17 @@ def _partners(partner: Tensor, starts: Tensor) -> str | None:
 
 
 def _joinable(counts: Tensor, starts: Tensor, protected_src: int, protected_dst: int) -> str | None:
-    """Each image has as many sources that may join, and a destination for them."""
+    """Require that each image has that many sources that can join, and a destination for them."""
     tokens = starts.long().diff()
     limit = torch.where(tokens // 2 > protected_dst, (tokens + 1) // 2 - protected_src, 0).clamp(min=0)
     if bool(((counts >= 0) & (counts <= limit)).all()):
         return None
-    return f"be from 0 to the sources of each image that may join, {limit.tolist()[:9]}"
+    return f"be from 0 to the number of sources of each image that can join, {limit.tolist()[:9]}"
 
 
 _FUNCTIONS = {
     "ROWS": MAX_ROWS,
+    "max_head_dim": lambda op, backend: SPECS[op].max_head_dim.get(backend, MAX_ROWS),
     "entries": _entries,
     "segments": _segments,
     "starts_of": _starts,
