@@ -13,28 +13,21 @@ import torch
 from torch import Tensor
 
 import tokred_kernels as tk
+from tokred_kernels.ops.registry import SPECS
 
 # The ops whose kernels each case runs, in the order of the tables.
-KERNELS = {
-    "bipartite_match": ("bipartite_match",),
-    "kth_bipartite_match": ("bipartite_match",),
-    "random_bipartite_match": ("bipartite_match",),
-    "merge": ("merge",),
-    "merge_wavg": ("merge",),
-    "unmerge": ("unmerge",),
-    "bipartite_merge": ("bipartite_match", "merge"),
-    "window_match": ("window_similarity", "window_map"),
-    "window_merge": ("window_similarity", "window_map", "merge"),
-    "adaptive_bipartite_match": ("rank_candidates", "count_above_threshold", "build_match_map"),
-    "grid_bipartite_match": ("bipartite_match",),
-    "importance_match": ("rank_candidates", "build_match_map"),
+ORDER = (
+    *("bipartite_match", "kth_bipartite_match", "random_bipartite_match", "merge", "merge_wavg", "unmerge"),
+    *("bipartite_merge", "window_match", "window_merge", "adaptive_bipartite_match", "grid_bipartite_match"),
+    *("importance_match", "keep_topk", "token_attention", "lookup_gather", "lookup_scatter", "then", "to_csr"),
+)
+COMBINED = {
+    "window_merge": (*SPECS["window_match"].parts, "merge"),
     "keep_topk": ("keep_topk", "merge"),
-    "token_attention": ("token_attention",),
-    "lookup_gather": ("lookup_gather",),
     "lookup_scatter": ("lookup_gather", "lookup_scatter"),
     "then": ("compose",),
-    "to_csr": ("to_csr",),
 }
+KERNELS = {op: COMBINED.get(op) or SPECS[op].parts or (op,) for op in ORDER}
 # The number of tokens to merge depends on the tokens. It is read back to the host.
 ADAPTIVE_OPS = ("window_match", "window_merge", "adaptive_bipartite_match")
 

@@ -17,7 +17,7 @@ import tokred_kernels as tk
 from benchmarks.harness.case import ADAPTIVE_OPS, KERNELS, Case
 from benchmarks.harness.check import with_backward
 from tokred_kernels import backends
-from tokred_kernels.backends.support import BACKWARD
+from tokred_kernels.ops.registry import SPECS
 
 BASELINE, COMPILED, REFERENCE = "baseline", "compiled", "reference"
 YARDSTICKS = ("clone", "fused", "flex")
@@ -74,7 +74,7 @@ def reason_against(case: Case, backend: str, failed: Failed | None = None) -> st
     """Return why a backend cannot run a case or did not pass the self-check in it, or None."""
     ops = KERNELS[case.op]
     if case.training:
-        ops += tuple(BACKWARD[op] for op in ops if op in BACKWARD)
+        ops += tuple(SPECS[op].backward for op in ops if SPECS[op].backward)
     reasons = (
         backends.can_run(op, backend, case.device, case.torch_dtype) or (failed or {}).get((backend, op)) for op in ops
     )
