@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.case import Case
 from benchmarks.harness.providers import providers
+from tokred_kernels.backends import BACKENDS
 
 STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -66,9 +67,9 @@ def resident_peak_bytes(case: Case, provider: str) -> int | None:
 def _measure(case: Case, provider: str, threads: int) -> int | None:
     torch.set_num_threads(threads)
     small = dataclasses.replace(case, shape=(1, case.prefix + 4 * case.window[0] * case.window[1], case.shape[2]), r=1)
+    chosen = [provider] if provider in BACKENDS else []  # baselines are always among the providers
     warm, found = (
-        next(p for p in providers(each, [provider], compile_baseline=False) if p.name == provider)
-        for each in (small, case)
+        next(p for p in providers(each, chosen, compile_baseline=False) if p.name == provider) for each in (small, case)
     )
     inputs = case.draw(SEED)
     with found.scope(case.training):

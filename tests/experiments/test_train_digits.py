@@ -25,6 +25,7 @@ def example(load_experiment):
     return load_experiment("train_digits")
 
 
+@pytest.mark.slow
 def test_the_whole_run(example, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     example.main([*TINY, "--out", str(out)])
@@ -57,6 +58,7 @@ def test_one_method_comes_with_the_plain_model(example, tmp_path):
     assert [row["method"] for row in rows] == ["none", "tome"]
 
 
+@pytest.mark.slow
 def test_several_seeds_are_independent_runs(example, tmp_path):
     def rows(*arguments):
         example.main([*TINY, "--method", "tome", *arguments, "--out", str(tmp_path)])
