@@ -117,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         help="algm: cosines (chosen so that 25, 50, 75 and 95 %% of windows merge)",
     )
-    parser.add_argument("--layers", type=int, nargs="+", help="algm: blocks that merge, from 0 on (0 4)")
+    parser.add_argument("--layers", type=_natural, nargs="+", help="algm: blocks that merge, from 0 on (0 4)")
     parser.add_argument("--count", choices=("image", "batch"), help="algm: whose count of merging windows (image)")
     parser.add_argument("--batch", type=_positive, help="images at once (default: 8, on a GPU 64)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU when there is one)")

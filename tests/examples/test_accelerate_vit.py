@@ -188,7 +188,7 @@ def test_bad_arguments(demo, folder, tmp_path, arguments, message):
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--method", "algm", "--threshold", "nan"], "must be a number, got 'nan'"),
         (["--method", "algm", "--threshold", "high"], "must be a number, got 'high'"),
-        (["--method", "algm", "--layers", "-1"], "layers must be at least 0, got -1"),
+        (["--method", "algm", "--layers", "-1"], "a whole number of 0 or more, got '-1'"),
         (["--method", "algm", "--count", "all"], "invalid choice: 'all'"),
         (["--method", "algm", "--r", "4"], "--r is of --method tome, got --method algm"),
         (["--threshold", "0.9"], "--threshold is of --method algm, got --method tome"),
