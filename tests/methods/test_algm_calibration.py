@@ -9,6 +9,7 @@ import torch
 import torch.utils.flop_counter
 from processes import run_together
 
+from tokred_kernels.methods import progress
 from tokred_kernels.methods.algm import Similarity, Thresholds, calibrate_thresholds, calibration
 from tokred_kernels.methods.algm.calibration import pair_sums
 from tokred_kernels.models.imports import import_timm
@@ -316,7 +317,7 @@ def test_progress_is_shown_with_tqdm_and_without(monkeypatch, capsys):
     images = [torch.zeros(1, 3, 48, 48)] * 2
     calibrate_thresholds(make(), images, progress=False)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(calibration, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setitem(sys.modules, "tqdm", None)  # an import of it fails
     calibrate_thresholds(make(), images)
     assert capsys.readouterr() == ("", "calibrate: batch 1 of 2\ncalibrate: batch 2 of 2\n")

@@ -4,7 +4,6 @@
 import builtins
 import copy
 import json
-import sys
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from processes import run_together
 from torch import nn
 
 from tokred_kernels import flops
+from tokred_kernels.methods import progress
 from tokred_kernels.methods.diffrate import kept_counts
 from tokred_kernels.methods.diffrate.search import FoundRates, diffrate_search
 from tokred_kernels.models.imports import import_timm
@@ -176,8 +176,7 @@ def test_progress_is_shown_or_not(capsys, monkeypatch):
         return plain_import(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
-    module = sys.modules["tokred_kernels.methods.diffrate.search"]  # under its name the package has the function
-    monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     diffrate_search(make(), data(), target, **{**QUICK, "progress": True})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3

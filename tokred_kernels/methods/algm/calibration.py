@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from tokred_kernels.checks import check_count, check_flag, shape, shown
 from tokred_kernels.methods.algm.thresholds import Similarity, Thresholds
 from tokred_kernels.methods.method import Method
+from tokred_kernels.methods.progress import Progress
 from tokred_kernels.models.base import inspect_model, install
 from tokred_kernels.models.patched import PatchInfo
 from tokred_kernels.models.reducer import BlockReducer
@@ -27,7 +26,6 @@ from tokred_kernels.token_map import TokenMap
 OP = "calibrate_thresholds"
 BLOCK_ROWS = 512  # of a Gram matrix at once
 BLOCK_NUMBERS = 2**23  # float64 numbers at once: 64 MiB
-LINE_SECONDS = 5.0  # between two lines of progress, if tqdm is not installed
 
 
 def calibrate_thresholds(
@@ -95,13 +93,14 @@ def calibrate_thresholds(
     install(model, info, lambda index: observers.get(index, BlockReducer()))
     try:
         model.eval()
-        with torch.no_grad():
-            for number, batch in enumerate(_with_progress(batches) if show else batches):
+        with torch.no_grad(), Progress("calibrate", len(batches) if isinstance(batches, Sized) else None, show) as bar:
+            for number, batch in enumerate(batches):
                 images = _images(batch, number).to(device)
                 spec.model(images)
                 # In a group, the other processes would wait for this one: there, all check at the end.
                 if group is None:
                     _check_finite(sums, chosen)
+                bar.update()
     finally:
         info.remove(model)
         for module, mode in modes:
@@ -249,23 +248,3 @@ def _finish(pairs: float, total: float, squares: float) -> Similarity:
     mean = total / pairs
     # Rounding can make the variance of a constant negative.
     return Similarity(mean, math.sqrt(max(squares / pairs - mean * mean, 0.0)), round(pairs))
-
-
-def _with_progress(batches: Iterable[Any]) -> Iterator[Any]:
-    """Iterate over `batches` with a progress bar on stderr, or with lines if tqdm is not installed."""
-    try:
-        from tqdm import tqdm  # noqa: PLC0415  (optional)
-    except ImportError:
-        yield from _with_lines(batches)
-    else:
-        yield from tqdm(batches, desc="calibrate", unit="batch", leave=False)
-
-
-def _with_lines(batches: Iterable[Any]) -> Iterator[Any]:
-    of = f" of {len(batches)}" if isinstance(batches, Sized) else ""
-    printed = time.monotonic()
-    for number, batch in enumerate(batches, 1):
-        yield batch
-        if time.monotonic() - printed >= LINE_SECONDS:
-            printed = time.monotonic()
-            print(f"calibrate: batch {number}{of}", file=sys.stderr)

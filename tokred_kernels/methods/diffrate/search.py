@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
@@ -21,6 +19,7 @@ from tokred_kernels.checks import check_count, check_flag, check_real, shown
 from tokred_kernels.files import replace_json
 from tokred_kernels.methods.diffrate.cost import compression_flops, kept_counts
 from tokred_kernels.methods.diffrate.method import DiffRate
+from tokred_kernels.methods.progress import Progress
 from tokred_kernels.models.base import model_spec
 from tokred_kernels.models.reducer import reducer_of
 from tokred_kernels.models.spec import PATCH_INFO, TRACE
@@ -28,7 +27,6 @@ from tokred_kernels.models.state import ForwardTrace
 
 OP = "diffrate_search"
 LAST_RATE = 0.1  # the last learning rate divided by the first, as published
-LINE_SECONDS = 5.0  # between two lines of progress, if tqdm is not installed
 
 
 class FoundRates(NamedTuple):
@@ -250,8 +248,7 @@ def _learn(
         _write(logits, learned)
     optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LAST_RATE * lr)
-    report = _Report(steps, show)
-    with report, torch.enable_grad():
+    with Progress("search", steps, show) as progress, torch.enable_grad():
         for step in range(steps):
             images, labels = _batch(next(batches), step)
             outputs = model(images.to(device))
@@ -280,7 +277,7 @@ def _learn(
             optimizer.step()
             schedule.step()
             _write(logits, learned)
-            report.update(step + 1, float(gflops.detach()), float(flat[-1]))
+            progress.update(f"{float(gflops.detach()):.4g} GFLOPs, loss {float(flat[-1]):.3f}")
 
 
 @torch.no_grad()
@@ -311,34 +308,3 @@ def _batch(batch: Any, number: int) -> tuple[Tensor, Tensor]:
             f"tokred_kernels.{OP}: batches must give (images, labels), got {type(batch).__name__} as batch {number}"
         )
     return batch[0], batch[1]
-
-
-class _Report:
-    """A progress bar on stderr, or lines if tqdm is not installed."""
-
-    def __init__(self, steps: int, show: bool) -> None:
-        self.steps = steps
-        self.show = show
-        self.bar: Any = None
-        self.printed = time.monotonic()
-
-    def __enter__(self) -> None:
-        if not self.show:
-            return
-        try:
-            from tqdm import tqdm  # noqa: PLC0415  (optional)
-        except ImportError:
-            return
-        self.bar = tqdm(total=self.steps, desc="search", unit="batch", leave=False)
-
-    def update(self, step: int, gflops: float, loss: float) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{gflops:.4g} GFLOPs, loss {loss:.3f}", refresh=False)
-            self.bar.update()
-        elif self.show and time.monotonic() - self.printed >= LINE_SECONDS:
-            self.printed = time.monotonic()
-            print(f"search: batch {step} of {self.steps}, {gflops:.4g} GFLOPs, loss {loss:.3f}", file=sys.stderr)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
