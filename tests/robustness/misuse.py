@@ -68,7 +68,7 @@ class Listening(Tensor):
 
 
 # Public names without arguments, and records and modules whose members are called.
-NOT_CALLED = {"show_config", "FoundRates", "MergeOutput", "__version__", "flops", "nn", "viz", "LookupLogits"}
+NOT_CALLED = {"show_config", "FoundRates", "ImportanceMatch", "MergeOutput", "__version__", "flops", "nn", "viz", "LookupLogits"}
 
 
 def public_cases(full):
