@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# make demo     install into .venv and run the example on real photographs
+# make demo     install into .venv and run an experiment on real photographs
 # make segment  the same: train a segmenter on real photographs, with and without ALGM
 # make digits   the same: train a ViT on handwritten digits, and the same with fewer tokens by each method
 # make test     install into .venv and run the tests
@@ -20,13 +20,13 @@ DIGITS_ARGS ?=
   gpu-racecheck gpu-synccheck gpu-memcheck-triton gpu-tune gpu-bench gpu-micro gpu-model gpu-memory gpu-table gpu-collect
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/accelerate_vit.py $(DEMO_ARGS)
+	$(BIN)/python experiments/accelerate_vit.py $(DEMO_ARGS)
 
 segment: $(VENV)/installed
-	$(BIN)/python examples/segment.py $(SEGMENT_ARGS)
+	$(BIN)/python experiments/segment.py $(SEGMENT_ARGS)
 
 digits: $(VENV)/installed
-	$(BIN)/python examples/train_digits.py $(DIGITS_ARGS)
+	$(BIN)/python experiments/train_digits.py $(DIGITS_ARGS)
 
 # A file at a time in each process, so that what a file builds for its tests is built once; threads that wait, sleep.
 test: $(VENV)/installed
@@ -130,7 +130,7 @@ gpu-micro gpu-model: gpu-%:
 	  --resume benchmarks/results/$(GPU_DAY)-cuda-$*.json
 
 gpu-memory:
-	$(PYTHON) benchmarks/lookup_memory.py --device cuda --out docs/lookup_memory_cuda.png
+	$(PYTHON) experiments/lookup_memory.py --device cuda --out docs/lookup_memory_cuda.png
 
 gpu-table:
 	$(PYTHON) benchmarks/table.py

@@ -3,10 +3,10 @@
 
 python benchmarks/selfcheck_cost.py --json docs/selfcheck_cost.json
 
-Measured here: the start of a worker; building, running and judging the cases, with the C++ kernels; compiling every
-Triton kernel that the cases need, for sm_90, by launching it on a driver that compiles and does not run; and building
-what is timed. From these follows the time of the tasks, which are then scheduled on the workers as the supervisor does.
-The time on the GPU itself is not in it: some launches for each case, and a few milliseconds for each timed call.
+It measures the start of a worker; the checks of all cases with the C++ kernels; the compilation of every Triton kernel
+that the cases need, for sm_90, with a driver that compiles and does not launch; and building the inputs of the timings.
+From these it computes the time of each task, and schedules the tasks on the workers as the supervisor does. The time on
+the GPU itself is not included: some launches for each case, and a few milliseconds for each timed call.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
+if not __package__:  # run as a file
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import machine
+from benchmarks.harness import machine
 from tokred_kernels.backends import support
 from tokred_kernels.backends.selfcheck import DTYPES, MOST_WORKERS, supervisor, timing, worker
 from tokred_kernels.backends.selfcheck.cases import cases, timing_cases
@@ -39,7 +39,7 @@ from tokred_kernels.ops.registry import OPS, SPECS
 
 CPU = torch.device("cpu")
 ARCHITECTURE = 90
-# A GPU's runs of a case: as often as the C++ kernels', and once more in a CUDA graph.
+# On a GPU, a case runs once more than on the CPU: in a CUDA graph.
 GPU_RUNS = (len(worker.POISONS) + 1) / len(worker.POISONS)
 
 
@@ -76,26 +76,26 @@ def start_seconds() -> float:
 
 
 def core_seconds() -> float:
-    """Return the time of a core that this process and its children have used: other work on the machine counts less."""
+    """Return the CPU time of this process and its children, which other work on the machine hardly affects."""
     return sum(os.times()[:4])
 
 
 def check_seconds(op: str) -> float:
-    """Return the time that the cases of an op take with its C++ kernel."""
+    """Return the time of the cases of an op with its C++ kernel."""
     begin = core_seconds()
     assert worker.check("cpu", op, CPU).is_passed
     return core_seconds() - begin
 
 
 def inputs_seconds(op: str) -> float:
-    """Return the time to build what is timed of an op; one worker does so, after the checks."""
+    """Return the time to build the inputs of an op's timing; one worker does so after the checks."""
     begin = core_seconds()
     timing.inputs(op, CPU)
     return core_seconds() - begin
 
 
 def compile_seconds() -> dict[str, dict[str, Any]]:
-    """Return, by op, how many kernels Triton compiles for its cases, and the time, by dtype; in a fresh cache."""
+    """Return the number and time of Triton's compilations for the cases, by op and dtype, with an empty cache."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--compile"]
         environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
@@ -123,9 +123,7 @@ def compile_all() -> dict[str, dict[str, Any]]:
             spent.clear()
             for case in (*cases(op), *timing_cases(op)):
                 if case.name.startswith(dtype):
-                    with Guarded(
-                        CPU, poison=0, band=0
-                    ) as guarded:  # nothing runs: what is allocated must hold valid indices
+                    with Guarded(CPU, poison=0, band=0) as guarded:  # nothing runs: new memory must hold valid indices
                         function(*guarded.place(case.arguments))
             by_dtype[dtype] = {"kernels": len(spent), "seconds": round(sum(spent), 2)}
         found[op] = by_dtype
@@ -134,7 +132,7 @@ def compile_all() -> dict[str, dict[str, Any]]:
 
 
 def makespan(tasks: list[float], workers: int) -> float:
-    """Return when the last of the workers is done, each taking the next task when it is free."""
+    """Return when the last worker is done, if each takes the next task when it is free."""
     free = [0.0] * workers
     for seconds in tasks:
         heapq.heappush(free, heapq.heappop(free) + seconds)
@@ -143,7 +141,7 @@ def makespan(tasks: list[float], workers: int) -> float:
 
 def estimated(parts: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the seconds of a first use by number of workers, from the measured parts."""
-    checks, ops = parts["checks"], [op for op in OPS if SPECS[op].family != "lookup"]  # those have a check of their own
+    checks, ops = parts["checks"], [op for op in OPS if SPECS[op].family != "lookup"]  # these have a separate check
     serial = parts["start"] + sum(parts["inputs"][op] for op in ops)
     by_triton = {
         op: [part["seconds"] + checks[op] / len(by_dtype) for part in by_dtype.values()]
@@ -151,7 +149,7 @@ def estimated(parts: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
     by_cuda = [checks[op] for op in ops if "cuda" in SPECS[op].backends]
     reference = [checks[op] for op in ops]
-    # The supervisor starts with what takes longest.
+    # The supervisor starts with the longest tasks.
     by_length = sorted(ops, key=lambda op: (SPECS[op].is_matrix_product, op.endswith("_backward")), reverse=True)
     alone = [seconds for op in by_length for seconds in by_triton[op]]
     with_cuda = [seconds for op in by_length if SPECS[op].is_matrix_product for seconds in by_triton[op]]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Writes the README's table of results from the newest complete run of each device, so that no figure is typed.
+"""Writes the README's table of results from the newest complete run of each device and suite.
 
-python benchmarks/table.py            rewrites the part between the markers
-python benchmarks/table.py --check    fails where the README says anything else than the results
+python benchmarks/table.py            rewrite the part between the markers
+python benchmarks/table.py --check    exit with 1 if the README differs from the results
 """
 
 from __future__ import annotations
@@ -10,128 +10,102 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
+if not __package__:  # run as a file
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import report
-from benchmarks.cases import CASES, Case, Target
-from benchmarks.model_cases import MODEL_CASES, ModelCase
+from benchmarks.families import CASES, MODEL_CASES, ModelCase
+from benchmarks.harness import records
+from benchmarks.harness.case import MEASURES, Case, Target
+from benchmarks.harness.records import Row
+from benchmarks.harness.report import number, table, verdict
 from tokred_kernels.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU (targets are for an H100)"}
-ABSENT = "not measured yet"
-UNMEASURED = {"cpu": "Not measured yet.", "cuda": "Not measured yet: no GPU at hand."}
-OP_COLUMNS = "Op|Shape|Published|Compiled|Beside|Ours|Reached|Target|Met"
+NOT_MEASURED = "not measured yet"
+OP_COLUMNS = "Op|Shape|Baseline|Compiled|Others|Ours|Reached|Target|Met"
 MODEL_COLUMNS = "Model, ToMe|Unpatched, images/s|Patched, images/s|Speed|FLOPs|Speed over FLOPs|Target|Met"
+OP_TARGETS, MODEL_TARGETS = f"Op|Shape|Target, {NOT_MEASURED}", f"Model, ToMe|Target, {NOT_MEASURED}"
 DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-# Who else is timed, and how the table calls them.
-BESIDE = {"clone": "`x.clone()`", "fused": "torch's attention", "flex": "FlexAttention"}
-REACHED = {
-    "speedup_published": "{:.1f}x",
-    "speedup_compiled": "{:.1f}x",
-    "speedup_reference": "{:.1f}x",
-    "copy_share": "{:.0%}",
-    "matmul_share": "{:.0%}",
-    "flops_efficiency": "{:.2f}",
-    "times_clone": "{:.2f}x",
-    "times_fused": "{:.2f}x",
-    "median_us": "{:.1f} us",
-    "peak_share_published": "{:.0%}",
-    "working_share_published": "{:.0%}",
-    "peak_per_token": "{:.0f} B",
-}
+YARDSTICKS = {"clone": "`x.clone()`", "fused": "SDPA", "flex": "FlexAttention"}
+OURS = ("cpu", "cuda", "triton", "auto")
 
-NOTE = """Medians, all providers in turns in one run, after a check that their results agree. Published: the chain of
-torch ops of the authors' code; for LookupViT, of which there is none, that of the paper's equations. torch's attention
-is its fused one with neither sizes, policy nor importance, FlexAttention has the same sizes. `x.clone()` copies the
-tokens and does no more: what must read and write them all can hardly be faster, so where the published chain takes less
-than the target's multiple of it, the target is out of reach on that machine. Where the number of merged tokens is
-adaptive, it is read back to the host: "compiled" is then compiled in parts. Peak memory is that of a process of its
-own, what C++ code takes included. On a GPU these are GPU times of replayed CUDA graphs, or, where a read back forbids
-these, of eager calls; the files have eager times of all. So it is with models: unpatched and patched are judged by
-graphs of the whole forward pass, both, since the host cannot issue late layers as fast as a GPU runs them."""
+NOTE = """Times are medians of interleaved rounds in one run, after a check of every result. Baseline: the torch ops
+of the authors' code, or for LookupViT, which has no published code, of the paper's equations. Compiled: the baseline
+under `torch.compile`; if the number of merged tokens is adaptive, the host reads it, and it is compiled in parts.
+SDPA has neither sizes, policy nor importance; FlexAttention has the same sizes. `x.clone()` copies the tokens. No op
+that reads and writes every token can beat a copy, so a target is out of reach on a machine where the baseline takes
+less than the target's multiple of a copy. Peak memory is that of a separate process and includes memory of C++ code.
+GPU times are those of replayed CUDA graphs, or of eager calls if the host reads a count; the files have both. Models
+are timed in the same way, unpatched and patched, because the host cannot launch late layers as fast as a GPU runs
+them."""
 
 
 class Run:
-    """One recorded run, by case and provider."""
+    """One recorded run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.result = report.read_json(path)
-        self.settings: dict[str, Any] = self.result["settings"]
-        self.machine: dict[str, Any] = self.result["machine"]
+        self.result = records.read_json(path)
+        self.settings, self.machine = self.result["settings"], self.result["machine"]
 
-    def row(self, case: str, provider: str) -> report.Row | None:
-        """The row of one provider."""
+    def row(self, case: str, provider: str) -> Row | None:
+        """Return the row of one provider."""
         rows = self.result["rows"]
         return next((row for row in rows if (row["case"], row["provider"]) == (case, provider)), None)
 
-    def ours(self, case: str) -> report.Row | None:
-        """The fastest row of those that targets are asked of."""
-        kernels = ("cpu", "cuda", "triton", "auto")
-        rows = [row for row in self.result["rows"] if row["case"] == case and row["provider"] in kernels]
+    def ours(self, case: str) -> Row | None:
+        """Return the row of our fastest backend, without the reference."""
+        rows = [row for row in self.result["rows"] if row["case"] == case and row["provider"] in OURS]
         return min(rows, key=lambda row: row["median_us"], default=None)
 
     def describe(self, root: Path) -> str:
-        """The machine, and the file that says so."""
+        """Return the machine, and a link to the file."""
         m = self.machine
-        name = f"{m['gpu']}, driver {m['driver']}" if self.settings["device"] == "cuda" else m["cpu"]
-        threads = f", {m['threads']} threads" if self.settings["device"] == "cpu" else ""
-        changes = {True: " and changes", False: "", None: ", not known whether with changes"}[m["dirty"]]
-        commit = (m["commit"] or "unknown")[:9] + changes
+        if self.settings["device"] == "cuda":
+            name = f"{m['gpu']}, driver {m['driver']}"
+        else:
+            name = f"{m['cpu']}, {m['threads']} threads"
+        changes = {True: " with changes", False: "", None: ", possibly with changes"}[m["dirty"]]
         path = self.path.resolve()
         link = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        return f"{name}{threads}, torch {m['torch']}, commit {commit}, {m['date'][:10]}: [{path.name}]({link})"
+        commit = (m["commit"] or "unknown")[:9] + changes
+        return f"{name}, torch {m['torch']}, commit {commit}, {m['date'][:10]}: [{path.name}]({link})"
 
 
-def newest(folder: Path, device: str, suite: str, complete: bool = True) -> Run | None:
-    """The newest run of all of a suite's cases on a device; without `complete`, of any of them.
-
-    Complete is a run whose every case has its rows, and of which nothing failed but yardsticks.
-    """
-    runs = [Run(path) for path in sorted(folder.glob("*.json"))]
-    fitting = [
-        run for run in runs
-        if (run.settings["complete"] or not complete)
-        and run.settings["device"] == device and run.settings["suite"] in (suite, "all")
+def newest(folder: Path, device: str, suite: str) -> Run | None:
+    """Return the newest complete run of a suite on a device."""
+    runs = [
+        run for run in map(Run, sorted(folder.glob("*.json")))
+        if run.settings["complete"] and run.settings["device"] == device and run.settings["suite"] in (suite, "all")
     ]  # fmt: skip
-    return max(fitting, key=lambda run: run.machine["date"], default=None)
+    return max(runs, key=lambda run: run.machine["date"], default=None)
 
 
 def build(folder: Path, root: Path) -> str:
-    """The Markdown that stands between the markers."""
+    """Return the Markdown between the markers."""
     parts = []
     for device, title in DEVICES.items():
         micro, model = newest(folder, device, "micro"), newest(folder, device, "model")
         parts.append(f"**{title}**")
-        files = dict.fromkeys(run.describe(root) for run in (micro, model) if run is not None)
-        parts += files or [f"{UNMEASURED[device]} What is asked:"]
-        parts += _tables(device, micro, model)
-    parts.append(NOTE)
-    return "\n\n".join(filter(None, parts))
-
-
-def _tables(device: str, micro: Run | None, model: Run | None) -> list[str]:
-    """The tables of ops and of models; of what no run has measured, the targets alone."""
-    ops = [(case, target) for case in CASES if case.device == device for target in case.targets]
-    models = [case for case in MODEL_CASES if case.device == device and (model or case.targets)]
-    if micro:
-        tables = [_rows(OP_COLUMNS, [_op_cells(case, target, micro) for case, target in ops])]
-    else:
-        tables = [_rows(f"Op|Shape|Target, {ABSENT}", [[_op(case), _shape(case), str(target)] for case, target in ops])]
-    if models and model:
-        tables.append(_rows(MODEL_COLUMNS, [_model_cells(case, model) for case in models]))
-    elif models:
-        tables.append(_rows(f"Model, ToMe|Target, {ABSENT}", [[_model(case), _targets(case)] for case in models]))
-    return tables
+        parts += dict.fromkeys(run.describe(root) for run in (micro, model) if run) or ["Not measured yet. Targets:"]
+        targets = [(case, target) for case in CASES if case.device == device for target in case.targets]
+        if micro:
+            parts.append(table(OP_COLUMNS, [_op_cells(case, target, micro) for case, target in targets]))
+        else:
+            parts.append(table(OP_TARGETS, [[_op(case), _shape(case), str(target)] for case, target in targets]))
+        cases = [case for case in MODEL_CASES if case.device == device and (model or case.targets)]
+        if cases and model:
+            parts.append(table(MODEL_COLUMNS, [_model_cells(case, model) for case in cases]))
+        elif cases:
+            parts.append(table(MODEL_TARGETS, [[_model(case), _targets(case)] for case in cases]))
+    return "\n\n".join([*parts, NOTE])
 
 
 def _op(case: Case) -> str:
-    return f"`{case.op}`" + (", what a call costs the host" if case.host else "")
+    return f"`{case.op}`" + (", overhead on the host" if case.host else "")
 
 
 def _shape(case: Case) -> str:
@@ -149,46 +123,39 @@ def _targets(case: ModelCase) -> str:
 def _op_cells(case: Case, target: Target, run: Run) -> list[str]:
     ours = run.ours(case.name)
     if ours is None:
-        return [_op(case), _shape(case), "-", "-", "-", "-", "-", str(target), ABSENT]
-    # A target that the recorded run did not judge (it came later) is not judged here either.
-    judged = next((t for t in ours["targets"] if t["target"] == str(target)), None)
-    value = judged["value"] if judged else None
-    reached = "-" if value is None else REACHED[target.measure].format(value)
-    met = report.verdict(judged["met"] if judged else None)
-    times = [_time(run.row(case.name, name)) for name in ("published", "compiled")]
-    beside = ((title, run.row(case.name, name)) for name, title in BESIDE.items())
-    others = "; ".join(f"{title} {_time(row)}" for title, row in beside if row is not None) or "-"
-    return [_op(case), _shape(case), *times, others, f"{_time(ours)} ({ours['provider']})", reached, str(target), met]
-
-
-def _model_cells(case: ModelCase, run: Run) -> list[str]:
-    ours, plain = run.ours(case.name), run.row(case.name, "unpatched")
-    if ours is None or plain is None:
-        return [_model(case), "-", "-", "-", "-", "-", _targets(case), ABSENT]
-    met = "; ".join(report.verdict(t["met"]) for t in ours["targets"]) or "-"
+        return [_op(case), _shape(case), "-", "-", "-", "-", "-", str(target), NOT_MEASURED]
+    key = (target.measure, target.bound)  # a target that is newer than the run is not judged
+    judged = next((t for t in ours["targets"] if (t["measure"], t["bound"]) == key), {"value": None, "met": None})
+    reached = "-" if judged["value"] is None else MEASURES[target.measure][2].format(judged["value"])
+    others = ((title, run.row(case.name, name)) for name, title in YARDSTICKS.items())
     return [
-        _model(case),
-        # By the same clock as the patched model's; files of before 2026-11-22 have but one.
-        report.number(ours.get("unpatched_images_per_second", plain["images_per_second"])),
-        f"{report.number(ours['images_per_second'])} ({ours['provider']})",
-        f"{ours['speed_ratio']:.2f}x", f"{ours['flops_ratio']:.2f}x", f"{ours['flops_efficiency']:.2f}",
-        _targets(case), met,
+        _op(case), _shape(case), *(_time(run.row(case.name, name)) for name in ("baseline", "compiled")),
+        "; ".join(f"{title} {_time(row)}" for title, row in others if row) or "-",
+        f"{_time(ours)} ({ours['provider']})", reached, str(target), verdict(judged["met"]),
     ]  # fmt: skip
 
 
-def _time(row: report.Row | None) -> str:
+def _model_cells(case: ModelCase, run: Run) -> list[str]:
+    ours = run.ours(case.name)
+    if ours is None:
+        return [_model(case), "-", "-", "-", "-", "-", _targets(case), NOT_MEASURED]
+    return [
+        _model(case), number(ours["unpatched_images_per_second"]),
+        f"{number(ours['images_per_second'])} ({ours['provider']})",
+        f"{ours['speed_ratio']:.2f}x", f"{ours['flops_ratio']:.2f}x", f"{ours['flops_efficiency']:.2f}",
+        _targets(case), "; ".join(verdict(t["met"]) for t in ours["targets"]) or "-",
+    ]  # fmt: skip
+
+
+def _time(row: Row | None) -> str:
     if row is None:
         return "-"
     microseconds = row["median_us"]
-    return f"{report.number(microseconds)} us" if microseconds < 1000 else f"{report.number(microseconds / 1000)} ms"
-
-
-def _rows(header: str, lines: list[list[str]]) -> str:
-    return report.table(header, lines).rstrip()
+    return f"{number(microseconds)} us" if microseconds < 1000 else f"{number(microseconds / 1000)} ms"
 
 
 def replace(text: str, table: str) -> str:
-    """`text` with `table` between its markers.
+    """Return `text` with `table` between its markers.
 
     Raises:
         ValueError: a marker is missing.
@@ -202,9 +169,9 @@ def replace(text: str, table: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where it would change")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if there is a difference")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    parser.add_argument("--results", type=Path, default=records.RESULTS)
     options = parser.parse_args(arguments)
     text = options.readme.read_text()
     try:
@@ -213,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.readme}: {error}")
     if options.check:
         if text != wanted:
-            print(f"{options.readme} is not what {options.results} says: run python benchmarks/table.py")
+            print(f"{options.readme} differs from {options.results}: run python benchmarks/table.py")
         return int(text != wanted)
     replace_text(options.readme, wanted)
     return 0

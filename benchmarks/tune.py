@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Measures which blocks the Triton kernels of token and lookup attention are fastest with, on this GPU.
+"""Searches for the fastest block sizes of the Triton kernels of token and lookup attention on this GPU.
 
-python benchmarks/tune.py                          heads of 64, bfloat16: five minutes at most
+python benchmarks/tune.py                          head dimension 64, bfloat16, at most five minutes
 python benchmarks/tune.py --width 32 128 --minutes 9
 python benchmarks/tune.py --kernel keys,queries --variant plain,policy
 
-What is faster than the blocks in use by a margin goes into tokred_kernels/backends/triton/tuned.json, which the kernels
-read from then on; everything measured goes into benchmarks/results/.
+Block sizes that beat those in use by a margin go into tokred_kernels/backends/triton/tuned.json, which the kernels
+read. All measurements go into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,11 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-if not __package__:  # run as a file: the folder above holds this package, and comes after what is installed
+if not __package__:  # run as a file
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import machine, report
-from benchmarks.tune_trials import MARGIN, Job, Launch, Means, Trial
+from benchmarks.harness import machine, records
+from benchmarks.harness.arguments import chosen_names
+from benchmarks.harness.trials import MARGIN, GpuFunctions, Job, Launch, Trial
 
 ATTENTION = ("attention", "keys", "queries", "rows", "importance")
 LOOKUP = ("gather", "scatter", "gather_keys", "gather_queries", "scatter_keys", "scatter_queries")
@@ -37,9 +37,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 WIDTHS = (16, 32, 64, 128)
 SEED = 11
 TURN_MS = {"warmup": 10, "rep": 50}
-KEPT = 0.7  # of the tokens, by a policy
+KEPT = 0.7  # share of the tokens that a policy keeps
 
-# (queries, keys, warps, stages) to try, for every width; what does not fit is recorded as such.
+# (queries, keys, warps, stages) to try at every head dimension; those that do not fit are recorded as failed.
 _FORWARD = [*itertools.product((128,), (32, 64, 128), (4, 8), (2, 3, 4)), (64, 128, 4, 2), (64, 64, 4, 2)]
 _BY_QUERIES = [
     *itertools.product((64,), (32, 64, 128), (4,), (2, 3)),
@@ -62,24 +62,24 @@ CANDIDATES = {
     "scatter_keys": _BY_KEYS,
     "scatter_queries": _BY_QUERIES,
 }
-# Kernels that split the keys are tried with their fastest blocks for so many programs.
+# Kernels that split the keys are also tried with these numbers of programs, with their fastest blocks.
 SPLITTING = ("gather", "gather_queries", "scatter_queries")
 ENOUGH = (192, 384, 512, 768, 1152, 1536)
 
 
 class Shapes(NamedTuple):
-    """What the benchmarks' targets are of: images, heads and tokens of attention, and so of lookup attention."""
+    """The shapes of the benchmarks' targets: images, heads and tokens."""
 
     attention: tuple[int, int, int] = (64, 12, 577)
-    lookup: tuple[int, int, int, int] = (16, 12, 100, 4096)  # with the compressed tokens before all tokens
+    lookup: tuple[int, int, int, int] = (16, 12, 100, 4096)  # images, heads, compressed tokens, tokens
     few: int = 49  # compressed tokens of the variant "few"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    kernels = _names(parser, "--kernel", options.kernel, (*ATTENTION, *LOOKUP))
-    variants = _names(parser, "--variant", options.variant, VARIANTS)
+    kernels = chosen_names(parser, "--kernel", options.kernel, (*ATTENTION, *LOOKUP))
+    variants = chosen_names(parser, "--variant", options.variant, VARIANTS)
     if options.minutes <= 0:
         parser.error(f"--minutes must be more than 0, got {options.minutes}")
     if not torch.cuda.is_available():
@@ -100,18 +100,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for variant, width in itertools.product(variants, options.width):
             jobs = make_jobs(variant, width, options.dtype, Shapes(), "cuda", kernels)
-            rows.extend(tune(jobs, architecture, options.dtype, width, gpu_means(), deadline, options.threads))
-    except Exception as error:  # what was measured before is kept
+            rows.extend(tune(jobs, architecture, options.dtype, width, gpu_functions(), deadline))
+    except Exception as error:  # earlier measurements are kept
         stopped = f"{type(error).__name__}: {error}"
         print(f"stopped: {stopped}", file=sys.stderr)
     settings = {
-        # Of no suite that the README's table shows.
+        # The README's table shows only complete runs.
         **{"device": "cuda", "suite": "tune", "quick": False, "complete": False, "margin": MARGIN},
         **{"minutes": options.minutes, "widths": options.width, "dtype": options.dtype, "variants": variants},
         "stopped": stopped,
     }
-    path = options.json or report.default_path(description["date"], "cuda", "tune")
-    report.write_json(path, {"machine": description, "settings": settings, "rows": rows})
+    path = options.json or records.default_path(description["date"], "cuda", "tune")
+    records.write_json(path, {"machine": description, "settings": settings, "rows": rows})
     print(f"written: {path}")
     winners = winning(rows)
     if winners:
@@ -125,35 +125,27 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default=",".join((*ATTENTION, *LOOKUP)), help="default: %(default)s")
     parser.add_argument("--variant", default="plain", help=f"some of {', '.join(VARIANTS)} (default: %(default)s)")
-    parser.add_argument("--width", type=int, nargs="+", default=[64], choices=WIDTHS, help="of heads (default: 64)")
+    parser.add_argument("--width", type=int, nargs="+", default=[64], choices=WIDTHS, help="head dimensions (64)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    parser.add_argument("--minutes", type=float, default=5, help="to stop after, with what there is (%(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compile (default: all)")
+    parser.add_argument("--minutes", type=float, default=5, help="time limit (%(default)s)")
     parser.add_argument("--json", type=Path, help="default: in benchmarks/results/")
-    parser.add_argument("--tuned", type=Path, help="where winners go (default: where the kernels read them)")
+    parser.add_argument("--tuned", type=Path, help="file for the winners (default: the one that the kernels read)")
     return parser
 
 
-def _names(parser: argparse.ArgumentParser, option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or not set(names) <= set(known):
-        parser.error(f"{option} must name some of {', '.join(known)}, got {text!r}")
-    return names
-
-
-def gpu_means() -> Means:
+def gpu_functions() -> GpuFunctions:
     from triton.testing import do_bench  # noqa: PLC0415  (needs triton)
 
     def measure(call: Callable[[], None]) -> float:
-        return do_bench(call, **TURN_MS, return_mode="median") * 1e3  # it empties L2 before each call
+        return do_bench(call, **TURN_MS, return_mode="median") * 1e3  # empties the L2 cache before each call
 
-    return Means(measure, Launch.compile, torch.cuda.synchronize)
+    return GpuFunctions(measure, Launch.compile, torch.cuda.synchronize)
 
 
 def make_jobs(
     variant: str, width: int, dtype: str, shapes: Shapes, device: str, kernels: Sequence[str] = (*ATTENTION, *LOOKUP)
 ) -> list[Job]:
-    """The kernels of a variant with inputs drawn at random, what is asked for most first."""
+    """Return the chosen kernels of a variant, in the order of `kernels`, with random inputs."""
     jobs: dict[str, Job] = {}
     if variant != "few" and set(kernels) & set(ATTENTION):
         jobs |= _attention_jobs(width, getattr(torch, dtype), shapes, device, variant == "policy")
@@ -238,14 +230,13 @@ def tune(
     architecture: str,
     dtype: str,
     width: int,
-    means: Means,
+    gpu: GpuFunctions,
     deadline: float,
-    threads: int | None = None,
     candidates: Mapping[str, Sequence[tuple[int, int, int, int]]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every config of every job, the one in use first; `winner` is true of those that are to be used.
+    """Yield a row for every config of every job, the one in use first; `winner` marks those to store.
 
-    The rows of a kernel that stops everything come before what it has raised.
+    If a kernel raises, its rows so far come before the exception.
     """
     from tokred_kernels.backends.triton.configs_attention import choose  # noqa: PLC0415  (needs triton)
 
@@ -254,7 +245,7 @@ def tune(
         default = dataclasses.replace(
             choose(job.kernel, width, getattr(torch, dtype), architecture), block_channels=width
         )
-        trial = Trial(job, architecture, dtype, default, means, deadline, threads)
+        trial = Trial(job, architecture, dtype, default, gpu, deadline)
         names = ("block_queries", "block_keys", "num_warps", "num_stages")
         blocks = (candidates or CANDIDATES)[base]
         try:
@@ -270,7 +261,7 @@ def tune(
 
 
 def winning(rows: Sequence[dict[str, Any]]) -> dict[Any, Any]:
-    """What tuned.json is to have, by place."""
+    """Return the winners as entries of tuned.json."""
     from tokred_kernels.backends.triton.configs_tables import AttentionConfig  # noqa: PLC0415  (needs triton)
     from tokred_kernels.backends.triton.configs_tuned import Place  # noqa: PLC0415
 
@@ -282,7 +273,7 @@ def winning(rows: Sequence[dict[str, Any]]) -> dict[Any, Any]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a kernel: what is in use, what was fastest, and how many configs were not timed, and why."""
+    """Return a line per kernel: the config in use, the fastest, and how many configs have each status."""
     lines = []
     for place in dict.fromkeys((row["kernel"], row["width"]) for row in rows):
         own = [row for row in rows if (row["kernel"], row["width"]) == place]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from written_out import load_dense
 
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.models.imports import import_timm
 
 dense_algm = load_dense("algm")
 
@@ -42,10 +42,10 @@ def images(batch=3, size=(48, 48)):
     return torch.randn(batch, 3, *size) + slope
 
 
-def threshold_for(model, x, merged=3, layer=1, window=(2, 2)):
+def threshold_for(model, x, merged=3, layer=0, window=(2, 2)):
     """The threshold by which `merged` windows merge in the image that has the fewest."""
     seen = []
-    hook = model.blocks[layer - 1].norm2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = model.blocks[layer].norm2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         model(x)
     hook.remove()
@@ -57,4 +57,4 @@ def threshold_for(model, x, merged=3, layer=1, window=(2, 2)):
 
 def some(model, x, **more):
     """Settings by which some windows of x merge, more in one image than in another."""
-    return {"layers": (1, 3), "threshold": threshold_for(model, x), **more}
+    return {"layers": (0, 2), "threshold": threshold_for(model, x), **more}

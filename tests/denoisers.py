@@ -3,8 +3,9 @@
 
 import torch
 
-from tokred_kernels.patch import patch, tomesd
-from tokred_kernels.patch.diffusers_import import import_diffusers
+from tokred_kernels.methods import tomesd
+from tokred_kernels.models.imports import import_diffusers
+from tokred_kernels.patching import patch
 
 diffusers = import_diffusers()
 

@@ -4,9 +4,9 @@
 import torch
 from torch import nn
 
-from tokred_kernels.patch.timm_import import import_beside_torchvision, import_timm
+from tokred_kernels.models.imports import import_timm, import_with_torchvision
 
-transformers = import_beside_torchvision("transformers")
+transformers = import_with_torchvision("transformers")
 
 # 36 patches; head width 16.
 SIDE, PATCH, DEPTH = 48, 8, 4

@@ -5,7 +5,7 @@ from algm_models import make
 from torch import nn
 from written_out import load_dense
 
-from tokred_kernels.patch import patch
+from tokred_kernels.patching import patch
 
 dense_pruning = load_dense("pruning")
 

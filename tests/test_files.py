@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks.harness import records
 from tokred_kernels.backends.selfcheck import cache
-from tokred_kernels.calibrate import Similarity, Thresholds
-from tokred_kernels.diffrate_search import FoundRates
 from tokred_kernels.files import replace_json, replace_text
-from tokred_kernels.patch.diffrate import read_kept
+from tokred_kernels.methods.algm import Similarity, Thresholds
+from tokred_kernels.methods.diffrate.counts import read_kept
+from tokred_kernels.methods.diffrate.search import FoundRates
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = Thresholds({1: Similarity(0.25, 0.5, 6), 3: Similarity(-0.5, 0.25, 9)}, (2, 2))
@@ -46,7 +46,7 @@ def read_configs(path):
 
 
 def read_counts(path):
-    return read_kept(path, 2, 1)
+    return read_kept("methods.DiffRate", path)
 
 
 def write_verdicts(path):
@@ -61,7 +61,7 @@ WRITERS = {
     "rates": RATES.save,
     "configs": write_configs,
     "verdicts": write_verdicts,
-    "results": lambda path: report.write_json(path, {"rows": list(range(20))}),
+    "results": lambda path: records.write_json(path, {"rows": list(range(20))}),
     "text": lambda path: replace_text(path, "new " * 20),
     "long text": lambda path: replace_text(path, "new " * 20000),
 }
@@ -224,9 +224,11 @@ def test_json_has_no_nan(value, tmp_path):
 
 
 def test_no_other_code_writes_a_file_in_place():
-    allowed = {"benchmarks/resident.py", "tokred_kernels/files.py", "tokred_kernels/backends/selfcheck/worker.py"}
+    allowed = {"benchmarks/harness/memory.py", "tokred_kernels/files.py", "tokred_kernels/backends/selfcheck/worker.py"}
     for path in [
-        file for folder in ("tokred_kernels", "benchmarks", "examples") for file in ROOT.glob(f"{folder}/**/*.py")
+        file
+        for folder in ("tokred_kernels", "benchmarks", "examples", "experiments")
+        for file in ROOT.glob(f"{folder}/**/*.py")
     ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or path.relative_to(ROOT).as_posix() in allowed:

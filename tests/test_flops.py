@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tokred_kernels import flops, use_backend
-from tokred_kernels.patch import patch, unpatch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.models.imports import import_timm
+from tokred_kernels.patching import patch, unpatch
 
 timm = import_timm()
 VisionTransformer = timm.models.vision_transformer.VisionTransformer
@@ -75,7 +75,7 @@ ALGM = {
 @pytest.mark.parametrize("settings", ALGM.values(), ids=ALGM)
 @pytest.mark.parametrize("name", MODELS)
 def test_algm_agrees_with_torchs_counter(name, settings, backend):
-    model = patch(make(name), "algm", **{"layers": (1, 3), **settings})
+    model = patch(make(name), "algm", **{"layers": (0, 2), **settings})
     images = torch.randn(3, 3, *model.patch_embed.img_size)
     with use_backend(backend):
         model(images)
@@ -88,8 +88,8 @@ def test_algm_agrees_with_torchs_counter(name, settings, backend):
 
 
 def test_counts_that_depend_on_images_need_some():
-    model = patch(VisionTransformer(**TINY, dynamic_img_size=True).eval(), "algm", layers=(1, 3), threshold=-1.0)
-    with pytest.raises(RuntimeError, match=r"first run a forward of images of 65 tokens \(there was none\)"):
+    model = patch(VisionTransformer(**TINY, dynamic_img_size=True).eval(), "algm", layers=(0, 2), threshold=-1.0)
+    with pytest.raises(RuntimeError, match=r"first run a forward with images of 65 tokens \(there was none\)"):
         flops.count(model)
     assert flops.count(model, tokens=[17, 17, 10]).tokens == (65, 17, 17, 10)
     model(torch.randn(2, 3, 32, 64))
@@ -99,14 +99,14 @@ def test_counts_that_depend_on_images_need_some():
 
 
 def test_a_forward_without_images_tells_nothing():
-    model = patch(make("vit"), "algm", layers=(1, 3))
+    model = patch(make("vit"), "algm", layers=(0, 2))
     model(torch.zeros(0, 3, 64, 64))
     with pytest.raises(RuntimeError, match="there was none"):
         flops.count(model)
 
 
 def test_means_over_images_are_of_operations_and_not_of_tokens():
-    model = patch(make("vit"), "algm", layers=(1,), threshold=0.9, count="image")
+    model = patch(make("vit"), "algm", layers=(0,), threshold=0.9, count="image")
     plain = torch.cat([torch.full((1, 3, 64, 64), 20.0), 20 * torch.randn(1, 3, 64, 64)])
     model(plain)
     both = flops.count(model)
@@ -152,7 +152,7 @@ def test_given_tokens_and_image_size():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"img_size": 32}, ValueError, "takes images of"),
+        ({"img_size": 32}, ValueError, "accepts only images of"),
         ({"img_size": 0}, ValueError, "img_size must be at least 1"),
         ({"img_size": 1.5}, TypeError, "img_size must be an int"),
         ({"img_size": (1, 2, 3)}, ValueError, "one number or"),

@@ -104,7 +104,7 @@ NORMALISED = np.random.default_rng(0).normal(size=(12, 20, 3))
         (np.zeros((12, 20, 3), np.int64), {}, TypeError, "uint8, or floats"),
         (NORMALISED, {}, ValueError, "before normalisation"),
         (np.full((12, 20, 3), np.nan), {}, ValueError, "values from nan"),
-        (noise(), {"grid": None}, ValueError, "15 patches after its prefix, which are no square"),
+        (noise(), {"grid": None}, ValueError, "15 patches after its prefix, which form no square"),
         (noise(), {"grid": (5, 5)}, ValueError, "makes 5 x 5 patches .* has 15"),
         (noise(), {"grid": (3, 5), "patch_size": 4}, ValueError, "not both"),
         (noise(), {"grid": 3}, TypeError, "grid must be two ints, got 3"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def load_dense(name):
-    """The module tests/patch/dense_<name>.py."""
-    path = Path(__file__).parent / "patch" / f"dense_{name}.py"
+    """The module tests/methods/dense_<name>.py."""
+    path = Path(__file__).parent / "methods" / f"dense_{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Fused kernels for token reduction in vision transformers: token maps, the ops on them, and patches for models."""
 
-from tokred_kernels import flops, nn, viz
+from tokred_kernels import flops, methods, nn, viz
 from tokred_kernels.backends import use_backend
 from tokred_kernels.backends.configuration import show_config
-from tokred_kernels.calibrate import Thresholds, calibrate_thresholds
-from tokred_kernels.diffrate_search import FoundRates, diffrate_search
+from tokred_kernels.methods.algm import Thresholds, calibrate_thresholds
+from tokred_kernels.methods.diffrate import FoundRates, diffrate_search
+from tokred_kernels.methods.evit import set_keep_rate
 from tokred_kernels.ops.adaptive_bipartite_match import adaptive_bipartite_match
 from tokred_kernels.ops.bipartite_match import bipartite_match
 from tokred_kernels.ops.bipartite_merge import MergeOutput, bipartite_merge
@@ -22,7 +23,7 @@ from tokred_kernels.ops.token_attention import token_attention
 from tokred_kernels.ops.unmerge import unmerge
 from tokred_kernels.ops.window_match import window_match
 from tokred_kernels.packing import Packing
-from tokred_kernels.patch import patch, set_keep_rate, unpatch
+from tokred_kernels.patching import patch, patched_method, unpatch
 from tokred_kernels.token_map import TokenMap
 from tokred_kernels.version import __version__
 
@@ -48,8 +49,10 @@ __all__ = [
     "lookup_scatter",
     "merge",
     "merge_wavg",
+    "methods",
     "nn",
     "patch",
+    "patched_method",
     "random_bipartite_match",
     "set_keep_rate",
     "show_config",

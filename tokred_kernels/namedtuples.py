@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Named tuples with some fields changed."""
+"""Replace fields of named tuples under torch.compile."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ T = TypeVar("T", bound=NamedTuple)
 
 
 def namedtuple_replace(record: T, **fields: Any) -> T:
-    """`record` with other `fields`: its `_replace`, for torch.compile.
+    """Return `record` with other `fields`, like its `_replace`.
 
-    There, torch 2.6 does not follow `_replace`, and 2.11 makes a tuple of nothing of it where a graph breaks.
-    For the same reason these tuples compute by methods: torch 2.6 does not follow the properties of a named tuple.
+    torch.compile does not support `_replace` in torch 2.6, and loses the fields at a graph break in 2.11. Similarly,
+    named tuples here have methods instead of properties, which torch 2.6 does not support.
     """
     own: Any = type(record)
     for name in fields:

@@ -112,7 +112,7 @@ class TokenMap:
 
     @classmethod
     def identity(cls, batch: int, tokens: int, device: torch.device | str | None = None) -> TokenMap:
-        """Return the map that keeps each of `tokens` tokens of `batch` images in place.
+        """Return the map that leaves each of `tokens` tokens of `batch` images in its place.
 
         Raises:
             TypeError: `batch` or `tokens` is not an int.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pictures of what a token map did to an image."""
+"""Draw the groups of a token map on an image."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 WHITE = (255, 255, 255)
 BLACK = (0, 0, 0)
 LUMA = np.array([0.299, 0.587, 0.114])  # brightness of red, green and blue (ITU-R BT.601)
-LIGHT = 140  # of 255: from here on a dark line is the clearer one
-OUTLINE = 0.65  # how far a line goes from its group's colour to black or white
+LIGHT = 140  # of 255: on brighter groups, a dark line is clearer
+OUTLINE = 0.65  # share of black or white in the color of a line
 
 
 def draw_tokens(
@@ -34,26 +34,26 @@ def draw_tokens(
     color: tuple[int, int, int] | None = None,
     dropped: tuple[int, int, int] = BLACK,
 ) -> Image:
-    """The picture of the ToMe paper (figure 4): every group of patches in its mean colour, with its outline.
+    """Draw every group of patches in its mean color with an outline, as in the ToMe paper (figure 4).
 
     Args:
-        image: the picture that went in, before normalisation: a PIL image, an array (H, W, 3), uint8 or floats in
-            [0, 1], or a tensor (3, H, W), uint8 or floats in [0, 1].
-        token_map: from patches to tokens, such as `model.token_map`: `num_prefix` tokens and then the grid's, by rows.
-        patch_size: height and width of a patch in pixels, or one number for both; decides the grid.
-        grid: patches down and across. The image's size need not be a multiple of it. Without either, the grid is
-            square if it can be, and else must be given.
-        num_prefix: how many leading tokens of the map are no patches.
-        image_index: which image of the batch that the map is of.
-        outline: draw a line between groups. Groups need not be connected; every part has a line around it.
-        color: of the line, red, green, blue; by default a lighter shade on dark groups, a darker one on light ones.
-        dropped: the colour of patches whose token was dropped.
+        image: the model's input before normalization: a PIL image, an array (H, W, 3) or a tensor (3, H, W), as uint8
+            or floats in [0, 1].
+        token_map: the map of `num_prefix` tokens and the patches of the grid in row order, such as `model.token_map`.
+        patch_size: (height, width) of a patch in pixels, or one number for both; determines the grid.
+        grid: (rows, columns) of patches. The image size need not be a multiple of it. Without `patch_size` and `grid`,
+            the grid is square if possible, else an error.
+        num_prefix: how many leading tokens of the map are not patches.
+        image_index: the image's index in the batch of the map.
+        outline: draw a line between groups. If a group is not connected, each part has an outline.
+        color: (red, green, blue) of the line; default a lighter shade on dark groups, and a darker one on light groups.
+        dropped: the color of patches whose token was dropped.
 
     Returns:
         A PIL image of the size of `image`.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be read so, or a grid that does not hold the map's patches.
+        TypeError, ValueError: a wrong argument, or a grid that does not match the map.
         ImportError: Pillow is not installed.
     """
     pixels = _pixels(image)
@@ -72,7 +72,7 @@ def draw_tokens(
     down, across = _grid(pixels.shape[:2], patches, patch_size, grid)
     slot = token_map.dest[0, num_prefix:].cpu().numpy().reshape(down, across)
 
-    # Nearest patch of each pixel, so that any size of image goes with any grid.
+    # Nearest patch of each pixel, so that any image size works with any grid.
     height, width = pixels.shape[:2]
     row, column = np.arange(height) * down // height, np.arange(width) * across // width
     group = slot[row[:, None], column[None, :]] + 1  # 0: dropped
@@ -104,7 +104,7 @@ def _pillow() -> Any:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 255]."""
+    """Return the image as (H, W, 3) float32 in [0, 255]."""
     if isinstance(image, Tensor):
         if image.layout is not torch.strided or image.is_nested or image.is_meta:
             raise TypeError("tokred_kernels.viz: image must be a dense tensor with values")
@@ -125,12 +125,12 @@ def _pixels(image: Any) -> np.ndarray:
         return image.astype(np.float32)
     if not np.issubdtype(image.dtype, np.floating):
         raise TypeError(f"tokred_kernels.viz: an image must be uint8, or floats in [0, 1], got {image.dtype}")
-    # Interpolation overshoots a little; a normalised image, which is no picture, overshoots a lot.
+    # Interpolation can exceed the range slightly; a normalized image exceeds it a lot.
     low, high = float(image.min()), float(image.max())
     if not (low >= -0.1 and high <= 1.1):
         raise ValueError(
             f"tokred_kernels.viz: an image of floats must be in [0, 1], got values from {low:.3g} to {high:.3g}; "
-            "give the picture as it was before normalisation"
+            "give the image before normalization"
         )
     return image.astype(np.float32).clip(0, 1) * 255
 
@@ -145,7 +145,7 @@ def _grid(
         side = round(max(patches, 0) ** 0.5)
         if side * side != patches or patches == 0:
             raise ValueError(
-                f"tokred_kernels.viz: the map has {patches} patches after its prefix, which are no square; "
+                f"tokred_kernels.viz: the map has {patches} patches after its prefix, which form no square; "
                 "give grid=(down, across) or patch_size, and check num_prefix"
             )
         return side, side
@@ -169,7 +169,7 @@ def _grid(
 
 
 def _mean_colors(pixels: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """(groups, 3): the mean of each group's pixels."""
+    """Return the mean color of each group, (groups, 3)."""
     index = group.ravel()
     count = np.bincount(index, minlength=groups)
     sums = [np.bincount(index, weights=pixels[..., channel].ravel(), minlength=groups) for channel in range(3)]
@@ -177,7 +177,7 @@ def _mean_colors(pixels: np.ndarray, group: np.ndarray, groups: int) -> np.ndarr
 
 
 def _edges(group: np.ndarray, thickness: int) -> np.ndarray:
-    """(H, W) bool: pixels within `thickness` of one of another group, above or to the left."""
+    """Return the pixels within `thickness` of another group above or to the left, (H, W) bool."""
     edge = np.zeros(group.shape, bool)
     for step in range(1, thickness + 1):
         edge[step:] |= group[step:] != group[:-step]
@@ -186,6 +186,6 @@ def _edges(group: np.ndarray, thickness: int) -> np.ndarray:
 
 
 def _contrast(colors: np.ndarray) -> np.ndarray:
-    """The same hue, far lighter for dark colours and far darker for light ones; (n, 3)."""
+    """Return the same hues (n, 3), much lighter for dark colors and much darker for light ones."""
     light = colors @ LUMA > LIGHT
     return (1 - OUTLINE) * colors + OUTLINE * np.where(light[:, None], BLACK, WHITE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What benchmarks/tune.py lets win, with kernels and clocks that are told what to do; no GPU is needed."""
+"""The winners of benchmarks/tune.py, with fake kernels and clocks; no GPU is needed."""
 
 import json
 import os
@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import report, table, tune, tune_trials
-from benchmarks.tune_trials import Means, relative_error
+from benchmarks import table, tune
+from benchmarks.harness import records, trials
+from benchmarks.harness.trials import GpuFunctions, relative_error
 from tokred_kernels.backends.triton import configs_attention, configs_tables, configs_tuned
 from tokred_kernels.backends.triton import token_attention as forward
 
@@ -25,7 +26,7 @@ PLACE = configs_tuned.Place("sm_90", "attention", "bfloat16", 64)
 
 
 class Kernel:
-    """In place of a kernel: writes the same as all, but where it is told to err, to fail or to leave its output."""
+    """A fake kernel. The blocks in its lists give wrong results, fail, spill, or write nothing."""
 
     __name__ = "attention_kernel"
     arg_names = ()
@@ -64,7 +65,7 @@ def jobs_of_a_fake(monkeypatch, **kernel):
 
 @pytest.fixture
 def tried(monkeypatch):
-    """Tune attention with such a kernel; each config takes what `times` says, in turns where those are several."""
+    """Tune attention with a fake kernel. `times` has the time of each config, or one for each measurement."""
 
     def run(times, minutes=5.0, failing_to_compile=(), measure=None, **kernel):
         fake, jobs = jobs_of_a_fake(monkeypatch, **kernel)
@@ -81,9 +82,9 @@ def tried(monkeypatch):
             if blocks_of(launch.options) in failing_to_compile:
                 raise ValueError("cannot be compiled")
 
-        means = Means(measure or timed, compiled, lambda: None)
+        gpu = GpuFunctions(measure or timed, compiled, lambda: None)
         deadline = time.monotonic() + minutes * 60
-        rows = tune.tune(jobs, "sm_90", "bfloat16", 64, means, deadline, 2, {"attention": BLOCKS})
+        rows = tune.tune(jobs, "sm_90", "bfloat16", 64, gpu, deadline, {"attention": BLOCKS})
         return {tuple(row["config"][n] for n in NUMBERS): row for row in rows}
 
     return run
@@ -108,7 +109,7 @@ def test_the_fastest_wins_and_the_tables_stay_as_they_are(tried):
     assert configs_attention.choose("attention", 64, torch.bfloat16, "sm_90").num_warps == 4
 
 
-def test_an_architecture_without_a_table_gets_none(tried):
+def test_an_architecture_without_a_table_still_has_none(tried):
     with tune_using("sm_89"):
         assert configs_attention.choose("attention", 64, torch.bfloat16, "sm_89").num_warps == 2
         assert configs_attention.choose("attention", 32, torch.bfloat16, "sm_89").num_warps == 4
@@ -117,9 +118,9 @@ def test_an_architecture_without_a_table_gets_none(tried):
 
 
 def tune_using(architecture):
-    from benchmarks.tune_trials import using
+    from benchmarks.harness.trials import use_config
 
-    return using(architecture, "attention", "bfloat16", configs_tables.AttentionConfig(64, 64, 64, 2, 2))
+    return use_config(architecture, "attention", "bfloat16", configs_tables.AttentionConfig(64, 64, 64, 2, 2))
 
 
 def test_wrong_results_never_win(tried):
@@ -129,10 +130,10 @@ def test_wrong_results_never_win(tried):
         assert rows[blocks]["status"] == "wrong"
         assert rows[blocks]["median_us"] is None
     assert rows[BLOCKS[0]]["error"] == pytest.approx(0.1, rel=0.02)
-    assert rows[BLOCKS[1]]["error"] != rows[BLOCKS[1]]["error"]  # NaN: what it left unwritten was poisoned
+    assert rows[BLOCKS[1]]["error"] != rows[BLOCKS[1]]["error"]  # NaN, the initial content of the output
 
 
-def test_what_fails_is_recorded_and_the_rest_goes_on(tried):
+def test_failures_are_recorded_and_the_others_are_timed(tried):
     rows = tried({BLOCKS[2]: 50.0}, failing=[BLOCKS[0]], failing_to_compile=[BLOCKS[1]])
     assert winners(rows) == [BLOCKS[2]]
     assert rows[BLOCKS[0]]["status"] == rows[BLOCKS[1]]["status"] == "failed"
@@ -140,14 +141,14 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(tried):
     assert rows[BLOCKS[1]]["reason"] == "ValueError: cannot be compiled"
 
 
-def test_nothing_wins_where_what_is_in_use_fails(tried):
+def test_nothing_wins_if_the_config_in_use_fails(tried):
     rows = tried({BLOCKS[2]: 50.0}, failing=[IN_USE])
     assert winners(rows) == []
     assert rows[IN_USE]["status"] == "failed"
     assert {row["status"] for blocks, row in rows.items() if blocks != IN_USE} == {"not reached"}
 
 
-def test_what_spills_is_timed_but_does_not_win(tried):
+def test_a_config_that_spills_is_timed_but_does_not_win(tried):
     rows = tried({BLOCKS[0]: 50.0, BLOCKS[1]: 90.0}, spilling=[BLOCKS[0]])
     assert winners(rows) == [BLOCKS[1]]
     assert rows[BLOCKS[0]]["status"] == "spills"
@@ -155,11 +156,11 @@ def test_what_spills_is_timed_but_does_not_win(tried):
 
 
 @pytest.mark.parametrize("fastest", [98.0, (90.0, 99.0)], ids=["less than the margin", "once, and not again"])
-def test_little_or_chance_does_not_win(tried, fastest):
+def test_small_or_accidental_gains_do_not_win(tried, fastest):
     assert winners(tried({BLOCKS[0]: fastest})) == []
 
 
-def test_a_time_limit_ends_with_what_there_is(tried):
+def test_the_time_limit_keeps_earlier_results(tried):
     begin = time.monotonic()
 
     def slow(call):
@@ -179,22 +180,22 @@ def test_a_time_limit_ends_with_what_there_is(tried):
 def test_configs_that_do_not_reach_the_kernel_are_not_timed(monkeypatch):
     _, jobs = jobs_of_a_fake(monkeypatch)
     monkeypatch.setattr(forward, "architecture_of", lambda _: "sm_80")
-    means = Means(lambda _: 1.0, lambda _: None, lambda: None)
+    gpu = GpuFunctions(lambda _: 1.0, lambda _: None, lambda: None)
     with pytest.raises(RuntimeError, match="was not launched with"):
-        list(tune.tune(jobs, "sm_90", "bfloat16", 64, means, time.monotonic() + 60, 2, {"attention": BLOCKS}))
+        list(tune.tune(jobs, "sm_90", "bfloat16", 64, gpu, time.monotonic() + 60, {"attention": BLOCKS}))
 
 
-def test_a_lost_device_is_not_taken_for_a_bad_config(monkeypatch):
+def test_a_lost_device_is_not_a_bad_config(monkeypatch):
     def lost():
         raise RuntimeError("an illegal memory access was encountered")
 
     _, jobs = jobs_of_a_fake(monkeypatch, failing=[IN_USE])
     with pytest.raises(RuntimeError, match="illegal memory"):
-        list(tune.tune(jobs, "sm_90", "bfloat16", 64, Means(None, lambda _: None, lost), time.monotonic() + 60, 2))
+        list(tune.tune(jobs, "sm_90", "bfloat16", 64, GpuFunctions(None, lambda _: None, lost), time.monotonic() + 60))
 
 
-def test_rows_come_before_what_stops_their_kernel(monkeypatch):
-    def settle():
+def test_rows_come_before_the_exception_of_their_kernel(monkeypatch):
+    def synchronise():
         if made:
             raise RuntimeError("an illegal memory access was encountered")
 
@@ -204,7 +205,9 @@ def test_rows_come_before_what_stops_their_kernel(monkeypatch):
 
     made = []
     _, jobs = jobs_of_a_fake(monkeypatch)
-    trying = tune.tune(jobs, "sm_90", "bfloat16", 64, Means(timed, lambda _: None, settle), time.monotonic() + 60, 2)
+    trying = tune.tune(
+        jobs, "sm_90", "bfloat16", 64, GpuFunctions(timed, lambda _: None, synchronise), time.monotonic() + 60
+    )
     assert next(trying)["status"] == "measured"
     with pytest.raises(RuntimeError, match="illegal memory"):
         list(trying)
@@ -212,7 +215,7 @@ def test_rows_come_before_what_stops_their_kernel(monkeypatch):
 
 def test_nothing_is_timed_while_others_compile(tried, monkeypatch):
     done = []
-    monkeypatch.setattr(tune_trials.Trial, "_compile", lambda self, launches: (time.sleep(0.02), done.append(launches)))
+    monkeypatch.setattr(trials.Trial, "_compile", lambda self, launches: (time.sleep(0.02), done.append(launches)))
     counts = []
 
     def timed(call):
@@ -234,7 +237,7 @@ def test_errors_are_relative_and_nan_never_passes():
     assert relative_error([ones[:0]], [ones[:0]]) == 0
 
 
-def test_winners_are_written_beside_what_is_known_and_read_again(tried, tmp_path):
+def test_winners_are_added_to_the_file(tried, tmp_path):
     rows = list(tried({BLOCKS[0]: 50.0}).values())
     found = tune.winning(rows)
     assert found == {PLACE: configs_tables.AttentionConfig(64, 64, 64, 4, 2)}
@@ -250,7 +253,7 @@ def test_winners_are_written_beside_what_is_known_and_read_again(tried, tmp_path
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """`tune.main` where all seems to be as on a GPU, and every config after the first takes half its time."""
+    """Fake a GPU, on which every config after the first takes half the time."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.machine, "describe", lambda: MACHINE)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -261,7 +264,7 @@ def on_a_gpu(monkeypatch):
         call()
         return 100.0 if fake.ran[-1] == IN_USE else 50.0
 
-    monkeypatch.setattr(tune, "gpu_means", lambda: Means(measure, lambda _: None, lambda: None))
+    monkeypatch.setattr(tune, "gpu_functions", lambda: GpuFunctions(measure, lambda _: None, lambda: None))
     monkeypatch.setattr(tune, "make_jobs", lambda *_: made)
 
 
@@ -271,14 +274,14 @@ MACHINE = {
 }
 
 
-def test_everything_measured_is_a_result_that_the_readme_does_not_take(on_a_gpu, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_all_rows_are_recorded_and_the_readme_does_not_show_them(on_a_gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     tuned = tmp_path / "elsewhere" / "tuned.json"
     tuned.parent.mkdir()
     assert tune.main(["--kernel", "attention", "--tuned", str(tuned)]) == 0
     (path,) = tmp_path.glob("*.json")
     assert path.name == "2026-01-02-cuda-tune.json"
-    rows = report.read_json(path)["rows"]
+    rows = records.read_json(path)["rows"]
     assert len(rows) > 10
     assert configs_tuned.read(tuned) == tune.winning(rows)
     assert len(tune.winning(rows)) == 1
@@ -286,20 +289,20 @@ def test_everything_measured_is_a_result_that_the_readme_does_not_take(on_a_gpu,
     assert ", wins" in capsys.readouterr().out
 
 
-def test_what_was_measured_before_a_stop_is_kept(on_a_gpu, tmp_path, capsys, monkeypatch):
+def test_rows_before_an_exception_are_kept(on_a_gpu, tmp_path, capsys, monkeypatch):
     (job,) = tune.make_jobs()
     broken = job._replace(call=lambda: 1 / 0)
     monkeypatch.setattr(tune, "make_jobs", lambda *_: [job, broken, job])
     path, tuned = tmp_path / "run.json", tmp_path / "tuned.json"
     assert tune.main(["--tuned", str(tuned), "--json", str(path)]) == 1
     assert "stopped: ZeroDivisionError" in capsys.readouterr().err
-    run = report.read_json(path)
+    run = records.read_json(path)
     assert run["settings"]["stopped"].startswith("ZeroDivisionError")
     assert len(run["rows"]) == 1 + len(set(tune.CANDIDATES["attention"]) - {IN_USE})
     assert configs_tuned.read(tuned).keys() == {PLACE}
 
 
-def test_a_bad_file_of_tuned_configs_is_named_before_anything_is_measured(on_a_gpu, tmp_path, capsys):
+def test_a_bad_tuned_file_is_an_error_before_the_first_measurement(on_a_gpu, tmp_path, capsys):
     tuned = tmp_path / "tuned.json"
     tuned.write_text("{}")
     with pytest.raises(SystemExit):
@@ -318,7 +321,7 @@ def test_a_bad_file_of_tuned_configs_is_named_before_anything_is_measured(on_a_g
         (["--minutes", "0"], "--minutes must be more than 0"),
     ],
 )
-def test_what_cannot_be_is_said(arguments, words, capsys, monkeypatch):
+def test_bad_arguments(arguments, words, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         tune.main(arguments)
@@ -329,14 +332,14 @@ def test_what_cannot_be_is_said(arguments, words, capsys, monkeypatch):
 INTERPRETED = """
 import json, time
 from benchmarks import tune
-from benchmarks.tune_trials import Means
+from benchmarks.harness.trials import GpuFunctions
 shapes = tune.Shapes((1, 1, 9), (1, 1, 65, 66), 3)
 tune.ENOUGH = (2, 9)
-means = Means(lambda call: call() or 1.0, lambda launch: None, lambda: None)
+gpu = GpuFunctions(lambda call: call() or 1.0, lambda launch: None, lambda: None)
 for variant in tune.VARIANTS:
     jobs = tune.make_jobs(variant, 32, "float32", shapes, "cpu")
     few = dict.fromkeys((*tune.ATTENTION, *tune.LOOKUP), [(32, 32, 4, 1)])
-    for row in tune.tune(jobs, "portable", "float32", 32, means, time.monotonic() + 200, 2, few):
+    for row in tune.tune(jobs, "portable", "float32", 32, gpu, time.monotonic() + 200, few):
         print(json.dumps([row["kernel"], row["status"], row["config"]["block_queries"], row["config"]["enough"]]))
 """
 

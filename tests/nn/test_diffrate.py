@@ -8,9 +8,10 @@ import torch
 from support import golden
 
 from tokred_kernels import flops
-from tokred_kernels.nn.diffrate import CompressionRate, compression_flops, kept_counts
-from tokred_kernels.patch import patch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.methods.diffrate import compression_flops, kept_counts
+from tokred_kernels.models.imports import import_timm
+from tokred_kernels.nn.diffrate import CompressionRate
+from tokred_kernels.patching import patch
 
 VisionTransformer = import_timm().models.vision_transformer.VisionTransformer
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.lookupvit import (
     LookupLogits,
     LookupViT,
@@ -19,7 +20,6 @@ from tokred_kernels.nn.lookupvit import (
 )
 from tokred_kernels.nn.lookupvit_flops import lookupvit_flops
 from tokred_kernels.nn.lookupvit_resize import resize_tokens
-from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
 
@@ -279,9 +279,9 @@ def test_learns_random_labels_of_random_images():
         (
             {"img_size": 30},
             ValueError,
-            r"img_size must be of sides that patches of \(8, 8\) .*, got \(30, 30\)",
+            r"img_size must be a multiple of the patch size \(8, 8\), got \(30, 30\)",
         ),
-        ({"img_size": (32, 28)}, ValueError, "img_size must be of sides that patches"),
+        ({"img_size": (32, 28)}, ValueError, "img_size must be a multiple of the patch size"),
         ({"img_size": (2, 2, 32, 32)}, ValueError, "img_size must have 2 or 3 dimensions"),
         ({"patch_size": (8, 8, 8), "img_size": (32, 32)}, ValueError, "patch_size must have 2 numbers"),
         ({"img_size": (4, 32, 32), "patch_size": (2, 8, 8)}, ValueError, "grid must have 3 numbers"),

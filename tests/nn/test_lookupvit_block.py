@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tokred_kernels as tk
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.lookupvit_block import DropPath, LookupViTBlock
-from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
 
@@ -242,9 +242,9 @@ def test_settings_that_are_refused(change, error, message):
 @pytest.mark.parametrize(
     ("compressed", "lookup", "message"),
     [
-        ((2, 12, DIM), (2, 11, DIM), "z_p must have from 1 to N = 11 tokens, as many as z_l has, got 12"),
+        ((2, 12, DIM), (2, 11, DIM), "z_p must have from 1 to N = 11 tokens, the number of z_l, got 12"),
         ((2, 0, DIM), (2, 11, DIM), "z_p must have from 1 to N = 11 tokens"),
-        ((2, 5, DIM), (3, 11, DIM), "z_p and z_l must be of as many images, got 2 and 3"),
+        ((2, 5, DIM), (3, 11, DIM), "z_p and z_l must have the same batch size, got 2 and 3"),
         ((2, 5, 8), (2, 11, DIM), r"z_p must be \(B, tokens, 24\) as dim is 24, got \(2, 5, 8\)"),
         ((2, 5, DIM), (11, DIM), r"z_l must be \(B, tokens, 24\) as dim is 24, got \(11, 24\)"),
     ],

@@ -7,10 +7,10 @@ from torch import nn
 
 import tokred_kernels as tk
 from tokred_kernels import flops
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.lookupvit import LookupViT, lookupvit_base
 from tokred_kernels.nn.lookupvit_flops import lookupvit_flops
 from tokred_kernels.nn.lookupvit_resize import resize_flops
-from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
 
@@ -59,7 +59,7 @@ def test_operations_are_the_papers():
 def test_operations_that_are_refused():
     with pytest.raises(TypeError, match="model must be a LookupViT, got Linear"):
         lookupvit_flops(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match=r"images of \(32, 32\) pixels only, got \(64, 64\); make it with dynamic_img"):
+    with pytest.raises(ValueError, match=r"only images of \(32, 32\) pixels, got \(64, 64\); make it with dynamic_img"):
         lookupvit_flops(LookupViT(**TINY), 64)
     with pytest.raises(ValueError, match="grid must be at most the lookup grid"):
         lookupvit_flops(LookupViT(**TINY), grid=(5, 5))

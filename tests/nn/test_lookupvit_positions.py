@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.lookupvit import LookupViT
 from tokred_kernels.nn.lookupvit_positions import smooth_positions
 from tokred_kernels.nn.lookupvit_resize import resize_tokens
-from tokred_kernels.patch.timm_import import import_timm
 
 timm = import_timm()
 

@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokred_kernels import unmerge
+from tokred_kernels.models.imports import import_timm
 from tokred_kernels.nn.segmenter import LinearSegmenter
-from tokred_kernels.patch import patch
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.patching import patch
 
 VisionTransformer = import_timm().models.vision_transformer.VisionTransformer
 CLASSES = 5
 METHODS = {
     "unpatched": None,
     "tome": ("tome", {"r": 3}),
-    "algm, batch": ("algm", {"layers": (1, 3), "threshold": 0.0, "count": "batch"}),
-    "algm, image": ("algm", {"layers": (1, 3), "threshold": 0.0, "count": "image"}),
-    "algm, numbers": ("algm", {"layers": (1, 3), "count": [3, 4]}),
+    "algm, batch": ("algm", {"layers": (0, 2), "threshold": 0.0, "count": "batch"}),
+    "algm, image": ("algm", {"layers": (0, 2), "threshold": 0.0, "count": "image"}),
+    "algm, numbers": ("algm", {"layers": (0, 2), "count": [3, 4]}),
 }
 
 
@@ -185,8 +185,8 @@ def test_maps_that_are_not_kept():
     ("settings", "size", "message"),
     [
         ({}, (48, 72), r"images must be of \(48, 64\) pixels, got \(48, 72\); .* dynamic_img_size=True"),
-        ({"dynamic_img_size": True}, (48, 70), r"patches of \(8, 8\) pixels divide, got \(48, 70\); .*img_pad=True"),
-        ({"dynamic_img_size": True}, (47, 64), r"patches of \(8, 8\) pixels divide, got \(47, 64\)"),
+        ({"dynamic_img_size": True}, (48, 70), r"the patch size \(8, 8\) divides, got \(48, 70\); .*img_pad=True"),
+        ({"dynamic_img_size": True}, (47, 64), r"the patch size \(8, 8\) divides, got \(47, 64\)"),
     ],
 )
 def test_images_of_a_wrong_size(settings, size, message):
@@ -207,7 +207,7 @@ def test_images_that_are_none():
         ({"num_classes": 2.0}, TypeError, "num_classes must be an int, got float"),
         ({"decoder": torch.relu}, TypeError, r"decoder must be a torch\.nn\.Module, got builtin_function_or_method"),
         ({"token_wise": None}, TypeError, "token_wise must be True or False, got None"),
-        ({"token_wise": False}, ValueError, "token_wise must be True where no decoder is given"),
+        ({"token_wise": False}, ValueError, "token_wise must be True without a decoder"),
     ],
 )
 def test_refusals(settings, error, message):

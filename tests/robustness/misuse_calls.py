@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 
 import torch
 
 import tokred_kernels as tk
-from tokred_kernels.calibrate import Similarity
-from tokred_kernels.patch import METHODS
-from tokred_kernels.patch.timm_import import import_timm
+from tokred_kernels.methods.algm import Similarity
+from tokred_kernels.models.imports import import_timm
+from tokred_kernels.patching import METHODS
 
 
 def op_calls():
@@ -44,7 +43,6 @@ def op_calls():
         tk.Packing.of: {"lengths": (3, 0, 9), "device": torch.device("cpu")},
         tk.flops.count: {"model": model},
         tk.flops.image_size: {"model": model},
-        tk.flops.made_of: {"model": model},
         tk.viz.draw_tokens: {"image": torch.rand(3, 12, 16), "token_map": token_map, "grid": (3, 4), "num_prefix": 0},
         tk.nn.CompressionRate: {"patch_number": 12},
         tk.nn.TokenPredictor: {"embed_dim": 8},
@@ -93,12 +91,13 @@ def stateful_calls():
         "LinearSegmenter": (tk.nn.LinearSegmenter, {"encoder": vit(), "num_classes": 3}),
         "LinearSegmenter.forward": (tk.nn.LinearSegmenter(vit(), 3).eval().forward, {"images": images}),
         "unpatch": (unpatched, {"model": torch.nn.Identity()}),
+        "patched_method": (tk.patched_method, {"model": torch.nn.Identity()}),
         "set_keep_rate": (rated, {"keep_rate": (0.5,)}),
-        "calibrate_thresholds": (calibrated, {"batches": [images], "layers": (1, 2), "window": (2, 2)}),
+        "calibrate_thresholds": (calibrated, {"batches": [images], "layers": (0, 1), "window": (2, 2)}),
         "diffrate_search": (searched, {"batches": [(images, torch.tensor([0, 1]))], "target_gflops": 0.0003}),
-        "compression_flops": (tk.nn.compression_flops, {"model": torch.nn.Identity()}),
-        "kept_counts": (tk.nn.kept_counts, {"model": torch.nn.Identity()}),
-        "patch": (tk.patch, {"model": torch.nn.Identity(), "method": "tome"}),
+        "compression_flops": (tk.methods.compression_flops, {"model": torch.nn.Identity()}),
+        "kept_counts": (tk.methods.kept_counts, {"model": torch.nn.Identity()}),
+        "patch": (tk.patch, {"model": torch.nn.Identity(), "method": tk.methods.ToMe(2)}),
     }
     for size in ("tiny", "small", "base", "large"):
         make = getattr(tk.nn, f"lookupvit_{size}")
@@ -112,7 +111,7 @@ def stateful_calls():
 # A setting of each method for a model of two blocks and 16 patches; the others have their defaults.
 PATCHES = {
     "tome": {"r": 2},
-    "algm": {"layers": (1, 2), "threshold": 0.2},
+    "algm": {"layers": (0, 1), "threshold": 0.2},
     "dynamicvit": {"layers": (1,), "keep": (0.5,)},
     "evit": {"layers": (1,), "keep_rate": (0.5,)},
     "diffrate": {"kept": {"prune_kept_num": [15, 12], "merge_kept_num": [14, 9]}},
@@ -143,8 +142,7 @@ def patched_with(method):
         with torch.no_grad():
             return model(torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32))
 
-    _, *settings = inspect.signature(importlib.import_module(METHODS[method]).apply).parameters.values()
-    call.__signature__ = inspect.Signature(settings)
+    call.__signature__ = inspect.signature(METHODS.get(method, functools.partial(tk.nn.LookupViT.from_vit, vit())))
     return call
 
 

@@ -7,7 +7,7 @@ from robustness import misuse
 
 import tokred_kernels as tk
 from tokred_kernels.ops.registry import SPECS
-from tokred_kernels.patch import METHODS
+from tokred_kernels.patching import METHODS
 
 WITHOUT_ARGUMENTS = {"views", "as_rows"}
 
@@ -26,5 +26,6 @@ def test_every_public_function_and_every_op_is_misused():
         methods = {name for name, value in vars(kind).items() if isinstance(value, (classmethod, FunctionType))}
         with_arguments = {name for name in methods if not name.startswith("_")} - WITHOUT_ARGUMENTS
         assert {f"{kind.__name__}.{name}" for name in with_arguments} <= called
-    assert {f"patch:{method}" for method in METHODS} - called == {"patch:tomesd"}  # needs diffusers: see tests/patch
+    methods = {f"patch:{method}" for method in (*METHODS, "lookupvit")}
+    assert methods - called == {"patch:tomesd"}  # needs diffusers: see tests/methods
     assert set(misuse.recorded_calls()) == {name for name, spec in SPECS.items() if spec.is_registered}

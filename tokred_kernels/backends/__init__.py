@@ -100,14 +100,9 @@ def choose(op: str, tensor: Tensor, *, head_dim: int = 0, training: bool = False
         RuntimeError: the backend requested cannot run the call; the message has the reason and the backends that can.
         ValueError: TOKRED_BACKEND names no backend.
     """
-    if (
-        tensor.is_cpu
-        and _requested in (AUTO, "cpu")
-        and native.MODULE is not None
-        and "cpu" not in SELF_CHECKED
-        and not torch.jit.is_tracing()
-    ):
-        return "cpu"  # a shortcut with the same result as `_choose`: this runs between two layers of a model
+    is_direct = tensor.is_cpu and _requested in (AUTO, "cpu") and native.MODULE is not None
+    if is_direct and "cpu" not in SELF_CHECKED and not torch.jit.is_tracing():
+        return "cpu"  # the result of `_choose`, found faster: this runs between two layers of a model
     return _choose(op, _requested, tensor, head_dim, training)
 
 

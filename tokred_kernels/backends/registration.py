@@ -85,7 +85,7 @@ def register(
 
 
 def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Return a function that returns the arguments at these places."""
+    """Return a function that returns the arguments at these places, as a tuple."""
     if places == list(range(len(places))):
         return itemgetter(slice(len(places)))
     if places == list(range(places[0], places[-1] + 1)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Modules and layer functions of the token-reduction systems, made of the package's ops."""
 
-from tokred_kernels.nn.diffrate import CompressionRate, compression_flops, kept_counts
+from tokred_kernels.nn.diffrate import CompressionRate
 from tokred_kernels.nn.dynamicvit import TokenPredictor, decide, distillation_loss, ratio_loss
 from tokred_kernels.nn.evit import cosine_keep_rate, keep_attentive
 from tokred_kernels.nn.lookupvit import (
@@ -24,12 +24,10 @@ __all__ = [
     "LookupViT",
     "LookupViTBlock",
     "TokenPredictor",
-    "compression_flops",
     "cosine_keep_rate",
     "decide",
     "distillation_loss",
     "keep_attentive",
-    "kept_counts",
     "lookup_loss",
     "lookupvit_base",
     "lookupvit_flops",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The attention that patched models run: `token_attention`, and its weights written out where those are dropped."""
+"""The attention of patched models: `token_attention`, or explicit weights if dropout applies to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokred_kernels.packing import Packing
 
 
 def size_bias(size: Tensor, like: Tensor) -> Tensor:
-    """The `key_bias` (B, 1, 1, N) of attention in `like`'s dtype, from sizes (B, N, 1): their logarithm."""
+    """Return the attention bias (B, 1, 1, N) of sizes (B, N, 1), their logarithm, in the dtype of `like`."""
     return key_bias(size.log().squeeze(2), like)
 
 
@@ -35,18 +35,18 @@ def attend(
     fused: bool = True,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_attention`, with what timm's attention has besides.
+    """Compute `token_attention` with the additional options of timm's attention.
 
     Args:
-        q, k, v, size, policy, importance, packed: of `token_attention`.
-        dropout: the probability with which attention weights are dropped; 0 when evaluating.
-        fused: False writes the weights out, (B, H, N, N), step by step as timm does where its fused attention is off.
-        drop: the module that drops weights with probability `dropout`. It is called on all weights that are written
-            out, so that its hooks see them. Default `torch.nn.functional.dropout`.
+        q, k, v, size, policy, importance, packed: see `token_attention`.
+        dropout: the probability of dropping an attention weight; 0 in evaluation.
+        fused: False materializes the weights (B, H, N, N), like timm without fused attention.
+        drop: the module that drops weights with probability `dropout`. It is called on all materialized weights, so
+            that its hooks see them. Default `torch.nn.functional.dropout`.
 
     Returns:
-        (B, H, N, d), or (T, H, d) if packed, and the importance (B, N), or (T,), or None. Weights count before they are
-        dropped.
+        (B, H, N, d), or (T, H, d) if packed, and the importance (B, N), or (T,), or None. The importance is that of the
+        weights before dropout.
     """
     if fused and dropout == 0.0:
         out = token_attention(q, k, v, size=size, policy=policy, importance=importance, packed=packed)
@@ -61,9 +61,9 @@ def attend(
         return torchs_attention(q, k, v, None if size is None else size.log(), dropout_p=dropout), None
     bias = None if size is None else size.to(torch.promote_types(q.dtype, size.dtype)).log()
     weights = attention_weights(q, k, bias, policy, q.shape[-1] ** -0.5, torch.matmul)
-    worth = None if importance is None else importance_of(weights, importance)
+    ranking = None if importance is None else importance_of(weights, importance)
     weights = weights.to(v.dtype)
-    return (F.dropout(weights, dropout) if drop is None else drop(weights)) @ v, worth
+    return (F.dropout(weights, dropout) if drop is None else drop(weights)) @ v, ranking
 
 
 def _each_image(
@@ -79,18 +79,19 @@ def _each_image(
     fused: bool,
     drop: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` for packed tokens (T, H, d), image by image."""
-    lengths = [length for length in packed.lengths if length]  # images without tokens have no weights to write out
+    """Compute `attend` for packed tokens (T, H, d), image by image."""
+    lengths = [length for length in packed.lengths if length]  # without images that have no tokens
     if not lengths:
         return torch.empty_like(v), None if importance is None else q.new_empty(0, dtype=torch.float32)
     columns: list[Any] = [part.split(lengths) for part in (q, k, v)]
     columns += [[None] * len(lengths) if t is None else t.split(lengths) for t in (size, policy)]
-    outputs, worths = [], []
+    outputs, importances = [], []
     for query, key, value, *terms in zip(*columns, strict=True):
         heads_first = (part.transpose(0, 1)[None] for part in (query, key, value))
         own_size, own_policy = (None if t is None else t[None] for t in terms)
         wanted: Any = {"size": own_size, "policy": own_policy, "importance": importance}
-        y, worth = attend(*heads_first, **wanted, dropout=dropout, fused=fused, drop=drop)
+        y, ranking = attend(*heads_first, **wanted, dropout=dropout, fused=fused, drop=drop)
         outputs.append(y[0].transpose(0, 1))
-        worths.append(worth)
-    return torch.cat(outputs), None if importance is None else torch.cat([own[0] for own in worths if own is not None])
+        importances.append(ranking)
+    joined = None if importance is None else torch.cat([own[0] for own in importances if own is not None])
+    return torch.cat(outputs), joined

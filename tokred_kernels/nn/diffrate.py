@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""DiffRate's differentiable discrete proxy: how many tokens to keep, as a parameter; and what that costs."""
+"""DiffRate's differentiable discrete proxy: the number of tokens to keep, as a parameter."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +12,16 @@ from tokred_kernels.checks import MAX_ROWS, check_count, check_flag
 class CompressionRate(nn.Module):
     """How many tokens a layer keeps, learned by gradient descent (DiffRate, section 3.3).
 
-    The candidates are patch_number, patch_number - granularity, ..., down to above 0; the parameter
-    `selected_probability`, as in the published code, holds their logits. What is kept is the expected candidate,
+    The candidates are patch_number, patch_number - granularity, and so on, as long as they are above 0. The parameter
+    `selected_probability`, named as in the published code, has their logits. The layer keeps the expected candidate,
     rounded up.
 
     Args:
-        patch_number: the patches that come in, without the class token.
+        patch_number: the number of patches that enter, without the class token.
         granularity: the gap between candidates.
-        class_token: there is one; it is always kept and counted.
-        num_prefix: so many tokens, the class token among them, are always kept and counted; default that one or none.
+        class_token: whether there is a class token, which is always kept and counted.
+        num_prefix: this many tokens, including the class token, are always kept and counted. Default 1 with
+            `class_token`, else 0.
     """
 
     kept_token_candidate: Tensor
@@ -40,39 +39,39 @@ class CompressionRate(nn.Module):
         self.granularity = granularity
         self.prefix = int(class_token) if num_prefix is None else num_prefix
         candidates = self._candidates().float()
-        # Published checkpoints have it among the parameters, so it is in the state dict, and no gradient reaches it.
-        # Nothing is computed with it: half precision, in which a model may be, has no 575.
+        # A parameter without gradient, because published checkpoints have it in their state dict. Nothing is computed
+        # with it: a model can be in half precision, which cannot represent 575.
         self.kept_token_candidate = nn.Parameter(candidates, requires_grad=False)
         self.selected_probability = nn.Parameter(torch.zeros_like(candidates))
 
     @property
     def least(self) -> int:
-        """The lowest count there is to learn, the tokens that are always kept included."""
+        """The lowest count that can be learned, including the tokens that are always kept."""
         return (self.patch_number - 1) % self.granularity + 1 + self.prefix
 
     def _candidates(self, device: torch.device | None = None) -> Tensor:
         return torch.arange(self.patch_number, 0, -self.granularity, device=device)
 
     def kept(self) -> Tensor:
-        """The expected number of tokens kept, class token included, rounded up; its gradient is that of the mean."""
-        # No matrix product: under autocast that would round to half precision, and counts with it.
+        """Return the expected number of kept tokens, prefix included, rounded up, with the gradient of the mean."""
+        # No matrix product, because autocast would compute it in half precision.
         probability = _full(self.selected_probability).softmax(-1)
         mean = (self._candidates(probability.device) * probability).sum()
-        # The zero is added to a whole number, so that the count is exactly one.
+        # Adding zero to a whole number leaves it exactly whole.
         return mean.ceil().detach() + self.prefix + (mean - mean.detach())
 
     def mask(self, token_number: int | None = None) -> Tensor:
-        """(patch_number + class token,): 1 for the tokens kept, the most important first, 0 for the others.
+        """Return (patch_number + num_prefix,): 1 for kept tokens, the most important first, and 0 for the others.
 
-        Its gradient is that of the probability with which each token is kept: the sum of those of the candidates that
-        are large enough. With `token_number` only tokens up to there are set to 0: those after it were out already, and
-        keep their gradient's way.
+        The gradient is that of the probability of keeping each token: the sum of the probabilities of all candidates
+        that are large enough. With `token_number`, only the first `token_number` entries are set to 0: the tokens after
+        them were masked before, and their gradient passes.
         """
         if token_number is not None:
             token_number = check_count("nn.CompressionRate", "token_number", token_number)
         total = self.patch_number + self.prefix
         probability = _full(self.selected_probability).softmax(-1)
-        # Candidate c keeps tokens 0 to c + prefix - 1. Put at its last token, the sum from the end is each token's own.
+        # Candidate c keeps tokens 0 to c + prefix - 1: store its probability there, and sum from the end.
         last = self._candidates(probability.device) + self.prefix - 1
         at_last = probability.new_zeros(total).scatter(0, last, probability)
         soft = at_last.flip(0).cumsum(0).flip(0)
@@ -80,66 +79,14 @@ class CompressionRate(nn.Module):
         gone = index >= self.kept().detach()
         if token_number is not None:
             gone = gone & (index < token_number)
-        # An exact zero is added, so that the mask is 0 and 1 to the bit, as attention wants of a policy.
+        # Adding an exact zero leaves the mask exactly 0 and 1, which attention needs.
         return torch.where(gone, 0.0, 1.0).to(soft.dtype) + (soft - soft.detach())
 
     def extra_repr(self) -> str:
-        """What a print of the model shows."""
+        """Return the text for `print(model)`."""
         return f"patch_number={self.patch_number}, class_token={bool(self.prefix)}, kept={int(self.kept())}"
 
 
 def _full(value: Tensor) -> Tensor:
-    """In float32, or float64 of such: half precision has no 577."""
+    """Return the value in float32, or float64 if it has that: half precision cannot represent 577."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def kept_counts(model: Any) -> tuple[list[int], list[int]]:
-    """How many tokens pruning keeps in each block, and how many merging does, as the learned counts stand.
-
-    Args:
-        model: patched with "diffrate" and no counts given.
-    """
-    from tokred_kernels import flops  # noqa: PLC0415  (it counts by the patch framework, which imports this package)
-
-    blocks = flops.made_of(model).blocks
-    counts = [torch.stack([block.prune_ddp.kept(), block.merge_ddp.kept()]).tolist() for block in blocks]
-    return [int(prune) for prune, _ in counts], [int(merge) for _, merge in counts]
-
-
-def compression_flops(model: Any) -> Tensor:
-    """What one image takes as the learned counts stand, in GFLOPs: a scalar that is differentiable by the counts.
-
-    The number is that of `flops.count(model).gflops`: a multiply-add is two operations, and papers on vision
-    transformers print half of it. Its gradient is the published one: what leaves a block is the least of what enters
-    and the two counts, and its gradient goes to both counts, whichever is the least; that of choosing which tokens
-    merge is left out.
-
-    Args:
-        model: patched with "diffrate" and no counts given.
-    """
-    from tokred_kernels import flops  # noqa: PLC0415  (it counts by the patch framework, which imports this package)
-
-    anatomy = flops.made_of(model)
-    tokens = anatomy.patches + anatomy.num_prefix
-    entering: Any = tokens
-    slope: Any = 0.0
-    left = []
-    for block, parts in zip(anatomy.blocks, anatomy.parts, strict=True):
-        prune, merge = block.prune_ddp.kept(), block.merge_ddp.kept()
-        tokens = min(tokens, int(prune.detach()), int(merge.detach()))
-        leaving = tokens + _zero(prune) + _zero(merge)
-        slope = slope + _per_token(parts.attention) * entering + 4e-9 * parts.inner * entering * entering
-        slope = slope + _per_token(parts.mlp) * leaving
-        left.append(tokens)
-        entering = leaving
-    return flops.count(model, tokens=left).gflops + _zero(slope)
-
-
-def _zero(value: Tensor) -> Tensor:
-    """Nothing but the gradient."""
-    return value - value.detach()
-
-
-def _per_token(module: nn.Module) -> float:
-    """GFLOPs of the linear layers inside, for a token."""
-    return 2e-9 * sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))

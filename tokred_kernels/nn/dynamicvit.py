@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DynamicViT's parts: the predictor of what to keep, its decisions, and the losses that train them."""
+"""DynamicViT's parts: the predictor, its decisions, and the losses that train it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ INIT_STD = 0.02  # as published
 
 
 class TokenPredictor(nn.Module):
-    """Scores each token by itself and by the mean of what is kept (DynamicViT, section 3.2; `PredictorLG`).
+    """Score each token by its own features and the mean of the kept tokens (DynamicViT, section 3.2).
 
-    Parameters have the names and shapes of the published checkpoints' `score_predictor`.
+    The parameters have the names and shapes of the published `PredictorLG`, `score_predictor` in checkpoints.
 
     Args:
         embed_dim: C, a multiple of 4.
@@ -57,12 +57,12 @@ class TokenPredictor(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, policy: Tensor) -> Tensor:
-        """The log-probabilities (B, N, 2) of keeping and of dropping each token.
+        """Return the log-probabilities (B, N, 2) of keeping and of dropping each token.
 
         Args:
             x: (B, N, C), without prefix tokens.
-            policy: (B, N, 1) or (B, N), 1 for tokens that were kept so far, else 0. An image that kept none has zeros
-                for the mean.
+            policy: (B, N, 1) or (B, N), 1 for tokens that were kept so far, else 0. If an image kept none, the mean is
+                zero.
         """
         check_tokens("nn.TokenPredictor", "x", x)
         check_dense("nn.TokenPredictor", "policy", policy)
@@ -83,9 +83,11 @@ class TokenPredictor(nn.Module):
 
 
 def decide(log_probabilities: Tensor, policy: Tensor) -> Tensor:
-    """A new policy (B, N): 0 or 1 by Gumbel-softmax, with its straight-through gradient; what was dropped stays so.
+    """Draw a policy (B, N) of 0 and 1 by Gumbel-softmax with its straight-through gradient (DynamicViT, section 3.3).
 
-    `log_probabilities` (B, N, 2), `policy` (B, N) (DynamicViT, section 3.3).
+    Args:
+        log_probabilities: (B, N, 2), from `TokenPredictor`.
+        policy: (B, N), the previous policy; tokens that it drops stay dropped.
     """
     check_floating("nn.decide", "log_probabilities", log_probabilities)
     if log_probabilities.dim() != 3 or log_probabilities.shape[2] != 2:
@@ -96,7 +98,7 @@ def decide(log_probabilities: Tensor, policy: Tensor) -> Tensor:
 
 
 def _check_policy(function: str, policy: Tensor, name: str, tokens: Tensor) -> None:
-    """Raise unless there is one for each token: a column would spread to all pairs of them."""
+    """Raise ValueError unless `policy` has one entry per token: a column would broadcast to all pairs."""
     check_dense(f"nn.{function}", "policy", policy)
     check_same_device(f"nn.{function}", "policy", policy, name, tokens)
     if policy.shape != tokens.shape[:2]:
@@ -107,13 +109,11 @@ def _check_policy(function: str, policy: Tensor, name: str, tokens: Tensor) -> N
 
 
 def ratio_loss(policies: Sequence[Tensor], keep: Sequence[float] | float) -> Tensor:
-    """The mean squared distance between the share of tokens that each image keeps and the one asked for.
+    """Return the mean squared distance between the kept share of each image and the target (DynamicViT, equation 14).
 
     Args:
-        policies: of each pruning layer, (B, N) without prefix tokens.
-        keep: the shares asked for, of all N tokens; one number for all layers, or one for each.
-
-    (DynamicViT, section 3.4, equation 14.)
+        policies: the policy of each pruning layer, (B, N) without prefix tokens.
+        keep: the target shares of all N tokens, one number for all layers or one per layer.
     """
     op = "nn.ratio_loss"
     if not isinstance(policies, (list, tuple)) or not policies:
@@ -138,19 +138,19 @@ def ratio_loss(policies: Sequence[Tensor], keep: Sequence[float] | float) -> Ten
 def distillation_loss(
     logits: Tensor, teacher_logits: Tensor, tokens: Tensor, teacher_tokens: Tensor, policy: Tensor, *, mse: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """How far a pruned model is from its teacher: of the predictions, and of the tokens that are left.
+    """Return the distances of a pruned model from its teacher (DynamicViT, equations 12 and 13).
+
+    This is the published `DistillDiffPruningLoss_dynamic`.
 
     Args:
         logits, teacher_logits: (B, classes).
         tokens, teacher_tokens: (B, N, C), without prefix tokens.
-        policy: (B, N), the last one: only tokens that it keeps count.
-        mse: compare tokens by their mean squared distance; False by the Kullback-Leibler divergence of their softmax.
+        policy: (B, N), the last policy; only the tokens that it keeps are compared.
+        mse: True compares tokens by mean squared distance, False by the Kullback-Leibler divergence of their softmax.
 
     Returns:
-        Two numbers: the Kullback-Leibler divergence from the teacher's predictions, and the distance of the tokens, 0
-        where none is left.
-
-    (DynamicViT, section 3.4, equations 12 and 13; `DistillDiffPruningLoss_dynamic`.)
+        The Kullback-Leibler divergence from the teacher's predictions, and the distance of the kept tokens, which is 0
+        if there are none.
     """
     op = "nn.distillation_loss"
     for name, value, other_name, other in (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EViT's parts: how many tokens to keep as training goes on, and what the others leave behind."""
+"""EViT's parts: the fusion of inattentive tokens, and the schedule of the keep rate."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def keep_attentive(
 
     Args:
         x: (B, N, C).
-        importance: (B, N), the class token's attention, as `token_attention(importance="class")` gives it. The fused
-            token is the sum of its tokens, each times this, so it is differentiable by way of both.
-        k, num_prefix, fuse: of `keep_topk`; without `fuse` the others are dropped.
+        importance: (B, N), the attention of the class token, from `token_attention(importance="class")`. The fused
+            token is the sum of its tokens times their importance, and differentiable in both.
+        k, num_prefix, fuse: see `keep_topk`; without `fuse`, the other tokens are dropped.
 
     Returns:
-        The tokens that are left, and the map that was followed.
+        The output tokens, and the map.
 
-    Raises as `keep_topk` and `merge` do.
+    Raises:
+        TypeError, ValueError: see `keep_topk` and `merge`.
     """
     op = "nn.keep_attentive"
     check_tokens(op, "x", x)
@@ -45,16 +46,15 @@ def keep_attentive(
 
 
 def cosine_keep_rate(step: int, *, warmup: int, total: int, base: float, highest: float = 1.0) -> float:
-    """The keep rate at a step of training: all tokens at first, then falling to `base` along a cosine.
+    """Return the keep rate at a training step: 1 at first, then falling to `base` along a cosine (EViT, section 4).
 
     Args:
-        step: counted from 0, in any unit: iterations, or epochs.
-        warmup: so many steps keep every token.
-        total: from this step on it is `base`. With warmup = total = 0, as in the published fine-tuning, it always is.
-        base: the rate to end with.
-        highest: where the cosine starts.
-
-    (EViT, section 4, "training strategy"; `adjust_keep_rate`.)
+        step: the step, counted from 0, in iterations or epochs.
+        warmup: the number of first steps that keep every token.
+        total: from this step on, the rate is `base`. With warmup = total = 0, as in the published fine-tuning, it is
+            always `base`.
+        base: the last rate.
+        highest: the rate at which the cosine starts.
 
     Raises:
         ValueError: rates that are not 0 < base <= highest <= 1, a negative `step`, or `warmup` above `total`.

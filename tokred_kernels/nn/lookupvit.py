@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""LookupViT: a vision transformer that processes a small grid of compressed tokens, and looks up a large one."""
+"""LookupViT: a vision transformer that processes a small grid of compressed tokens, and looks up a large grid."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,20 +31,22 @@ from tokred_kernels.nn.lookupvit_block import (
     check_heads,
     check_probabilities,
 )
+from tokred_kernels.nn.lookupvit_from_vit import check_vit, vit_settings, vit_weights, zero_new_branches
 from tokred_kernels.nn.lookupvit_positions import smooth_positions
 from tokred_kernels.nn.lookupvit_resize import resize_tokens
 
 OP = "nn.LookupViT"
 HEAD_STD = 0.02
+LOGGER = logging.getLogger("tokred_kernels")
 CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class LookupLogits(NamedTuple):
-    """What the two heads say, (B, classes) each.
+    """The logits of the two heads, (B, classes) each.
 
     Attributes:
-        compressed: of the compressed tokens.
-        lookup: of the lookup tokens.
+        compressed: the logits of the compressed tokens.
+        lookup: the logits of the lookup tokens.
     """
 
     compressed: Tensor
@@ -51,20 +54,20 @@ class LookupLogits(NamedTuple):
 
 
 def lookup_loss(logits: LookupLogits, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """The sum of both heads' cross entropies, with equal weight.
+    """Return the sum of the cross entropies of both heads.
 
     Args:
-        logits: of a LookupViT that is training.
+        logits: the output of a LookupViT in training.
         labels: (B,) classes, or (B, classes) probabilities.
-        label_smoothing: as in torch's `cross_entropy`.
+        label_smoothing: see torch's `cross_entropy`.
 
     Raises:
-        TypeError: logits that are not of both heads: a model that evaluates gives their average.
+        TypeError: logits that are not of both heads: in evaluation, a model returns their average.
     """
     if not isinstance(logits, LookupLogits):
         raise TypeError(
             f"tokred_kernels.nn.lookup_loss: logits must be a LookupLogits, got {type(logits).__name__}; a LookupViT "
-            "gives it when training: call model.train()"
+            "returns it in training: call model.train()"
         )
     op = "nn.lookup_loss"
     for part in logits:
@@ -90,29 +93,30 @@ def lookup_loss(logits: LookupLogits, labels: Tensor, *, label_smoothing: float 
 class LookupViT(nn.Module):
     """LookupViT (Koner et al., ECCV 2024), for images and for video.
 
-    Patches become lookup tokens with learned positions, which start as `smooth_positions`; compressed tokens are these,
-    resized linearly to a smaller grid, with nothing of their own to learn; `LookupViTBlock` on both; a norm and a head
-    on the mean of each. There is no class token.
+    Patches become lookup tokens with learned positions, which start as `smooth_positions`. Compressed tokens are the
+    lookup tokens, resized linearly to a smaller grid, without parameters. `LookupViTBlock` processes both, and a norm
+    and a head follow on the mean of each. The model has no class token.
 
     Args:
         img_size: pixels, (height, width), or (time, height, width) for video; one number for a square image.
-        patch_size: of a patch, in as many dimensions; one number for all.
+        patch_size: pixels of a patch, in the same dimensions; one number for all.
         in_chans: channels of an image.
-        num_classes: of each head; 0 for none, so that both give the mean of their tokens, (B, D).
+        num_classes: classes of each head; 0 for no heads, so that both outputs are the mean of their tokens, (B, D).
         embed_dim, depth, num_heads: D, the number of blocks, H.
-        grid: the compressed grid, in as many dimensions, where `forward` is given none.
-        grids: when training, `forward` draws one of these for each step, instead of `grid`.
+        grid: the compressed grid, in the same dimensions, unless `forward` gets another one.
+        grids: in training, `forward` draws one of these for each step, instead of `grid`.
         mlp_ratio, lookup_ratio, qkv_bias, scatter_proj, init_values, proj_drop, attn_drop, norm_eps: see
             `LookupViTBlock`.
-        drop_path_rate: of the last block; it grows linearly from 0 in the first.
-        dynamic_img_size: True takes images of every size that the patch divides: positions are resized to their grid.
+        drop_path_rate: the rate of the last block; it grows linearly from 0 in the first block.
+        dynamic_img_size: True accepts images of every size that the patch size divides, and resizes positions.
 
     Parameters that a ViT has too have the names and shapes of timm's VisionTransformer: `patch_embed`, `pos_embed`
     (without class token), `norm1`, `attn`, `norm2` and `mlp` of `blocks`, `norm`, `head`.
 
     Raises:
-        TypeError, ValueError: a wrong setting; sides that the patch does not divide; a compressed grid of more tokens
-            than the lookup grid in any dimension, or of another rank; `num_heads` that do not divide `embed_dim`.
+        TypeError, ValueError: a wrong setting; an image size that the patch size does not divide; a compressed grid
+            that is larger than the lookup grid in any dimension, or of another rank; `num_heads` that do not divide
+            `embed_dim`.
     """
 
     def __init__(
@@ -159,7 +163,7 @@ class LookupViT(nn.Module):
         self.grids = None if grids is None else self._choices(grids)
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, self.patch_size)
-        # Positions at random would average out where they are resized, and leave compressed tokens too alike.
+        # Random positions would average out in the resizing, and make the compressed tokens too similar.
         self.pos_embed = nn.Parameter(smooth_positions(self.lookup_grid, embed_dim))
         self.blocks = nn.ModuleList(
             LookupViTBlock(
@@ -182,26 +186,94 @@ class LookupViT(nn.Module):
         self.head = _head(embed_dim, num_classes)
         self.head_lookup = _head(embed_dim, num_classes)
 
+    @classmethod
+    def from_vit(
+        cls,
+        vit: nn.Module,
+        *,
+        grid: Sequence[int],
+        grids: Sequence[Sequence[int]] | None = None,
+        lookup_ratio: float = 2.0,
+        scatter_proj: bool = False,
+        drop_path_rate: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+    ) -> LookupViT:
+        """Make a LookupViT that starts from the weights of a timm VisionTransformer, for fine-tuning.
+
+        These weights are copied: the patch embedding; the positions, without that of the class token; the norms, self
+        attention, MLP and layer scale of each block, for the compressed tokens; its attention, norm and layer scale
+        again, for the gather; the last norm and the head, for each kind of token. A head that was trained on a class
+        token now gets a mean, so it needs fine-tuning too.
+
+        The scattered values and the MLP on lookup tokens are new. The last layer of each starts at zero, so lookup
+        tokens keep their embedding at first. Starting the gather from the ViT's projection learns faster than starting
+        it at zero too, and both learn faster than a LookupViT with random weights.
+
+        Args:
+            vit: a VisionTransformer of timm's own blocks with learned positions, and without distillation and register
+                tokens. It does not change.
+            grid, grids, lookup_ratio, scatter_proj, drop_path_rate, proj_drop, attn_drop: see `LookupViT`. All other
+                settings are those of the ViT; its dropout rates are not used.
+
+        Returns:
+            The LookupViT, on the device of the ViT, in its dtype and mode. `taken` and `fresh` are the names of the
+            parameters that came from the ViT, and of the others. The logger "tokred_kernels" reports their numbers.
+
+        Raises:
+            NotImplementedError: a model, or a part of it, that has no counterpart in a LookupViT.
+            TypeError, ValueError: a wrong setting, or a patched model.
+        """
+        check_vit(vit)
+        source: Any = vit
+        model: Any = cls(
+            **vit_settings(source),
+            grid=grid,
+            grids=grids,
+            lookup_ratio=lookup_ratio,
+            scatter_proj=scatter_proj,
+            drop_path_rate=drop_path_rate,
+            proj_drop=proj_drop,
+            attn_drop=attn_drop,
+        )
+        model.to(device=source.pos_embed.device, dtype=source.pos_embed.dtype).train(source.training)
+        given, parameters = vit_weights(source), dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in given.items():
+                parameters[name].copy_(value)
+            for block in model.blocks:
+                zero_new_branches(block)
+        model.taken = tuple(name for name in parameters if name in given)
+        model.fresh = tuple(name for name in parameters if name not in given)
+        LOGGER.info(
+            "tokred_kernels.nn.LookupViT.from_vit: took %d parameters from the %s, and %d are new (see model.taken and "
+            "model.fresh)",
+            len(model.taken),
+            type(vit).__name__,
+            len(model.fresh),
+        )
+        return model
+
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> LookupLogits | Tensor:
-        """The logits of images (B, channels, height, width), or of video (B, channels, time, height, width).
+        """Return the logits of images (B, channels, height, width), or video (B, channels, time, height, width).
 
         Args:
             x: the images.
-            grid: the compressed grid, any at most the lookup grid. None is the model's `grid`, or, when training with
+            grid: the compressed grid, at most the lookup grid. None is the model's `grid`, or, in training with
                 `grids`, one drawn by `sample_grid()`.
 
         Returns:
-            When training the logits of both heads, for `lookup_loss`; when evaluating their average, (B, classes).
+            In training, the logits of both heads, for `lookup_loss`; in evaluation, their average, (B, classes).
 
         Raises:
-            TypeError, ValueError: images, or a grid, that the model does not take.
+            TypeError, ValueError: images or a grid that the model does not support.
         """
         z_p, z_l = self.forward_features(x, grid)
         logits = LookupLogits(self.head(z_p.mean(1)), self.head_lookup(z_l.mean(1)))
         return logits if self.training else (logits.compressed + logits.lookup) / 2
 
     def forward_features(self, x: Tensor, grid: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """The compressed tokens (B, M, D) and the lookup tokens (B, N, D), by rows, after the last norms.
+        """Return the compressed tokens (B, M, D) and the lookup tokens (B, N, D), in row order, after the last norms.
 
         Arguments and errors are those of `forward`.
         """
@@ -216,12 +288,11 @@ class LookupViT(nn.Module):
         return self.norm(z_p), self.norm_lookup(z_l)
 
     def sample_grid(self, generator: torch.Generator | None = None) -> tuple[int, ...]:
-        """One of `grids`, each as likely as another; `grid` where there are none.
+        """Draw one of `grids` uniformly, from torch's own generator or the given one; without `grids`, return `grid`.
 
-        Drawn by torch's own generator, or the one given. Processes that train together (DDP) draw each for themselves
-        in `forward`, and the slowest grid of each step holds the others up: to have them agree, give every one
-        `forward(x, grid=model.sample_grid(generator))` with generators of one seed. Under torch.compile do the same,
-        outside of what is compiled: a draw would break the graph.
+        In distributed training, each process draws its own grid in `forward`, and the slowest grid of each step delays
+        the others. To draw the same grid, call `forward(x, grid=model.sample_grid(generator))` with generators of the
+        same seed. Do the same with torch.compile, outside the compiled code: a draw breaks the graph.
         """
         if self.grids is None:
             return self.grid
@@ -229,25 +300,26 @@ class LookupViT(nn.Module):
         return self.grids[int(torch.randint(len(self.grids), (), generator=generator, device=device))]
 
     def lookup_grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
-        """How many lookup tokens images of `size` pixels have along each dimension.
+        """Return how many lookup tokens an image of `size` pixels has along each dimension.
 
         Raises:
-            ValueError: a side that the patch does not divide, or another number of dimensions.
+            ValueError: the patch size does not divide `size`, or their numbers of dimensions differ.
         """
         if len(size) != len(self.patch_size) or any(
             pixels < 1 or pixels % patch for pixels, patch in zip(size, self.patch_size, strict=True)
         ):
             raise ValueError(
-                f"tokred_kernels.{OP}: img_size must be of sides that patches of {self.patch_size} pixels divide, got "
+                f"tokred_kernels.{OP}: img_size must be a multiple of the patch size {self.patch_size}, got "
                 f"{tuple(size)}; give another img_size or patch_size"
             )
         return tuple(pixels // patch for pixels, patch in zip(size, self.patch_size, strict=True))
 
     def compressed_grid(self, grid: Any, lookup_grid: tuple[int, ...], name: str = "grid") -> tuple[int, ...]:
-        """`grid` as a tuple; messages call it `name`.
+        """Return `grid` as a tuple; messages call it `name`.
 
         Raises:
-            TypeError, ValueError: it has another rank than `lookup_grid`, or a number that is not from 1 to its.
+            TypeError, ValueError: it differs from `lookup_grid` in rank, or has a number that is not from 1 to the one
+                there.
         """
         if not isinstance(grid, (tuple, list, torch.Size)) or len(grid) != len(lookup_grid):
             raise ValueError(
@@ -272,8 +344,8 @@ class LookupViT(nn.Module):
         size = tuple(x.shape[2:])
         if not self.dynamic_img_size and size != self.img_size:
             raise ValueError(
-                f"tokred_kernels.{OP}: x must have images of {self.img_size} pixels, got {size}; for others make the "
-                "model with dynamic_img_size=True"
+                f"tokred_kernels.{OP}: x must have images of {self.img_size} pixels, got {size}; for other sizes, "
+                "make the model with dynamic_img_size=True"
             )
         return self.lookup_grid_of(size)
 
@@ -286,7 +358,7 @@ class LookupViT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images to the tokens of their patches, with the parameters of timm's PatchEmbed."""
+    """Embed the patches of images, with the parameters of timm's PatchEmbed."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, ...]) -> None:
         super().__init__()
@@ -294,27 +366,27 @@ class PatchEmbed(nn.Module):
         self.proj = convolution(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, ...) to (B, N, D), by rows."""
+        """Map (B, channels, ...) to (B, N, D), in row order."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 def lookupvit_tiny(num_classes: int = 1000, grid: Sequence[int] = (7, 7), **more: Any) -> LookupViT:
-    """`LookupViT` with the width, depth and heads of ViT-Ti; `more` are its other settings."""
+    """Make a `LookupViT` with the embedding dimension, depth and heads of ViT-Ti; `more` are its other settings."""
     return LookupViT(num_classes=num_classes, grid=grid, **{**_named(192, 12, 3), **more})
 
 
 def lookupvit_small(num_classes: int = 1000, grid: Sequence[int] = (7, 7), **more: Any) -> LookupViT:
-    """`LookupViT` with the width, depth and heads of ViT-S; `more` are its other settings."""
+    """Make a `LookupViT` with the embedding dimension, depth and heads of ViT-S; `more` are its other settings."""
     return LookupViT(num_classes=num_classes, grid=grid, **{**_named(384, 12, 6), **more})
 
 
 def lookupvit_base(num_classes: int = 1000, grid: Sequence[int] = (7, 7), **more: Any) -> LookupViT:
-    """`LookupViT` with the width, depth and heads of ViT-B; `more` are its other settings."""
+    """Make a `LookupViT` with the embedding dimension, depth and heads of ViT-B; `more` are its other settings."""
     return LookupViT(num_classes=num_classes, grid=grid, **{**_named(768, 12, 12), **more})
 
 
 def lookupvit_large(num_classes: int = 1000, grid: Sequence[int] = (7, 7), **more: Any) -> LookupViT:
-    """`LookupViT` with the width, depth and heads of ViT-L; `more` are its other settings."""
+    """Make a `LookupViT` with the embedding dimension, depth and heads of ViT-L; `more` are its other settings."""
     return LookupViT(num_classes=num_classes, grid=grid, **{**_named(1024, 24, 16), **more})
 
 
@@ -332,7 +404,7 @@ def _head(embed_dim: int, num_classes: int) -> nn.Module:
 
 
 def _sizes(name: str, value: Any, rank: int) -> tuple[int, ...]:
-    """One number for each dimension."""
+    """Return one number per dimension."""
     sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
     if len(sizes) != rank:
         raise ValueError(f"tokred_kernels.{OP}: {name} must have {rank} numbers, or be one, got {value}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""LookupViT's block: a few compressed tokens are processed in full, and share what they learn with many."""
+"""LookupViT's block: process a few compressed tokens in full, and exchange features with many lookup tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NORM_EPS = 1e-6  # that of vision transformers
 class LookupViTBlock(nn.Module):
     """One block on M compressed and N lookup tokens (LookupViT, section 3, algorithms 1 to 3).
 
-    In this order, each with a norm before and a residual around it:
+    These steps run in order, each with a norm before it and a residual around it:
 
     1. compressed tokens gather from lookup tokens: cross attention with weights A, (B, H, M, N), never stored;
-    2. and 3. self attention and MLP on compressed tokens, a plain ViT block;
-    4. lookup tokens get values projected from the compressed ones, by the same A, transposed;
+    2. and 3. self attention and MLP on compressed tokens, as in a plain ViT block;
+    4. lookup tokens receive values projected from the compressed tokens, weighted by A transposed;
     5. a narrow MLP on lookup tokens.
 
     Parameters of 2 and 3 have the names and shapes of timm's Block: `norm1`, `attn`, `ls1`, `norm2`, `mlp`, `ls2`.
@@ -32,19 +32,20 @@ class LookupViTBlock(nn.Module):
     Args:
         dim: D.
         num_heads: H, a divisor of D, for all attention.
-        mlp_ratio: p: the MLP on compressed tokens has the hidden width p D.
-        lookup_ratio: q: the MLP on lookup tokens has the hidden width D / q.
+        mlp_ratio: p, for a hidden dimension p D of the MLP on compressed tokens.
+        lookup_ratio: q, for a hidden dimension D / q of the MLP on lookup tokens.
         qkv_bias: whether queries, keys and values have biases.
-        scatter_proj: True puts an output projection after step 4, on all N tokens, 2 N D^2 operations. The default is
-            without: the projection of the values is all there is, and the block stays as cheap as published.
-        drop_path: the probability with which an image skips a residual branch when training, each by itself.
-        init_values: the first value of the layer scale that each branch then ends with; None for none.
+        scatter_proj: True adds an output projection after step 4, on all N tokens, for 2 N D^2 operations. Default
+            False, which is as cheap as published.
+        drop_path: the probability that an image skips a residual branch in training, drawn for each branch.
+        init_values: the initial layer scale at the end of each branch; None for no layer scale.
         proj_drop: dropout after projections and inside MLPs.
-        attn_drop: dropout of self attention's weights. Those of the cross attention are never there to be dropped.
-        norm_eps: of the layer norms.
+        attn_drop: dropout of the weights of self attention. The weights of cross attention are never stored, so they
+            have no dropout.
+        norm_eps: the eps of the layer norms.
 
-    Linear layers start by Xavier's uniform rule, each projection by itself, as in the original ViT: so that scores are
-    of one size for every D.
+    Linear layers start with Xavier's uniform rule, applied to each projection separately, as in the original ViT. This
+    keeps the scale of attention scores independent of D.
 
     Raises:
         TypeError, ValueError: a wrong setting; `num_heads` that do not divide `dim`.
@@ -95,7 +96,7 @@ class LookupViTBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, z_p: Tensor, z_l: Tensor) -> tuple[Tensor, Tensor]:
-        """Compressed tokens (B, M, D) and lookup tokens (B, N, D), M from 1 to N, to the same.
+        """Map compressed tokens (B, M, D) and lookup tokens (B, N, D), with M from 1 to N, to the same shapes.
 
         Raises:
             ValueError: wrong shapes, or M above N.
@@ -120,17 +121,17 @@ class LookupViTBlock(nn.Module):
         check_same_device(OP, "z_p", z_p, "z_l", z_l)
         if z_p.shape[0] != z_l.shape[0]:
             raise ValueError(
-                f"tokred_kernels.{OP}: z_p and z_l must be of as many images, got {z_p.shape[0]} and {z_l.shape[0]}"
+                f"tokred_kernels.{OP}: z_p and z_l must have the same batch size, got {z_p.shape[0]} and {z_l.shape[0]}"
             )
         if not 1 <= z_p.shape[1] <= z_l.shape[1]:
             raise ValueError(
-                f"tokred_kernels.{OP}: z_p must have from 1 to N = {z_l.shape[1]} tokens, as many as z_l has, got "
+                f"tokred_kernels.{OP}: z_p must have from 1 to N = {z_l.shape[1]} tokens, the number of z_l, got "
                 f"{z_p.shape[1]}"
             )
 
 
 class Gather(nn.Module):
-    """Cross attention from compressed to lookup tokens, MHBC l -> p (algorithm 1)."""
+    """Cross attention of compressed tokens over lookup tokens, MHBC l -> p (algorithm 1)."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, proj_drop: float, norm_eps: float) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class Gather(nn.Module):
         self.proj_drop = nn.Dropout(float(proj_drop))
 
     def forward(self, z_p: Tensor, z_l: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is gathered, (B, M, D), and what the same weights are made of again: q, k and the log-sum-exp."""
+        """Return the gathered features (B, M, D), and q, k and the log-sum-exp, which define the weights."""
         q = _heads(self.q(self.norm_p(z_p)), self.num_heads)
         k, v = (_heads(part, self.num_heads) for part in self.kv(self.norm_l(z_l)).chunk(2, dim=-1))
         out, lse = lookup_gather(q, k, v)
@@ -151,7 +152,7 @@ class Gather(nn.Module):
 
 
 class Scatter(nn.Module):
-    """Values of compressed tokens to lookup tokens, by the weights of the gather, MHBC p -> l (algorithm 2)."""
+    """Send values of compressed tokens to lookup tokens with the weights of the gather, MHBC p -> l (algorithm 2)."""
 
     def __init__(
         self, dim: int, num_heads: int, *, qkv_bias: bool, proj: bool, proj_drop: float, norm_eps: float
@@ -164,13 +165,13 @@ class Scatter(nn.Module):
         self.proj_drop = nn.Dropout(float(proj_drop))
 
     def forward(self, z_p: Tensor, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-        """(B, N, D)."""
+        """Return the scattered features (B, N, D)."""
         v = _heads(self.v(self.norm(z_p)), self.num_heads)
         return self.proj_drop(self.proj(_join(lookup_scatter(q, k, v, lse))))
 
 
 class SelfAttention(nn.Module):
-    """A ViT's, with the parameters of timm's Attention."""
+    """Self attention of a ViT, with the parameters of timm's Attention."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, proj_drop: float, attn_drop: float) -> None:
         super().__init__()
@@ -181,14 +182,14 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(float(proj_drop))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, M, D) to the same."""
+        """Map (B, M, D) to (B, M, D)."""
         q, k, v = (_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         out, _ = attend(q, k, v, dropout=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(_join(out)))
 
 
 class Mlp(nn.Module):
-    """A ViT's, with the parameters of timm's Mlp."""
+    """The MLP of a ViT, with the parameters of timm's Mlp."""
 
     def __init__(self, dim: int, hidden: int, *, drop: float) -> None:
         super().__init__()
@@ -201,31 +202,31 @@ class Mlp(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to the same."""
+        """Map (..., D) to (..., D)."""
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class LayerScale(nn.Module):
-    """One learned factor for each channel, with the parameter of timm's LayerScale."""
+    """One learned factor per channel, with the parameter of timm's LayerScale."""
 
     def __init__(self, dim: int, init_values: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to the same."""
+        """Map (..., D) to (..., D)."""
         return x * self.gamma
 
 
 class DropPath(nn.Module):
-    """When training, 0 for whole images at random, and the others scaled so that the mean stays."""
+    """Stochastic depth: in training, set random images to 0, and scale the others to keep the mean."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to the same."""
+        """Map (B, N, D) to (B, N, D)."""
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
@@ -233,7 +234,7 @@ class DropPath(nn.Module):
 
 
 def check_heads(op: str, name: str, dim: Any, num_heads: Any) -> None:
-    """Raise unless both are counts, and one divides the other."""
+    """Raise unless both are counts, and `num_heads` divides `dim`."""
     check_count(op, name, dim, least=1, most=WIDEST)
     check_count(op, "num_heads", num_heads, least=1)
     if dim % num_heads:
@@ -241,14 +242,14 @@ def check_heads(op: str, name: str, dim: Any, num_heads: Any) -> None:
 
 
 def check_above_zero(op: str, **values: Any) -> None:
-    """Raise unless each value is a finite number above 0, and at most `WIDEST`, as it is a factor of a width."""
+    """Raise unless each value, a factor of a dimension, is a finite number above 0 and at most `WIDEST`."""
     for name, value in values.items():
         if not 0 < check_real(op, name, value) <= WIDEST:
             raise ValueError(f"tokred_kernels.{op}: {name} must be above 0 and at most {WIDEST}, got {value}")
 
 
 def check_block(op: str, qkv_bias: Any, scatter_proj: Any, init_values: Any, norm_eps: Any) -> None:
-    """Raise unless the flags are bools, and the first scale and eps finite numbers."""
+    """Raise unless the flags are bools, and the layer scale and eps are finite numbers."""
     check_flag(op, "qkv_bias", qkv_bias)
     check_flag(op, "scatter_proj", scatter_proj)
     if init_values is not None:
@@ -265,7 +266,7 @@ def check_probabilities(op: str, **values: Any) -> None:
 
 
 def _linear(dim: int, parts: int, *, bias: bool = True) -> nn.Linear:
-    """`parts` projections from D to D in one layer, each with the start it would have alone."""
+    """Make one layer of `parts` projections from D to D, each initialized like a separate layer."""
     layer = nn.Linear(dim, parts * dim, bias=bias)
     with torch.no_grad():
         for part in layer.weight.chunk(parts):
@@ -276,10 +277,10 @@ def _linear(dim: int, parts: int, *, bias: bool = True) -> nn.Linear:
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, D) to (B, H, N, d), a view."""
+    """View (B, N, D) as (B, H, N, d)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def _join(x: Tensor) -> Tensor:
-    """(B, H, N, d) to (B, N, D)."""
+    """Join (B, H, N, d) to (B, N, D)."""
     return x.transpose(1, 2).flatten(-2)

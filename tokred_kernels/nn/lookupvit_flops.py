@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How many floating-point operations a LookupViT takes, counted as `tokred_kernels.flops` counts."""
+"""Count the FLOPs of a LookupViT as `tokred_kernels.flops` does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokred_kernels.checks import MAX_ROWS, check_count
-from tokred_kernels.flops import Flops, linear_flops
+from tokred_kernels.nn.flops import Flops, linear_flops
 from tokred_kernels.nn.lookupvit import LookupViT
 from tokred_kernels.nn.lookupvit_resize import resize_flops
 
@@ -18,19 +18,19 @@ OP = "nn.lookupvit_flops"
 def lookupvit_flops(
     model: LookupViT, img_size: int | Sequence[int] | None = None, grid: Sequence[int] | None = None
 ) -> Flops:
-    """The operations of a LookupViT for one image, from its shapes alone.
+    """Count the FLOPs of a LookupViT for one image, from its shapes alone.
 
-    Scores between compressed and lookup tokens are counted twice, as they are computed: once to gather, once to
+    Scores between compressed and lookup tokens count twice, because they are computed twice: for the gather and for the
     scatter. Papers count multiply-adds, which are `Flops.macs`.
 
     Args:
         model: a LookupViT.
-        img_size: pixels, as the model's; default the model's own.
+        img_size: pixels, in the format of the model's `img_size`; default the model's own.
         grid: the compressed grid; default the model's own.
 
     Returns:
-        `patch_embed` includes the resizing to compressed tokens (not that of positions, which is not of the image),
-        `head` is of both heads, and `tokens` are lookup and compressed tokens together, as many in each block.
+        `patch_embed` includes the resizing to compressed tokens, without that of the positions, which does not depend
+        on the image. `head` has both heads. `tokens` has the sum of lookup and compressed tokens for every block.
 
     Raises:
         TypeError, ValueError: a wrong model, size or grid.
@@ -53,7 +53,7 @@ def _block(block: Any, compressed: int, lookup: int) -> int:
     on_compressed = (block.gather.q, block.gather.proj, block.attn, block.mlp, block.scatter.v)
     on_lookup = (block.gather.kv, block.scatter.proj, block.mlp_lookup)
     linear = compressed * sum(map(linear_flops, on_compressed)) + lookup * sum(map(linear_flops, on_lookup))
-    # Two products each of gathering, scattering and self attention.
+    # Two matrix products each for gather, scatter and self attention.
     return linear + 8 * compressed * lookup * dim + 4 * compressed * compressed * dim
 
 
@@ -64,7 +64,7 @@ def _pixels(model: LookupViT, img_size: Any) -> tuple[int, ...]:
     size = tuple(check_count(OP, "img_size", pixels, most=MAX_ROWS) for pixels in size)
     if size != model.img_size and not model.dynamic_img_size:
         raise ValueError(
-            f"tokred_kernels.{OP}: the model takes images of {model.img_size} pixels only, got {size}; make it with "
+            f"tokred_kernels.{OP}: the model accepts only images of {model.img_size} pixels, got {size}; make it with "
             "dynamic_img_size=True"
         )
     return size

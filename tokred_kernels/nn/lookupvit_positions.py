@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Positions of the tokens of a grid, of any number of dimensions, before any are learned."""
+"""Initial positions of the tokens of a grid, in any number of dimensions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TEMPERATURE = 10000.0  # between the shortest wave and the longest, as in the fi
 
 
 def smooth_positions(grid: Sequence[int], dim: int) -> Tensor:
-    """Sines and cosines of where each token of the grid is, (1, N, dim), by rows.
+    """Return the sines and cosines of each token's position in the grid, (1, N, dim), in row order.
 
-    Each dimension of the grid has as many channels as another, half of them sines, half cosines, of as many waves; what
-    is left over is 0. For two dimensions they are the positions of plain vision transformers that learn none (Chen et
-    al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021).
+    Each dimension of the grid has the same number of channels, half of them sines and half cosines; the remaining
+    channels are 0. In two dimensions, they are the fixed positions of Chen et al., "An Empirical Study of Training
+    Self-Supervised Vision Transformers", 2021.
     """
     count = dim // (2 * len(grid))
     waves = TEMPERATURE ** -(torch.arange(count) / max(1, count))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Resizing a grid of tokens, of any number of dimensions, linearly along each."""
+"""Resize a grid of tokens linearly, in any number of dimensions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tokred_kernels.dtypes import accumulator_of
 
 
 def resize_tokens(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
-    """Tokens (B, N, C) of the grid `before`, by rows, resized to (B, M, C) of the grid `after`.
+    """Resize tokens (B, N, C) of the grid `before`, in row order, to (B, M, C) of the grid `after`.
 
-    Bilinear, trilinear, and so on, with antialiasing: where the grid gets smaller, the triangle that weighs neighbours
-    gets as many times wider, so that each token before counts in some token after. Without, 5 x 5 tokens of 24 x 24
-    would be made of 100 of the 576 alone. For two dimensions it is torch's `interpolate(mode="bilinear",
-    antialias=True)`, which knows no third one, and whose backward adds by atomics on a GPU: this one is products of
-    small matrices. Equal grids give x itself.
+    The interpolation is linear in each dimension, with antialiasing: for a smaller grid, the triangle filter is wider
+    by the same factor, so that every input token contributes. Without it, 5 x 5 tokens of 24 x 24 would use only 100 of
+    576. In two dimensions it equals torch's `interpolate(mode="bilinear", antialias=True)`, which does not support
+    three dimensions, and whose backward uses atomics on a GPU. Here it is a product of small matrices. Equal grids
+    return x.
     """
     sizes = list(before)
     dtype = x.dtype
@@ -35,11 +35,11 @@ def resize_tokens(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Ten
         resized = torch.bmm(weights, x.reshape(outer, sizes[axis], inner))
         sizes[axis] = length
         x = resized.reshape(x.shape[0], math.prod(sizes), x.shape[-1])
-    return x.to(dtype)  # autocast would round what the residual stream starts with
+    return x.to(dtype)  # autocast would round the start of the residual stream
 
 
 def resize_flops(channels: int, before: Sequence[int], after: Sequence[int]) -> int:
-    """Operations of `resize_tokens` for one image."""
+    """Return the FLOPs of `resize_tokens` for one image."""
     sizes, flops = list(before), 0
     for axis, length in enumerate(after):
         if sizes[axis] == length:
@@ -53,7 +53,7 @@ def resize_flops(channels: int, before: Sequence[int], after: Sequence[int]) -> 
 
 
 def _weights(before: int, after: int, like: Tensor) -> Tensor:
-    """(after, before), rows of sum 1: a triangle around each new token's centre."""
+    """Return the weights (after, before): a triangle around the center of each output token, of sum 1."""
     precise = accumulator_of(like)
     step = before / after
     centre = (torch.arange(after, device=like.device, dtype=precise) + 0.5) * step - 0.5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pooling tokens that count as often as the tokens they stand for, of all images alike or packed."""
+"""Pool tokens weighted by their sizes, in rectangular and packed batches."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from tokred_kernels.token_map import TokenMap
 
 
 def pool_sized(x: Tensor, size: Tensor, *, kind: str, begin: int) -> Tensor:
-    """The mean over the first tokens, of tokens that stand for several of them.
+    """Return the mean of the tokens, weighted by their sizes.
 
     Args:
         x: (B, N, C).
-        size: (B, N, 1), how many first tokens each token stands for.
-        kind: "avg"; or "avgmax", half of the sum of mean and maximum.
-        begin: so many leading tokens have no part in it.
+        size: (B, N, 1), how many input tokens each token represents.
+        kind: "avg", or "avgmax" for half of the sum of mean and maximum.
+        begin: this many leading tokens are left out.
 
     Returns:
         (B, C).
     """
     total = size[:, begin:].sum(1, keepdim=True)
-    weight = size[:, begin:] / torch.where(total == 0, 1.0, total)  # an image may have dropped all its tokens
-    # type_as, not `to`: an exported model would keep the dtype of its export when it is moved to another.
+    weight = size[:, begin:] / torch.where(total == 0, 1.0, total)  # an image can have dropped all its tokens
+    # type_as, not `to`: an exported model would keep the dtype of its export when it moves to another one.
     mean = (x[:, begin:] * weight).sum(1).type_as(x)
     return mean if kind == "avg" else 0.5 * (x[:, begin:].amax(1) + mean)
 
 
 def pool_packed(x: Tensor, size: Tensor, packing: Packing, *, kind: str, begin: int) -> Tensor:
-    """The same of packed tokens x (T, C) with sizes (T, 1), where `kind` may be "max" and "token" (the first) too."""
+    """Pool packed tokens x (T, C) with sizes (T, 1); `kind` can also be "max", or "token" for the first token."""
     if kind == "token":
-        return leading(x, packing, 1)[:, 0]
+        return leading_tokens(x, packing, 1)[:, 0]
     image = image_of_row(packing).int()
     if begin:
         image = image.index_fill(0, _leading_rows(packing, begin).flatten(), -1)
@@ -44,17 +44,17 @@ def pool_packed(x: Tensor, size: Tensor, packing: Packing, *, kind: str, begin: 
     return mean if kind == "avg" else 0.5 * (merge(x[None], to_image, reduce="amax")[0] + mean)
 
 
-def leading(x: Tensor, packing: Packing, number: int) -> Tensor:
-    """The first `number` tokens of each image, (B, number, C), of packed tokens (T, C)."""
+def leading_tokens(x: Tensor, packing: Packing, number: int) -> Tensor:
+    """Return the first `number` tokens of each image, (B, number, C), from packed tokens (T, C)."""
     return x[_leading_rows(packing, number)]
 
 
 def image_of_row(packing: Packing) -> Tensor:
-    """(T,) int64, the image that each packed row belongs to."""
+    """Return the image of each packed row, (T,) int64."""
     return torch.repeat_interleave(packing.cu_seqlens.diff().long(), output_size=packing.rows)
 
 
 def _leading_rows(packing: Packing, number: int) -> Tensor:
-    """(B, number) int64."""
+    """Return the rows of the first `number` tokens of each image, (B, number) int64."""
     starts = packing.cu_seqlens[:-1, None].long()
     return starts + torch.arange(number, device=starts.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Segmenter's linear head on a vision transformer, whose tokens may have been merged."""
+"""Segmenter's linear head on a vision transformer, which can be patched."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ INIT_STD = 0.02
 
 
 class LinearDecoder(nn.Module):
-    """A linear layer from tokens to classes: (..., C) to (..., K).
+    """A linear layer from tokens (..., C) to class scores (..., K).
 
-    Its parameters are `head.weight` and `head.bias`, as those of Segmenter's DecoderLinear.
+    Its parameters are `head.weight` and `head.bias`, like those of Segmenter's DecoderLinear.
     """
 
     def __init__(self, channels: int, num_classes: int) -> None:
@@ -28,33 +28,33 @@ class LinearDecoder(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The scores of each token's classes."""
+        """Return the class scores of each token."""
         return self.head(x)
 
 
 class LinearSegmenter(nn.Module):
-    """A class for each pixel, from the tokens of a vision transformer (Segmenter, Strudel et al. 2021, section 3.2).
+    """Classify each pixel from the tokens of a vision transformer (Segmenter, Strudel et al. 2021, section 3.2).
 
-    The encoder's final tokens without the prefix, a linear layer from each to the scores of K classes, and bilinear
-    upsampling of these from the grid of patches to the image.
+    A linear layer maps each final token, without the prefix, to the scores of K classes. Bilinear upsampling maps these
+    from the grid of patches to the image.
 
-    The encoder may be patched, before or after it is put in here, with any method that has a `model.token_map`. What
-    looks at each token alone is the same before unmerging as after, so a token-wise decoder runs on the fewer, merged
-    tokens, and its scores are unmerged: K channels are gathered, not C. A decoder that looks at neighbours needs the
-    grid, and runs after unmerging. A patch whose token was dropped has tokens, or scores, of 0.
+    The encoder can be patched before or after, with any method that has a `model.token_map`. A token-wise decoder
+    commutes with unmerging, so it runs on the merged tokens, and its scores are unmerged: that gathers K channels
+    instead of C. Other decoders need the grid, and run after unmerging. The tokens, or scores, of a dropped patch are
+    0.
 
     Args:
-        encoder: a timm VisionTransformer or Eva; make it with `num_classes=0`, and with `global_pool=""` or "token",
-            which leave its final norm on the tokens. With `dynamic_img_size=True` it takes images of any size that the
-            patch divides, with `dynamic_img_pad=True` too of any size at all.
+        encoder: a timm VisionTransformer or Eva. Make it with `num_classes=0`, and with `global_pool=""` or "token",
+            which keep its final norm on the tokens. With `dynamic_img_size=True` it accepts all image sizes that the
+            patch size divides, and with `dynamic_img_pad=True` also all others.
         num_classes: K.
-        decoder: in place of the linear layer. Token-wise, a module from (..., C) to (..., K), where ... is (B, N') or,
-            of packed tokens, (T',). Else one from the grid (B, C, h, w) to (B, K, any height, any width).
-        token_wise: whether the decoder looks at each token alone. False for convolutions.
+        decoder: a module to use instead of the linear layer. If token-wise, it maps (..., C) to (..., K), where ... is
+            (B, N') or, for packed tokens, (T',). Else it maps the grid (B, C, h, w) to (B, K, any height, any width).
+        token_wise: whether the decoder processes each token separately; False for convolutions.
 
-    State dicts of published Segmenters with the linear head load into `decoder` with their names and shapes. Published
-    encoders use an eps of 1e-5, nn.LayerNorm's default, in the norms of all blocks and in the final norm; timm's ViTs
-    use 1e-6. For the same outputs, make the encoder with `norm_layer=torch.nn.LayerNorm`.
+    State dicts of published Segmenters with the linear head load into `decoder`. Published encoders use an eps of 1e-5,
+    nn.LayerNorm's default, in all norms; timm's ViTs use 1e-6. For the same outputs, make the encoder with
+    `norm_layer=torch.nn.LayerNorm`.
 
     Raises:
         TypeError: a wrong type.
@@ -74,10 +74,10 @@ class LinearSegmenter(nn.Module):
         self.decoder = LinearDecoder(self.encoder.embed_dim, num_classes) if decoder is None else decoder
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to scores (B, K, H, W).
+        """Map images (B, 3, H, W) to scores (B, K, H, W).
 
         Raises:
-            ValueError: images of a size that the encoder does not take, or a decoder whose output has not K channels.
+            ValueError: an image size that the encoder does not support, or a decoder output without K channels.
         """
         height, width, stride = self._size(images)
         grid = self.encoder.patch_embed.dynamic_feat_size((height, width))
@@ -94,7 +94,7 @@ class LinearSegmenter(nn.Module):
         if x.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"tokred_kernels.{OP}: encoder must give a token for each of {grid[0]} x {grid[1]} patches, got "
-                f"{x.shape[1]}; patch dropout takes some away: set encoder.patch_drop = torch.nn.Identity()"
+                f"{x.shape[1]}; patch dropout removes some: set encoder.patch_drop = torch.nn.Identity()"
             )
         x = x.transpose(1, 2).unflatten(2, grid)
         if not self.token_wise:
@@ -113,7 +113,7 @@ class LinearSegmenter(nn.Module):
         return scores
 
     def _size(self, images: Tensor) -> tuple[int, int, tuple[int, int]]:
-        """Height and width of images that the encoder takes, and the pixels of a token."""
+        """Return height and width of the images, after checking them, and the pixels of a token."""
         embed = self.encoder.patch_embed
         check_floating(OP, "images", images)
         if images.dim() != 4:
@@ -122,12 +122,12 @@ class LinearSegmenter(nn.Module):
         if embed.strict_img_size and (height, width) != tuple(embed.img_size):
             raise ValueError(
                 f"tokred_kernels.{OP}: images must be of {tuple(embed.img_size)} pixels, got {(height, width)}; for "
-                "others make the encoder with dynamic_img_size=True"
+                "other sizes, make the encoder with dynamic_img_size=True"
             )
         stride = tuple(embed.feat_ratio(as_scalar=False))
         if not embed.dynamic_img_pad and (height % stride[0] or width % stride[1]):
             raise ValueError(
-                f"tokred_kernels.{OP}: images must be of a size that patches of {stride} pixels divide, got "
+                f"tokred_kernels.{OP}: images must have a size that the patch size {stride} divides, got "
                 f"{(height, width)}; make the encoder with dynamic_img_pad=True, or pad them"
             )
         return height, width, stride
@@ -142,4 +142,4 @@ def _check(encoder: Any, decoder: Any, token_wise: Any) -> None:
         raise TypeError(f"tokred_kernels.{OP}: decoder must be a torch.nn.Module, got {type(decoder).__name__}")
     check_flag(OP, "token_wise", token_wise)
     if decoder is None and not token_wise:
-        raise ValueError(f"tokred_kernels.{OP}: token_wise must be True where no decoder is given, got False")
+        raise ValueError(f"tokred_kernels.{OP}: token_wise must be True without a decoder, got False")

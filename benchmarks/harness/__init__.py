@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What all benchmarks share: cases, providers, checks, clocks, memory, the machine, records and tables."""
