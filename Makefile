@@ -2,7 +2,8 @@
 # make demo     install into .venv and run an experiment on real photographs
 # make segment  the same: train a segmenter on real photographs, with and without ALGM
 # make digits   the same: train a ViT on handwritten digits, and the same with fewer tokens by each method
-# make test     install into .venv and run the tests
+# make test     install into .venv and run all tests that run here
+# make test-fast the same without the slow tests and those that need a GPU
 # make lint     formatters, linters, types
 # make sanitize build the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and run the ops' tests with them;
 #               fails on the first report. Needs GCC and its libasan. SANITIZE_TESTS selects other tests.
@@ -16,7 +17,7 @@ DEMO_ARGS ?=
 SEGMENT_ARGS ?=
 DIGITS_ARGS ?=
 
-.PHONY: demo segment digits test lint sanitize format clean gpu gpu-build gpu-check gpu-test gpu-sanitize gpu-memcheck \
+.PHONY: demo segment digits test test-fast lint sanitize format clean gpu gpu-build gpu-check gpu-test gpu-sanitize gpu-memcheck \
   gpu-racecheck gpu-synccheck gpu-memcheck-triton gpu-tune gpu-bench gpu-micro gpu-model gpu-memory gpu-table gpu-collect
 
 demo: $(VENV)/installed
@@ -29,8 +30,9 @@ digits: $(VENV)/installed
 	$(BIN)/python experiments/train_digits.py $(DIGITS_ARGS)
 
 # A file at a time in each process, so that what a file builds for its tests is built once; threads that wait, sleep.
-test: $(VENV)/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+test test-fast: $(VENV)/installed
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(SELECTED)
+test-fast: SELECTED := -m "not slow and not gpu"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -41,7 +43,7 @@ lint: $(VENV)/installed
 # The instrumented module is in a copy of the package, in build/sanitize. Python is not instrumented, so libasan is
 # preloaded, and leaks at exit are not reported. libstdc++ is preloaded so that libasan finds __cxa_throw. pytest must
 # not capture file descriptors: the process ends at the first report, and the report would be lost.
-SANITIZE_TESTS ?= tests/ops tests/test_token_map.py tests/test_properties.py tests/robustness/test_zero_sizes.py
+SANITIZE_TESTS ?= tests/conformance tests/test_token_map.py tests/test_properties.py tests/robustness/test_zero_sizes.py
 sanitize: $(VENV)/required
 	TOKRED_SANITIZE=1 TOKRED_CUDA=0 TOKRED_BUILD_DIR=build/sanitize/cmake $(BIN)/pip install --quiet \
 	  --disable-pip-version-check --no-deps --upgrade --target build/sanitize/package .
@@ -69,7 +71,7 @@ $(VENV)/installed: $(VENV)/required $(NATIVE_SOURCES)
 # docs/lookup_memory_cuda.*, tokred_kernels/backends/triton/tuned.json, build/gpu/ and the README's table. Each step also
 # runs alone, and `make -k gpu` continues after a step that failed. If a machine is available for some minutes at a time:
 #   make gpu-build GPU_ARCHS=90a                  an H100 only, in a fraction of the time; default: see setup.py
-#   make gpu-test GPU_FILES=tests/ops MINUTES=8   some of the tests, for 8 minutes at most
+#   make gpu-test GPU_FILES=tests/conformance MINUTES=8   some of the tests, for 8 minutes at most
 #   make gpu-sanitize SANITIZE_ARGS="--skip grid" without a check that loses the device
 #   make gpu-micro MINUTES=8                      repeat it until the run is complete
 #   make gpu-collect TO=folder                    everything written, in folder/gpu-results.tar.gz
@@ -80,15 +82,15 @@ GPU_BACKENDS ?= cuda,triton
 GPU_DAY ?= $(shell date -u +%F)
 MINUTES ?= 60
 # All tests that are marked gpu lie here. Other files may need packages that the machine lacks.
-GPU_FILES ?= tests/ops tests/backends tests/benchmarks tests/cuda/test_device.py tests/test_token_map.py \
+GPU_FILES ?= tests/conformance tests/backends tests/benchmarks tests/cuda/test_device.py tests/test_token_map.py \
   tests/test_torch_integration.py tests/test_token_attention_use.py
 # A process that loses the device (tests/conftest.py), or whose kernel hangs, ends; pytest-xdist starts another one.
 GPU_TESTS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive timeout --signal INT $(MINUTES)m \
   $(PYTHON) -m pytest -m gpu --continue-on-collection-errors \
   $(shell $(PYTHON) -c "import xdist; print('-n 16 --max-worker-restart 1000')" 2>/dev/null) \
   $(shell $(PYTHON) -c "import pytest_timeout; print('--timeout 180 --timeout-method thread')" 2>/dev/null)
-TUNED_TESTS := tests/ops/test_token_attention.py tests/ops/test_token_attention_packed.py \
-  tests/ops/test_lookup_gather.py tests/ops/test_lookup_scatter.py
+TUNED_TESTS := $(addprefix tests/conformance/test_,token_attention.py token_attention_packed.py lookup_gather.py \
+  lookup_scatter.py)
 # The sanitizer checks the kernels of this package only, selected by a part of their mangled names.
 SANITIZER = TOKRED_SELFCHECK=0 compute-sanitizer --target-processes application-only --error-exitcode 1
 SANITIZE_ARGS ?=

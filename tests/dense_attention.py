@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token attention by its definition, in float64 with all weights in memory, and how far from it rounding may lead."""
+"""Token attention by its definition, in float64 with all weights in memory, and bounds of rounding errors."""
 
 import math
 from typing import NamedTuple
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tokred_kernels as tk
+from tokred_kernels import backends
 from tokred_kernels.backends import native
 
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -17,7 +18,6 @@ TERMS = {"plain": (), "size": ("size",), "policy": ("policy",), "both": ("size",
 # Attention has no kernel in CUDA: on a GPU it is Triton's.
 TRITON = pytest.param("triton", marks=pytest.mark.gpu)
 KERNELS = pytest.mark.parametrize("backend", ["cpu", TRITON], indirect=True)
-ANYWHERE = pytest.mark.parametrize("everywhere", ["reference", "cpu", TRITON], indirect=True)
 # DynamicViT's, models/dyvit.py.
 EPS = 1e-6
 # Sums over tokens are made of sums over so many.
@@ -38,7 +38,7 @@ class Call(NamedTuple):
         return Call(*(None if t is None else function(t) for t in self))
 
     def leaves(self):
-        """The same, detached and with gradients asked for, and the list of what is there."""
+        """Return the same call, detached and with gradients required, and the list of its tensors."""
         made = self.map(lambda t: t.detach().clone(memory_format=torch.preserve_format).requires_grad_())
         return made, [t for t in made if t is not None]
 
@@ -137,12 +137,13 @@ def accumulator(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def assert_rounded(actual, exact, size, roundings, dtype, where):
+def assert_rounded(actual, exact, size, roundings, dtype):
     """`actual` is `exact`, rounded to its dtype, after sums in float32 (float64) of values whose sizes add to `size`.
 
-    On a GPU, and of bfloat16 in the CPU's AMX tiles, weights are rounded to `dtype` before they are multiplied.
+    Triton, and the CPU's AMX tiles in bfloat16, round weights to `dtype` before they multiply them.
     """
-    rounds = where == "cuda" or (where == "cpu" and dtype == torch.bfloat16 and native.AMX)
+    backend = backends.choose("token_attention", actual)
+    rounds = backend == "triton" or (backend == "cpu" and dtype == torch.bfloat16 and native.AMX)
     inner = roundings * torch.finfo(accumulator(dtype)).eps + (torch.finfo(dtype).eps if rounds else 0)
     off = (actual.cpu().double() - exact).abs()
     bound = torch.finfo(actual.dtype).eps * exact.abs() + inner * size + torch.finfo(actual.dtype).tiny
@@ -169,7 +170,7 @@ def check(call, where, importance=None, scale=None, move=None, **how):
     assert results[-1].dtype == (dtype if not importance else accumulator(dtype))
     grads = [grad_out.to(where)] if not importance else [grad_out.to(where), grad_importance.to(results[1])]
     for got, want, size in zip(results, truth.results, truth.result_sizes, strict=True):
-        assert_rounded(got, want, size, truth.roundings, dtype, where)
+        assert_rounded(got, want, size, truth.roundings, dtype)
     gradients = torch.autograd.grad(results, leaves, grads)
     for got, want, size in zip(gradients, truth.gradients, truth.gradient_sizes, strict=True):
-        assert_rounded(got, want, size, truth.roundings, dtype, where)
+        assert_rounded(got, want, size, truth.roundings, dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What tests share: how close is close enough, and when a match is right although another is just as good."""
+"""Helpers of the tests: tolerances, checks of maps, and the selectors' definitions in plain loops."""
 
 import itertools
 import json
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import tokred_kernels as tk
+from tokred_kernels import backends
 from tokred_kernels import partition as partitions
 from tokred_kernels.backends.reference import rank_candidates as reference
 from tokred_kernels.backends.reference.build_match_map import dest_of_ranks
@@ -20,15 +22,22 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COSINE_BAND = 4e-6
 
 
-def golden(name):
-    """The recorded arrays as tensors, and the parameters they were recorded with."""
+def slow(*values):
+    """Return these values of a parametrization, marked slow."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow) for value in values
+    ]
+
+
+def golden(name, device="cpu"):
+    """The recorded arrays as tensors on a device, and the parameters they were recorded with."""
     entry = next(e for e in json.loads((GOLDEN / "manifest.json").read_text()) if e["file"] == name)
     with np.load(GOLDEN / name) as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays}, entry["params"]
+        return {key: torch.from_numpy(arrays[key]).to(device) for key in arrays}, entry["params"]
 
 
 def assert_sum_close(actual, exact, terms, magnitude=None):
-    """`actual` is `exact` (float64) up to rounding: once to its dtype, and `terms` times in float32 on the way."""
+    """Assert that `actual` is `exact` (float64) up to one rounding to its dtype, and `terms` roundings in float32."""
     rounding = torch.finfo(actual.dtype).eps
     single = 0.0 if actual.dtype == torch.float64 else torch.finfo(torch.float32).eps * (terms + 2)
     magnitude = exact.abs() if magnitude is None else magnitude
@@ -40,7 +49,7 @@ def assert_sum_close(actual, exact, terms, magnitude=None):
 
 
 def assert_valid_match(token_map, metric, r, *, prefix=None, class_token=False, distill_token=False):
-    """The map is what float64 cosines say, or differs from it only where they tie to within `COSINE_BAND`."""
+    """Assert that the map follows float64 cosines, except for ties to within `COSINE_BAND`."""
     partition = partitions.every_other(metric.shape[-2], r, prefix, class_token, distill_token)
     if partition is None:
         identity = torch.arange(metric.shape[-2], dtype=torch.int32)
@@ -50,7 +59,7 @@ def assert_valid_match(token_map, metric, r, *, prefix=None, class_token=False, 
 
 
 def assert_follows(token_map, metric, partition):
-    """The same for any partition, as it is: with an `r` of its own."""
+    """Assert the same for any partition, with its own `r`."""
     metric = metric.cpu()
     dest = token_map.dest.cpu().long()
     assert token_map.num_out == partition.num_out()
@@ -139,7 +148,7 @@ def images_out(values, token_map):
 
 
 def assert_views(token_map):
-    """`members`, `begin` and `count` say what `dest` says."""
+    """Assert that `members`, `begin` and `count` agree with `dest`."""
     from tokred_kernels import TokenMap
 
     again = TokenMap(token_map.dest, token_map.num_out, packed=token_map.packed, packed_in=token_map.packed_in)
@@ -148,8 +157,31 @@ def assert_views(token_map):
         assert torch.equal(written, made)
 
 
+def on_reference(call, *arguments, **settings):
+    """Return the result of `call` on the reference backend."""
+    with tk.use_backend("reference"):
+        return call(*arguments, **settings)
+
+
+def assert_same_map(token_map, expected):
+    """Both maps have the same slots, and the members, first places and counts of `token_map` agree with them."""
+    assert token_map.num_out == expected.num_out
+    assert torch.equal(token_map.dest.cpu(), expected.dest.cpu())
+    assert_views(token_map)
+
+
+def assert_as_reference(backend, op, *arguments):
+    """Return what the kernel of `op` returns, and assert that it is the same as that of the reference."""
+    got, expected = (backends.implementation(name, op)(*arguments) for name in (backend, "reference"))
+    results, references = (part if isinstance(part, tuple) else (part,) for part in (got, expected))
+    for one, other in zip(results, references, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other.view(one.shape))
+    return got
+
+
 def poison(monkeypatch):
-    """Fill what kernels are given to write with numbers that they would not write, so that what they leave shows."""
+    """Fill the memory of results with values that no kernel writes, so that a test sees elements left unwritten."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned(*args, **kwargs):
@@ -160,8 +192,8 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda tensor, **kwargs: tensor.new_empty(tensor.shape, **kwargs))
 
 
-# The rest is the truth: each selector's definition in plain loops over lists, in float64, one image at a time. Tokens
-# are numbered, and a map is its list of slots, each the list of tokens in it.
+# The rest is the expected result: each selector's definition in plain loops over lists, in float64, for one image.
+# Tokens are numbers, and a map is a list of slots, each a list of tokens.
 
 
 def exact_tokens(*shape, zeros=0.1):
@@ -261,7 +293,7 @@ def slots_of(dest, num_out):
 
 
 def assert_valid_windows(token_map, x, r, *, first, grid, window):
-    """The map merges `r` windows as float64 cosines say, save for near-ties."""
+    """Assert that the map merges the best `r` windows by float64 cosines, except for near-ties."""
     windows = window_members(first, grid, window)
     for image, dest in zip(x, token_map.dest, strict=True):
         scores = dict(enumerate(window_scores(image, windows)))

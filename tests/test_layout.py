@@ -33,7 +33,7 @@ NOT_OPS = {"__init__", "autograd", "availability", "counts", "registry"}
 NOT_KERNELS = {"dispatch", "pages"}
 # Registered in the file of the op; autograd computes the gradients of the reference.
 GRADIENTS = {name for name in OPS if name.endswith("_backward")}
-# Two whole-number kernels that share a file, and are tested with the token map.
+# Two kernels of integers that share a file.
 MAP_OPS = {"to_csr", "compose"}
 
 
@@ -50,10 +50,8 @@ def test_every_op_has_a_file_in_each_layer():
     assert kernels <= names(PACKAGE / "backends/triton", ".py")
     assert names(ROOT / "csrc/cpu", ".cpp") - NOT_KERNELS == (kernels - MAP_OPS) | {"maps"}
     assert names(ROOT / "csrc/cuda", ".cu") == (with_cuda - MAP_OPS) | {"maps"}
-    tested = {
-        name.removeprefix("test_").removesuffix("_packed") for name in names(ROOT / "tests/ops", ".py") - {"conftest"}
-    }
-    assert tested == (kernels - GRADIENTS - MAP_OPS) | built
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests/conformance").glob("test_*.py")}
+    assert tested - {"token_attention_packed", "emulated_paths"} == (kernels - GRADIENTS) | built
 
 
 def test_every_public_op_has_a_benchmark_case():

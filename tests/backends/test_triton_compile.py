@@ -26,8 +26,7 @@ import torch
 # run on smaller cards (sm_120 too), 227 KiB where sm_90 and sm_100 have their own, and 64 KiB on gfx942. Threads come
 # in warps of 32 or 64.
 NVIDIA_SHARED, HOPPER_SHARED, AMD_SHARED = 99 * 1024, 227 * 1024, 64 * 1024
-# Bytes a thread: ptxas spills a register or two of its own accord, far below its limit of registers, where that gets
-# one more block onto a multiprocessor.
+# Bytes per thread: ptxas spills a register or two, far below its limit, if one more block then fits a multiprocessor.
 SPILL_ALLOWANCE = 16
 TIMEOUT = 1800  # seconds for a target, on a machine that has other work
 # Tensors that a kernel may be given None for.
@@ -52,7 +51,7 @@ TARGETS = {
 
 
 def _compiled(target):
-    """All cases for one target, in a process of its own."""
+    """Compile all cases for one target in a new process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
@@ -92,8 +91,8 @@ def _shared_limit(target, name):
 
 
 def _all_cases(target):
-    """(kernel, types of its tensors, constants, options, aligned) of everything to compile for a target."""
-    # Without tensor cores it is the same program for all of NVIDIA's, but for some lines: that is compiled for one.
+    """Yield (kernel, tensor types, constants, options, aligned) for each case of a target."""
+    # Without tensor cores the program is nearly the same for all NVIDIA targets: it is compiled for one.
     singles = (torch.float32,) if target in EVERYTHING else ()
     return itertools.chain(
         _match_cases((*singles, *HALVES)),
@@ -106,7 +105,7 @@ def _all_cases(target):
 
 
 def _match_cases(dtypes):
-    """Of the match, the one kernel with products that has the same configs everywhere."""
+    """Yield the cases of the match, the one kernel with products whose configs are the same for all targets."""
     from tokred_kernels.backends.triton import configs
     from tokred_kernels.backends.triton.rank_candidates import match_kernel
 
@@ -132,7 +131,7 @@ def _match_cases(dtypes):
 
 
 def _cases(dtypes):
-    """Of what has no products: float16 is loaded and stored as bfloat16 is, and is not compiled."""
+    """Yield the cases of kernels without products. float16 is loaded and stored as bfloat16, and is not compiled."""
     from tokred_kernels.backends.triton import configs
     from tokred_kernels.backends.triton.bipartite_match import select_kernel
     from tokred_kernels.backends.triton.keep_topk import topk_kernel
@@ -276,13 +275,13 @@ def _table(target):
 
 
 def _attention_cases(target, dtypes):
-    """Of token attention: each config with all that may be asked for, and some of what is less than that."""
+    """Yield the cases of token attention: each config with all options, and some with fewer."""
     from tokred_kernels.backends.triton.attention_rows import rows_kernel
     from tokred_kernels.backends.triton.token_attention import attention_kernel, importance_kernel
     from tokred_kernels.backends.triton.token_attention_backward import keys_kernel, queries_kernel
 
     table = _table(target)
-    # Of heads of 64, or of fewer, whose strides nobody aligned. float16 differs where a policy scales weights.
+    # Heads of 64, and narrower heads with unaligned strides. float16 differs if a policy scales weights.
     others = {
         ("attention", torch.bfloat16): [
             (64, True, PLAIN),
@@ -300,10 +299,10 @@ def _attention_cases(target, dtypes):
     for (name, suffix), dtype in itertools.product(itertools.product(kernels, ("", "+policy")), dtypes):
         by_width = table[name + suffix, dtype]
         mode = (True, bool(suffix), True, "class" if name == "importance" else "mean")
-        # What has the configs that there are with a policy does less with them.
+        # With the same configs as with a policy, a kernel without one needs less.
         covered = not suffix and by_width == table[name + "+policy", dtype]
         widths = [] if covered or _as_bfloat16(table, name + suffix, dtype) else _widths(by_width)
-        if name in ("importance", "importance_mean", "rows"):  # these hold little but where they are widest
+        if name in ("importance", "importance_mean", "rows"):  # these need many registers at the largest widths only
             widths = [width for width in widths if width >= 64]
         cases = [(width, True, mode) for width in widths]
         for channels, aligned, asked in [*cases, *others.get((name + suffix, dtype), ())]:
@@ -313,13 +312,13 @@ def _attention_cases(target, dtypes):
 
 
 def _widths(by_width):
-    """Of widths with the same blocks, the two widest: those of fewer channels hold less."""
+    """Return the two largest of the widths with the same blocks: smaller ones need fewer registers."""
     blocks = {width: dataclasses.replace(config, block_channels=0) for width, config in by_width.items()}
     return [width for width in by_width if sum(blocks[w] == blocks[width] for w in by_width if w > width) < 2]
 
 
 def _as_bfloat16(table, name, dtype):
-    """Whether this is float16 with bfloat16's configs: it differs in the products' type alone."""
+    """Return True for float16 with the configs of bfloat16: only the type of the products differs."""
     return dtype == torch.float16 and table[name, dtype] == table[name, torch.bfloat16]
 
 
@@ -341,7 +340,7 @@ def _attention_arguments(vectors, bias, policy, packed, importance):
 
 
 def _tiles(kernel, by_width, channels, types, constants, aligned):
-    """A case of a kernel of tiles of scores: of what there may be, what it takes."""
+    """Return the case of a kernel on tiles of scores, with the types and constants that it takes."""
     config = by_width[min(width for width in by_width if width >= channels)]
     constants = constants | {"BLOCK_QUERIES": config.block_queries, "BLOCK_KEYS": config.block_keys}
     constants |= {"BLOCK_CHANNELS": config.block_channels, "CHANNELS": channels}
@@ -352,7 +351,7 @@ def _tiles(kernel, by_width, channels, types, constants, aligned):
 
 
 def _lookup_cases(target, dtypes):
-    """Of lookup attention: each config with what asks most of it, and some of what is less than that."""
+    """Yield the cases of lookup attention: each config with its most demanding kernel, and some others."""
     from tokred_kernels.backends.triton.lookup_gather import gather_kernel
     from tokred_kernels.backends.triton.lookup_gradients import lookup_keys_kernel, lookup_queries_kernel
     from tokred_kernels.backends.triton.lookup_scatter import scatter_kernel
@@ -368,7 +367,7 @@ def _lookup_cases(target, dtypes):
         "gather_keys": (lookup_keys_kernel, of_gather, ()),
         "scatter_keys": (lookup_keys_kernel, of_scatter, ("offset", "grad_v")),
     }
-    # Of what does less with the same configs, heads of 64 are compiled.
+    # For kernels that need less with the same configs, only heads of 64 are compiled.
     more = {"gather_queries": "scatter_queries", "scatter_keys": "gather_keys"}
     unaligned = {("gather", torch.bfloat16), ("gather_keys", torch.float16)}
     for (name, (kernel, modes, absent)), suffix, dtype in itertools.product(kernels.items(), ("", "+few"), dtypes):
@@ -387,7 +386,7 @@ def _lookup_cases(target, dtypes):
 
 
 def _combine_cases():
-    """Of what adds up the splits of lookup attention."""
+    """Yield the cases of the kernel that combines the splits of lookup attention."""
     from tokred_kernels.backends.triton import configs_attention as configs
     from tokred_kernels.backends.triton.lookup_tiles import combine_kernel
 

@@ -3,10 +3,10 @@
 
 python tests/cuda/sanitize.py                     the CUDA kernels
 python tests/cuda/sanitize.py triton              those of Triton
-python tests/cuda/sanitize.py triton --filters    only print the options that let no other kernels be checked
+python tests/cuda/sanitize.py triton --filters    only print the options that select these kernels
 python tests/cuda/sanitize.py --skip windows,grid what is left of the CUDA kernels
 
-What fails is told, and the rest goes on, as long as the device lets it.
+Failures are printed, and the other checks run as long as the device works.
 """
 
 import argparse
@@ -37,13 +37,13 @@ ATTENTIONS = ((2, 1, 1, 8), (1, 2, 33, 40), (1, 1, 197, 100))
 
 
 class Run:
-    """The backend that is looked at, and where its tensors live; its results are compared with the reference's."""
+    """The backend to check and the device of its tensors. Its results are compared with those of the reference."""
 
     def __init__(self, backend: str, device: str) -> None:
         self.backend, self.device = backend, device
 
     def on_both(self, function, rtol: float = 0, atol: float = 1e-5) -> None:
-        """`function()` gives the same tensors on both backends."""
+        """Raise unless `function()` returns the same tensors on both backends."""
         results = []
         for backend in (self.backend, "reference"):
             with tk.use_backend(backend):
@@ -52,20 +52,20 @@ class Run:
             torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
     def normal(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Drawn at random."""
+        """Return normally distributed random tokens."""
         return torch.randn(shape, device=self.device).to(dtype)
 
     def ternary(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Coordinates of -1, 0 and 1: cosines are exact, so that maps must be equal."""
+        """Return tokens of -1, 0 and 1: their cosines are exact, so maps must be equal."""
         return torch.randint(-1, 2, shape, device=self.device).to(dtype)
 
     def wait(self) -> None:
-        """Whatever a kernel did wrong is raised by now."""
+        """Raise the errors of all kernels that were launched."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def can_go_on(self) -> bool:
-        """False where the device is lost to this process."""
+        """Return False if the device is lost to this process."""
         try:
             self.wait()
         except RuntimeError:
@@ -73,7 +73,7 @@ class Run:
         return True
 
     def can(self, op: str, dtype: torch.dtype, head_dim: int = 0) -> bool:
-        """Whether the backend has a kernel for the op."""
+        """Return True if the backend has a kernel for the op."""
         return backends.can_run(op, self.backend, self.device, dtype, head_dim) is None
 
 
@@ -169,7 +169,7 @@ def check_counts(run: Run, tokens: int, dtype: torch.dtype) -> None:
 
 
 def check_keep_topk(run: Run, tokens: int, dtype: torch.dtype) -> None:
-    """Few values, so that scores tie, and one that is no number."""
+    """Check few values, so that scores tie, and a NaN."""
     scores = run.ternary(2, tokens, dtype=dtype)
     scores[0, -1] = torch.nan
     for k in sorted({0, (tokens - 1) // 2, tokens - 1}):

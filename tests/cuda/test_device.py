@@ -22,7 +22,7 @@ class FakeTensor:
 
 
 class FakeCuda:
-    """Two devices, and one op that tells which of them is current."""
+    """Two devices, and one op that returns the current device."""
 
     def __init__(self):
         self.current = 0

@@ -102,7 +102,8 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
   });
 }
 
-using cudaStream_t = void*;
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,

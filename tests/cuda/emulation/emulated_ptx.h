@@ -35,7 +35,7 @@ struct Fragments {
   float c[4];
 };
 
-// The nearest float that is no farther from zero. The PTX ISA leaves open how the tensor cores round their sums, and
+// Round toward zero. The PTX ISA leaves open how the tensor cores round their sums, and
 // they are known to cut them off (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021).
 inline float toward_zero(double value) {
   const float nearest = static_cast<float>(value);

@@ -98,7 +98,7 @@ struct Device::Fiber {
     const void* from = nullptr;
     std::size_t size = 0;
     __sanitizer_finish_switch_fiber(fake_stack, &from, &size);
-    Fiber& home = *device().scheduler_;  // its stack is the process's own; the first thread to run learns where it is
+    Fiber& home = *device().scheduler_;  // its stack is the process's own; the first fiber to run receives its bounds
     if (!home.bottom) home.bottom = from, home.bytes = size;
 #endif
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Runs kernels on the host, a block after another, each thread on a stack of its own. A thread runs until it waits for
+// Runs kernels on the host, a block after another, each thread on a separate stack. A thread runs until it waits for
 // others (at a barrier, or in a function of the whole warp), and then the next one does: slow and sequential, but the
 // barriers are real, a missing one shows (run both orders), and so does one that not all threads reach.
 #pragma once
@@ -17,7 +17,7 @@ namespace emulation {
 
 constexpr int kLanes = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
-// Bytes of static shared memory that a kernel with dynamic shared memory is taken to have beside it.
+// Bytes of static shared memory assumed for a kernel that has dynamic shared memory.
 constexpr std::size_t kStaticShared = 128;
 // The largest value that the threads of a warp exchange: a lane's share of three matrices.
 constexpr std::size_t kExchangeBytes = 64;
