@@ -161,7 +161,7 @@ for dtype in (torch.float16, torch.bfloat16):  # loads and stores of each of the
 """
 
 
-# Small whole numbers, so that scores tie exactly; what a kernel leaves unwritten holds 77, which is no cosine.
+# Small whole numbers, so that scores tie exactly; entries that no kernel writes hold 77, which cannot be a cosine.
 SELECTOR_CODE = """
 import torch, tokred_kernels as tk
 from tokred_kernels.backends import implementation
@@ -236,7 +236,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             x = torch.randn(3, windows.num_tokens(), channels).to(dtype)
             if channels:
                 x[0, windows.first], x[1, windows.first + 1] = float("nan"), float("inf")
-                x[2, windows.first + 2], x[2, windows.first + 3] = 0, 1e25  # whose square is no float
+                x[2, windows.first + 2], x[2, windows.first + 3] = 0, 1e25  # whose square overflows
             same("window_similarity", x, windows, 0.05)
 
 for windows in (Windows(1, 8, 8, 2, 2), Windows(0, 7, 9, 3, 2), Windows(2, 1, 5, 1, 5)):

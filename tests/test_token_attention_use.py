@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What holds of token attention besides its numbers: that it repeats, who does the work, what it takes and refuses."""
+"""Token attention apart from its values: determinism, the choice of backend, and accepted and rejected input."""
 
 import math
 import subprocess
@@ -23,8 +23,8 @@ def test_two_runs_are_equal_bit_by_bit(backend):
     call, leaves = drawn((2, 3, 197, 64), torch.float32, ("size", "policy")).map(lambda t: t.to(backend)).leaves()
     runs = []
     for _ in range(2):
-        out, worth = call.run(importance="mean")
-        runs.append((out, worth, *torch.autograd.grad(out.sin().sum() + worth.sin().sum(), leaves)))
+        out, received = call.run(importance="mean")
+        runs.append((out, received, *torch.autograd.grad(out.sin().sum() + received.sin().sum(), leaves)))
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
@@ -36,9 +36,9 @@ def test_the_number_of_threads_changes_no_bit(dtype):
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            out, worth = call.run(importance="mean")
-            grads = torch.autograd.grad((out, worth), leaves, (torch.ones_like(out), torch.ones_like(worth)))
-            runs.append((out, worth, *grads))
+            out, received = call.run(importance="mean")
+            grads = torch.autograd.grad((out, received), leaves, (torch.ones_like(out), torch.ones_like(received)))
+            runs.append((out, received, *grads))
     finally:
         torch.set_num_threads(before)
     for one, two in zip(*runs, strict=True):
@@ -68,7 +68,7 @@ def test_what_is_not_finite_stays_where_it_reaches(backend, value, terms):
         broken, leaves = call._replace(**{name: getattr(call, name).clone()}).leaves()
         with torch.no_grad():
             getattr(broken, name)[0, 0, 5, 2] = value
-        out, worth = broken.run(importance="mean")
+        out, received = broken.run(importance="mean")
         lost = torch.zeros(2, 2, 20, 8, dtype=torch.bool)
         if name == "q":
             lost[0, 0, 5] = True
@@ -81,9 +81,9 @@ def test_what_is_not_finite_stays_where_it_reaches(backend, value, terms):
             assert torch.equal(out.isnan().cpu(), lost)
         else:
             assert torch.equal(out.isfinite().cpu() | lost, torch.ones_like(lost))
-        assert torch.equal(worth[1], clean[1][1])
-        assert worth[0].isnan().any() == (name != "v")
-        after = torch.autograd.grad([out.square().sum(), worth.square().sum()], leaves)
+        assert torch.equal(received[1], clean[1][1])
+        assert received[0].isnan().any() == (name != "v")
+        after = torch.autograd.grad([out.square().sum(), received.square().sum()], leaves)
         for got, want in zip(after, grads, strict=True):
             assert torch.equal(got[1], want[1])
 
@@ -226,8 +226,8 @@ def attend(which, tokens):
     q, k, v = (torch.randn(1, 4, tokens, 16, requires_grad=True) for _ in range(3))
     policy = torch.rand(1, tokens, requires_grad=True)
     with tk.use_backend(which):
-        out, worth = tk.token_attention(q, k, v, size=policy + 0.5, policy=policy, importance="mean")
-        (out.sum() + worth.square().sum()).backward()
+        out, received = tk.token_attention(q, k, v, size=policy + 0.5, policy=policy, importance="mean")
+        (out.sum() + received.square().sum()).backward()
 attend("cpu", 64), attend("reference", 64)
 peaks = [peak()]
 for which in ("cpu", "reference"):
@@ -252,8 +252,8 @@ def test_the_weights_are_never_stored_on_a_gpu():
     with tk.use_backend("triton"):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        out, worth = call.run(importance="mean")
-        torch.autograd.grad(out.sum() + worth.square().sum(), leaves)
+        out, received = call.run(importance="mean")
+        torch.autograd.grad(out.sum() + received.square().sum(), leaves)
     assert torch.cuda.max_memory_allocated() - before < 4 * 2000 * 2000 * 4 / 5
 
 
@@ -341,5 +341,5 @@ def test_a_backend_that_cannot_serve_raises():
 
 def test_on_meta_tensors_shapes_alone():
     q = torch.randn(2, 3, 17, 8, device="meta")
-    out, worth = tk.token_attention(q, q, q, importance="mean")
-    assert (out.shape, worth.shape) == ((2, 3, 17, 8), (2, 17))
+    out, received = tk.token_attention(q, q, q, importance="mean")
+    assert (out.shape, received.shape) == ((2, 3, 17, 8), (2, 17))

@@ -226,7 +226,7 @@ def test_then_is_validated_for_packed_maps():
     with pytest.raises(ValueError, match=r"after must map batch=1, 23 tokens, got a map of batch=4, \[5, 1, 0, 17\]"):
         tk.TokenMap.identity(1, 23).then(packed_after(packed.packed))
     short = packed_after(packed.packed)
-    short.dest = short.dest[:-1]  # not as many rows as its packing tells
+    short.dest = short.dest[:-1]  # not the number of rows of its packing
     with pytest.raises(ValueError, match="after must map batch=4"):
         packed.then(short)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.compile, torch.export and ONNX of attention and of what keeps the highest of its scores, in one function."""
+"""torch.compile, torch.export and ONNX of attention followed by keep_topk, in one function."""
 
 import io
 

@@ -404,7 +404,7 @@ PRETENDED = """
 import json, os, sys, time
 def answer_with(message):
     print("tokred-selfcheck " + json.dumps(message), flush=True)
-print("a line that is no answer", flush=True)
+print("a line that is not an answer", flush=True)
 answer_with(dict()), sys.stdin.readline()
 for line in sys.stdin:
     task, answer = json.loads(line), dict()

@@ -163,7 +163,7 @@ def _entries(value: Tensor, low: int, high: int) -> str | None:
 
 
 def _segments(members: Tensor, begin: Tensor, count: Tensor, rows: int, dest: Tensor | None = None) -> str | None:
-    """`begin` and `count` name parts of `members` that hold rows; with `dest`, those whose slot each part is."""
+    """Require that `begin` and `count` give parts of `members` that hold rows; with `dest`, those of each slot."""
     size = members.numel()
     counts, starts = count.flatten().long(), begin.flatten().long()
     if bool((counts < 0).any()) or int(counts.sum()) > size:

@@ -43,8 +43,13 @@ def can_run(op: str, backend: str, device: torch.device | str, dtype: torch.dtyp
         head_dim: the head dimension of attention; 0 for other ops.
     """
     device = torch.device(device)
-    reasons = (_BACKENDS[backend].can_run(SPECS[part], device, dtype, head_dim) for part in SPECS[op].parts or (op,))
-    return next((reason for reason in reasons if reason is not None), None)
+    for part in SPECS[op].parts or (op,):
+        if backend not in ("reference", *SPECS[part].backends):
+            return f"{part} has no {backend} kernel"
+        reason = _BACKENDS[backend].can_run(SPECS[part], device, dtype, head_dim)
+        if reason is not None:
+            return reason
+    return None
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One map after another, on the CPU and on CUDA."""
+"""Composition of two maps, on the CPU and on CUDA."""
 
 from __future__ import annotations
 

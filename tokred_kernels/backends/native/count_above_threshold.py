@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How many scores reach a threshold, on the CPU and on CUDA."""
+"""The count of scores that reach a threshold, on the CPU and on CUDA."""
 
 from __future__ import annotations
 

@@ -11,6 +11,6 @@ from tokred_kernels.partition import Partition
 
 
 def bipartite_match(metric: Tensor, partition: Partition) -> Tensor:
-    """`dest` (B, N) of the map that `partition` and the cosines of `metric` give (ToMe, section 3.1)."""
+    """Return `dest` (B, N) of the match of `metric` by `partition` (ToMe, section 3.1)."""
     _, partner, rank = rank_candidates(metric, partition)
     return dest_of_ranks(partner, rank, metric.shape[-2], partition)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One map after another."""
+"""Composition of two maps."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How many scores reach a threshold."""
+"""The count of scores that reach a threshold."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from tokred_kernels.backends.reference.rank_candidates import ranks
 
 
 def keep_topk(scores: Tensor, k: int, first: int, fuse: bool) -> Tensor:
-    """`dest` (B, N) int32; see `ops.keep_topk`."""
+    """Return `dest` (B, N) int32; see `ops.keep_topk`."""
     free = scores[:, first:]
     rank = ranks(torch.where(free.isnan(), -torch.inf, free))
     slot = torch.where(rank < k, first + rank, first + k if fuse else -1)

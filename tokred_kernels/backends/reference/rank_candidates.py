@@ -10,7 +10,7 @@ from tokred_kernels.backends.reference import is_exporting, product
 from tokred_kernels.partition import Partition
 
 MIN_SQUARED_NORM = 1e-30  # as in csrc/common/numerics.h: under it a token is zero, and similar to nothing
-NO_RANK = 2**31 - 1  # of a source that may not join; as in csrc/common/slots.h
+NO_RANK = 2**31 - 1  # the rank of a source that cannot join; as in csrc/common/slots.h
 
 
 def rank_candidates(

@@ -29,7 +29,7 @@ def window_map(
 
 
 def window_dest(score: Tensor, windows: Windows, r: Tensor | int) -> Tensor:
-    """`dest` (B, N) int32 where the `r` windows of highest score merge; `r` may be (B, 1)."""
+    """Return `dest` (B, N) int32 of the map that merges the `r` windows of highest score; `r` can be (B, 1)."""
     first, batch, device = windows.first, score.shape[0], score.device
     row = torch.arange(windows.grid_height, device=device)[:, None] // windows.height
     column = torch.arange(windows.grid_width, device=device) // windows.width

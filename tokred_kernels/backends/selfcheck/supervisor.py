@@ -36,7 +36,7 @@ TORCH = "torch"  # not a backend with kernels to check, but a candidate to time
 
 
 class Task(NamedTuple):
-    """What a worker does in one go: check an op on each of the backends, or, if `times`, time it on them in turns.
+    """One task of a worker: check an op on each of the backends, or, if `times`, time it on them in turns.
 
     `dtype` restricts a check to the cases whose name starts with it, so that an op can be split over several workers.
     """
@@ -48,7 +48,7 @@ class Task(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What all tasks share.
+    """Settings that all tasks share.
 
     `seconds` limits a task. `workers` of them check side by side; tasks that time run one by one.
     """

@@ -18,7 +18,7 @@ ROUNDS = 5
 
 
 class Run(NamedTuple):
-    """What is timed: `calls` calls of an op, as one function."""
+    """A function to time, which makes `calls` calls of an op."""
 
     function: Callable[[], Any]
     calls: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The terms of each row of weights that the gradients of token attention start from."""
+"""The terms of each row of weights that all gradients of token attention need."""
 
 from __future__ import annotations
 

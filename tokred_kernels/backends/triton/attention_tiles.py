@@ -62,14 +62,14 @@ def launch_options(config: AttentionConfig, channels: int) -> dict[str, int]:
 
 @triton.jit
 def place(heads, blocks):
-    """The image, head and block of this program: those of one head are neighbours, and share what they read."""
+    """Return the image, head and block of this program; programs of one head are neighbours and share cache lines."""
     program = tl.program_id(0)
     return (program // blocks // heads).to(tl.int64), program // blocks % heads, program % blocks
 
 
 @triton.jit
 def rows_place(starts, heads, tokens, blocks, PACKED: tl.constexpr):
-    """What `place` gives, then the first row of the image among those of all, and how many it has."""
+    """Return the results of `place`, then the first row of the image and its number of rows."""
     image, head, block = place(heads, blocks)
     if PACKED:
         first = tl.load(starts + image)
@@ -83,14 +83,14 @@ def rows_place(starts, heads, tokens, blocks, PACKED: tl.constexpr):
 
 @triton.jit
 def head_start(vectors, image, head, stride_b, stride_h, stride_n=0, first=0, PACKED: tl.constexpr = False):
-    """Where the vectors of one head of one image start: if PACKED, at row `first` of all."""
+    """Return the address of the vectors of one head of one image; if PACKED, the image starts at row `first`."""
     vectors += head.to(tl.int64) * stride_h
     return vectors + first * stride_n if PACKED else vectors + image * stride_b
 
 
 @triton.jit
 def tile_place(vectors, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Where the (BLOCK, BLOCK_CHANNELS) of the vectors of tokens i are, and which of them there are."""
+    """Return the addresses of a (BLOCK, BLOCK_CHANNELS) tile of the vectors of tokens i, and its mask."""
     c = tl.arange(0, BLOCK_CHANNELS)
     at = vectors + i.to(tl.int64)[:, None] * stride_n + c[None, :]
     mask = (i < count)[:, None]
@@ -101,25 +101,25 @@ def tile_place(vectors, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNE
 
 @triton.jit
 def load_vectors(vectors, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """(BLOCK, BLOCK_CHANNELS) of the vectors of tokens i; 0 beyond the image's `count`, and beyond their CHANNELS."""
+    """Load a (BLOCK, BLOCK_CHANNELS) tile of the vectors of tokens i; 0 beyond `count` and beyond CHANNELS."""
     at, mask = tile_place(vectors, i, count, stride_n, CHANNELS, BLOCK_CHANNELS)
     return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_vectors(vectors, tile, i, count, stride_n, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Write what `load_vectors` would read, float32 rounded to its type."""
+    """Store the tile that `load_vectors` loads; float32 is rounded to the dtype of `vectors`."""
     at, mask = tile_place(vectors, i, count, stride_n, CHANNELS, BLOCK_CHANNELS)
     tl.store(at, narrow(tile, vectors.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def key_block(start, count, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """Where the block of keys from `start` on is read, these keys, and which of them count.
+    """Return the first key to read for the block at `start`, the keys, and a mask of the keys that count.
 
-    If WHOLE, there are at least BLOCK keys, and the last block is read from so far before its start that it ends with
-    the last key: its first keys then are those of the block before, and do not count again. No load needs a mask. (The
-    gradient of the queries, which has no registers left, would spill.)
+    If WHOLE, there are at least BLOCK keys, and the last block is moved back so that it ends with the last key. Its
+    first keys are in the block before, and do not count again. So no load needs a mask. (The kernel for the gradient of
+    the queries cannot use this: it would spill registers.)
     """
     begin = tl.minimum(start, count - BLOCK) if WHOLE else start
     j = begin + tl.arange(0, BLOCK)
@@ -137,7 +137,7 @@ def load_block(
     BLOCK_CHANNELS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """What `load_vectors` would read of the keys of a `key_block`; if WHOLE by one address that moves."""
+    """Load the vectors of the keys of a `key_block`, like `load_vectors`; if WHOLE, from one base address."""
     if not WHOLE:
         return load_vectors(vectors, j, count, stride_n, CHANNELS, BLOCK_CHANNELS)
     c = tl.arange(0, BLOCK_CHANNELS)

@@ -110,7 +110,7 @@ def select_kernel(
         tl.store(begin + token, row + token, mask=token < first)
         tl.store(count + token, 1, mask=token < first)
 
-    # A source's rank is the number of candidates that beat it. Where all join, no rank is needed: 0 will do.
+    # A source's rank is the number of candidates that beat it. If all join, ranks are not needed, and 0 is used.
     i = lanes
     is_src = i < num_src
     last = tl.where(r < num_src - protected_src, num_src, 0)
@@ -120,12 +120,12 @@ def select_kernel(
     u = tl.cumsum(stays.to(tl.int32), 0) - 1 if BY_INDEX else rank - r
     partner = tl.load(index + i, mask=is_src, other=0)
     unmerged_slot = first + tl.where(u < protected_dst, 2 * u, u + protected_dst)
-    # What is joined is past protected_dst, so that its slot needs no case.
+    # A joined destination is past protected_dst, so its slot needs no extra case.
     slot = tl.where(joins, first + num_unmerged + partner, unmerged_slot)
     token = source_token(sources, i, is_src, first, stride, num_dst, LISTS)
     tl.debug_barrier()  # all have read the index
     tl.store(index + i, tl.where(joins, partner, -1), mask=is_src)
-    tl.debug_barrier()  # the -1s in dest are there, and each thread sees who joins whom
+    tl.debug_barrier()  # all -1s are written, and each thread sees all partners
     tl.store(dest + token, slot, mask=is_src)
 
     j = lanes
@@ -145,7 +145,7 @@ def select_kernel(
     size = tl.where(is_dst, 1 + joined, 0)
     dst_begin = first + num_unmerged + tl.cumsum(size, 0) - size
     dst_slot = first + num_unmerged + j
-    leads = j < protected_dst  # has itself alone for a member, as all slots before it
+    leads = j < protected_dst  # its only member is itself, as in all slots before it
     dst_slot = tl.where(leads, first + 2 * j + 1, dst_slot)
     dst_begin = tl.where(leads, dst_slot, dst_begin)
     tl.store(dest + dst_token, dst_slot, mask=is_dst)

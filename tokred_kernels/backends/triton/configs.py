@@ -28,7 +28,7 @@ class MatchConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """`block` sources or destinations of an image at once, against `chunk` sources at a time."""
+    """Blocks of `block` sources or destinations of an image, against `chunk` sources at a time."""
 
     block: int
     chunk: int

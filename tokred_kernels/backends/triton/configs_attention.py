@@ -77,19 +77,19 @@ def queries_config(channels: int, dtype: torch.dtype, policy: bool, architecture
 
 
 def keys_config(channels: int, dtype: torch.dtype, policy: bool, architecture: str = PORTABLE) -> AttentionConfig:
-    """For the gradients of keys and values."""
+    """Return the config for the gradients of keys and values."""
     return choose(_of("keys", policy), channels, dtype, architecture)
 
 
 def lookup_config(
     kernel: str, compressed: int, channels: int, dtype: torch.dtype, architecture: str = PORTABLE
 ) -> AttentionConfig:
-    """For one of LOOKUP_KERNELS, of `compressed` queries a head: forward, and gradients of queries or of keys."""
+    """Return the config for one of LOOKUP_KERNELS with `compressed` queries a head."""
     return choose(kernel + FEW_SUFFIX if compressed <= FEW else kernel, channels, dtype, architecture)
 
 
 def choose(kernel: str, channels: int, dtype: torch.dtype, architecture: str) -> AttentionConfig:
-    """The narrowest blocks of one of KERNELS that hold a head of `channels`."""
+    """Return the narrowest config of one of KERNELS that holds a head of `channels`."""
     table = TABLES.get(architecture) or TABLES[PORTABLE]
     return _narrowest(table[kernel, dtype], channels)
 
@@ -105,7 +105,7 @@ def lookup_splits(programs: int, tokens: int, block: int, enough: int = ENOUGH_P
 
 
 def combine_config(channels: int) -> RowsConfig:
-    """For adding up what splits leave."""
+    """Return the config for the sum of splits."""
     return COMBINE_CONFIGS[min(width for width in COMBINE_CONFIGS if width >= channels)]
 
 

@@ -29,7 +29,7 @@ _PLACE = ("architecture", "kernel", "dtype", "width")
 
 
 class Place(NamedTuple):
-    """What a config is for: heads of up to `width`, and more than the tables' next narrower width."""
+    """The scope of a config: head dimensions up to `width`, and above the tables' next smaller width."""
 
     architecture: str
     kernel: str

@@ -32,7 +32,7 @@ def count_above_threshold(score: Tensor, threshold: float, divisor: float, own: 
         if divisor and not own:
             moments = score.new_empty((2, images), dtype=torch.float64)
             moments_kernel[(images,)](score, moments, images, size, **options)
-        # Triton passes floats as float32: the divisor goes as the bits of a float64.
+        # Triton passes floats as float32: the divisor is passed as the bits of a float64.
         bits = struct.unpack("<q", struct.pack("<d", divisor))[0]
         similar_kernel[(images,)](
             *(score, moments, counts, images, size, ctypes.c_float(threshold).value, bits),
@@ -45,7 +45,7 @@ def count_above_threshold(score: Tensor, threshold: float, divisor: float, own: 
 
 @triton.jit
 def load_present(score, i, size):
-    """Scores i as float64, and which of them are above -infinity."""
+    """Load scores i as float64, with a mask of those above -infinity."""
     value = tl.load(score + i, mask=i < size, other=float("-inf"))
     present = value > float("-inf")
     return tl.where(present, value, 0.0).to(tl.float64), present
@@ -53,7 +53,7 @@ def load_present(score, i, size):
 
 @triton.jit
 def image_moments(score, size, BLOCK: tl.constexpr):
-    """Mean and unbiased standard deviation of the scores above -infinity; NaN if there are fewer than two."""
+    """Return the mean and unbiased standard deviation of the scores above -infinity; NaN for fewer than two."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     number = tl.zeros((BLOCK,), tl.int32)
@@ -73,7 +73,7 @@ def image_moments(score, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def average(values, number, BLOCK: tl.constexpr):
-    """The mean of float64 values."""
+    """Return the mean of float64 values."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, number, BLOCK):
         i = start + tl.arange(0, BLOCK)

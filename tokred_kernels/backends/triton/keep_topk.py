@@ -72,7 +72,7 @@ def topk_kernel(
     begin += image * num_out
     count += image * num_out
     lanes = tl.arange(0, BLOCK)
-    # All slots but the fused one have one member, and are where their number says.
+    # All slots except the fused one have one member, at the index of the slot.
     for start in range(0, first + k, BLOCK):
         slot = start + lanes
         tl.store(begin + slot, row + slot, mask=slot < first + k)

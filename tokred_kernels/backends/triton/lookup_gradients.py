@@ -47,7 +47,7 @@ def differentiate_queries(
     results: list[Tensor],
     of_gather: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> None:
-    """Write what is summed over the many: the gradient of q; for the scatter also those of v and lse.
+    """Write the sums over keys: the gradient of q, and for the scatter also those of v and lse.
 
     `of_gather` is the output, the gradient of lse, and where to write what each query's gradients of weights are taken
     from, which `differentiate_keys` needs.
@@ -85,7 +85,7 @@ def differentiate_keys(
     grad_k: Tensor,
     of_gather: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Write the gradient of k; for the gather, by what `differentiate_queries` left, also that of v."""
+    """Write the gradient of k, and for the gather also that of v, from the results of `differentiate_queries`."""
     images, heads, compressed, channels = q.shape
     tokens = k.shape[2]
     kernel = "scatter_keys" if of_gather is None else "gather_keys"

@@ -73,13 +73,13 @@ def few_place(heads, blocks, splits):
 
 @triton.jit
 def vectors_at(image, head, heads, tokens, CHANNELS: tl.constexpr):
-    """Where the vectors of one head of one image start in (B, N, H, d)."""
+    """Return the offset of the vectors of one head of one image in (B, N, H, d)."""
     return (image * tokens * heads + head) * CHANNELS
 
 
 @triton.jit
 def split_at(split, images, heads, compressed):
-    """Where what a split has of each query of each head starts."""
+    """Return the offset of a split's values for each query of each head."""
     return split.to(tl.int64) * images * heads * compressed
 
 

@@ -48,7 +48,7 @@ def ranks(score: Tensor, protected: int = 0, cu_seqlens: Tensor | None = None) -
 
 
 def best_destination(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`score` and `partner` of `ops.rank_candidates`."""
+    """Return the `score` and `partner` of `ops.rank_candidates`."""
     first, stride, num_src, num_dst, protected_src, protected_dst, _, _, sources, destinations = partition
     metric = inner_dense(metric)
     if cu_seqlens is not None:
@@ -83,7 +83,7 @@ def best_destination(metric: Tensor, partition: Partition, cu_seqlens: Tensor | 
 
 
 def _mean_over_heads(metric: Tensor) -> Tensor:
-    """(B, 1, N, d) from (B, H, N, d)."""
+    """Return (B, 1, N, d), the mean over heads of (B, H, N, d)."""
     images, heads, tokens, channels = metric.shape
     mean = metric.new_empty((images, 1, tokens, channels))
     config = rows_config(channels, metric.dtype)
@@ -99,7 +99,7 @@ def _mean_over_heads(metric: Tensor) -> Tensor:
 
 @triton.jit
 def source_token(sources, i, mask, first, stride, num_dst, LISTS: tl.constexpr):
-    """The token that is source i; `sources` is the image's list, if it has one."""
+    """Return the token of source i; `sources` is the image's list if LISTS."""
     if LISTS:
         token = tl.load(sources + i, mask=mask, other=0)
     else:
@@ -109,27 +109,27 @@ def source_token(sources, i, mask, first, stride, num_dst, LISTS: tl.constexpr):
 
 @triton.jit
 def destination_token(destinations, j, mask, first, stride, LISTS: tl.constexpr):
-    """The token that is destination j."""
+    """Return the token of destination j."""
     return tl.load(destinations + j, mask=mask, other=0) if LISTS else first + j * stride + stride - 1
 
 
 @triton.jit
 def packed_rows(cu_seqlens, image):
-    """Where the rows of a packed image start, and how many they are."""
+    """Return the first row of a packed image, and its number of rows."""
     start = tl.load(cu_seqlens + image)
     return start.to(tl.int64), tl.load(cu_seqlens + image + 1) - start
 
 
 @triton.jit
 def load_scores(scores, i, mask):
-    """Scores i of an image; -infinity for NaN and where `mask` is False."""
+    """Load scores i of an image; -infinity for NaN and for entries outside `mask`."""
     score = tl.load(scores + i, mask=mask, other=float("-inf"))
     return tl.where(is_nan(score), float("-inf"), score)
 
 
 @triton.jit
 def count_before(scores, i, first, last, CHUNK: tl.constexpr):
-    """The number of scores in [first, last) that rank above score i < last: the higher ones, and equal earlier ones."""
+    """Return the number of scores in [first, last) that are higher than score i < last, or equal and earlier."""
     mine = load_scores(scores, i, i < last)
     # Each place of the tile counts for itself: a sum over lanes in every round would take most of the time.
     before = tl.zeros((i.shape[0], CHUNK), tl.int32)

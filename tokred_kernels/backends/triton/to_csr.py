@@ -135,7 +135,7 @@ def members_kernel(
 
 @triton.jit
 def sort_keys(dest, i, tokens):
-    """The slots of tokens i, those of dropped tokens above all others."""
+    """Return the slots of tokens i; dropped tokens get a slot above all others."""
     slot = tl.load(dest + i, mask=i < tokens, other=-1)
     return tl.where(slot < 0, _DROPPED, slot)
 
@@ -176,7 +176,7 @@ def sorted_members_kernel(
 
 @triton.jit
 def lower_bound(keys, number, wanted, steps):
-    """How many of the sorted keys are below `wanted`, by binary search."""
+    """Return the number of sorted keys below `wanted`, by binary search."""
     low = tl.zeros_like(wanted)
     high = low + number
     for _ in range(steps):

@@ -39,8 +39,8 @@ from tokred_kernels.backends.triton.attention_tiles import (
 from tokred_kernels.backends.triton.common import narrow, on_device
 from tokred_kernels.backends.triton.configs_attention import architecture_of, attention_config, importance_config
 
-# Weights are multiplied by this before they are rounded to float16, so that those of kept keys that lie far below a
-# dropped one keep all their digits: they are divided by a sum that is as small.
+# Weights are scaled by this before they are rounded to float16. Kept keys can score far below a dropped key: their
+# weights are tiny but keep all digits, since they are divided by an equally small sum.
 _HALF_RANGE = tl.constexpr(2.0**14)
 _HEADS_AT_ONCE = tl.constexpr(4)
 
@@ -56,7 +56,7 @@ def token_attention(
     scale: float,
     importance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.token_attention`: out as it lies in memory, what the backward needs of each row, importance."""
+    """See `ops.token_attention`: out (heads last), the row maxima and sums for the backward, and the importance."""
     q, k, v = (inner_dense(t) for t in (q, k, v))
     images, heads, tokens, channels = sizes(q, starts, longest)
     layout = attention_layout(q, starts)
@@ -226,7 +226,7 @@ def importance_kernel(
         kept = load_tokens(policy, first, j, count)
         least = EPS / count.to(tl.float32)
     sums = tl.zeros((BLOCK_KEYS,), tl.float32)
-    # One query of each head is little work, and a long wait for its keys: several heads wait at once.
+    # One query of each head is little work after a long load of its keys, so several heads load at once.
     for number in tl.range(heads, loop_unroll_factor=1 if IMPORTANCE == "mean" else _HEADS_AT_ONCE):
         head = number + tl.zeros((), tl.int32)
         q_head = head_start(q, image, head, q_stride_b, q_stride_h, q_stride_n, first, PACKED)

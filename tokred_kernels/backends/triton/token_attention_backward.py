@@ -67,7 +67,7 @@ def token_attention_backward(
     need_bias: bool,
     need_policy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `ops.token_attention`: gradients as `out` lies in memory, and of bias and policy, empty if not needed.
+    """See `ops.token_attention`: gradients in the layout of `out`, and of bias and policy, empty if not needed.
 
     `grad_out` lies as `out` does: (B, N, H, d), or (T, H, d).
     """
@@ -79,7 +79,7 @@ def token_attention_backward(
     images, heads, tokens, channels = sizes(q, starts, longest)
     of = (channels, q.dtype, policy is not None, architecture_of(q))
     rows, by_query, by_key = row_terms_config(*of), queries_config(*of), keys_config(*of)
-    # Whole blocks, so that nobody need ask whether there is a row.
+    # Padded to whole blocks, so that loads need no mask.
     block = max(config.block_queries for config in (rows, by_query, by_key))
     padded = triton.cdiv(tokens, block) * block
     shape = row_max.shape if starts is not None else (images, heads, padded)

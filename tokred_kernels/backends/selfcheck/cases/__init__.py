@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the self-check computes, and what is right: the cases of every op, with expected outputs from the CPU."""
+"""The cases of the self-check for every op, with expected outputs from the CPU."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class TimingCase:
 
 
 class Level(NamedTuple):
-    """How many cases to build: few and small for the interpreter, many if `deep`."""
+    """The number and size of cases: few and small for the interpreter, many if `deep`."""
 
     interpreted: bool
     deep: bool
@@ -199,5 +199,5 @@ def name_of(*parts: object) -> str:
 
 
 def row_starts(lengths: Sequence[int]) -> Tensor:
-    """Where the images of these lengths start in a packed tensor, and where the last one ends: (B + 1,) int32."""
+    """Return the starts of images of these lengths in a packed tensor, and the end of the last one: (B + 1,) int32."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)

@@ -77,7 +77,7 @@ def _exact_map(metric: Tensor, partition: Partition) -> list[compare.Output]:
 
 
 def _exact_scores(metric: Tensor, partition: Partition, cu_seqlens: Tensor | None = None) -> list[compare.Output]:
-    """What is specified of rank_candidates: no rank of a source that has no destination, no partner without a rank."""
+    """Return the specified outputs of rank_candidates; ranks need a destination, and partners need a rank."""
     if cu_seqlens is None:
         score, partner, rank = exact_match(metric, partition)
         can_join = torch.full(rank.shape, partition.num_dst > partition.protected_dst)
