@@ -2,9 +2,9 @@
 import pytest
 import torch
 from support import slow
-from tokred_kernels.token_map_ops import to_csr
 
 from tokred_kernels import backends
+from tokred_kernels.token_map_ops import to_csr
 
 OP = "to_csr"
 
