@@ -202,6 +202,12 @@ def test_a_file_of_counts_is_saved_as_counts(tmp_path):
     assert patched_method(patch(make(), **saved(method))) == method
 
 
+def test_a_generator_is_replaced_before_saving():
+    method = tk.methods.ToMeSD(0.25, stride=[2, 3], generator=torch.Generator())
+    kept = saved(dataclasses.replace(method, generator=None))
+    assert patching.METHODS[kept.pop("method")](**{**kept, "generator": method.generator}) == method
+
+
 # --- replace
 
 
