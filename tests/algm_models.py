@@ -37,7 +37,7 @@ def make(name="vit", **more):
 
 
 def images(batch=3, size=(48, 48)):
-    """Noise over a slope that is steeper from image to image: the later, the more alike are neighbours."""
+    """Noise on a slope that gets steeper from image to image, so that neighbors get more similar."""
     slope = torch.linspace(-1, 1, size[1]) * torch.linspace(0, 1, max(batch, 2))[:batch, None, None, None]
     return torch.randn(batch, 3, *size) + slope
 

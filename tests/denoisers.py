@@ -39,7 +39,7 @@ PARTS = {"merge_attn": "attn1", "merge_crossattn": "attn2", "merge_mlp": "ff"}
 def make(name="unet", **more):
     kind, settings = MODELS[name]
     model = kind(**{**settings, **more}).eval()
-    with torch.no_grad():  # blocks must matter beside their residuals, and gates must not be zero
+    with torch.no_grad():  # blocks must change the residual stream visibly, and gates must not be zero
         for key, parameter in model.named_parameters():
             if "transformer_blocks" in key or "adaln" in key:
                 parameter.copy_(

@@ -44,7 +44,7 @@ MODELS = {
 
 
 def make(name="vit", **more):
-    """In eval mode, with weights large enough to tell tokens apart."""
+    """In eval mode, with weights that are large enough to separate tokens."""
     kind, config, settings = MODELS[name]
     model = getattr(transformers, kind)(getattr(transformers, config)(**settings | more)).eval()
     for parameter in model.parameters():

@@ -25,7 +25,7 @@ def make_evit(name="vit", fuse=True, **more):
 
 
 def make_dynamicvit(name="vit", layers=LAYERS, keep=KEEP, **more):
-    """Patched, its predictors drawn too: as they start they hardly tell tokens apart."""
+    """Patched, with random predictors: the initial ones give all tokens almost the same score."""
     model = patch(make(name, **more), "dynamicvit", layers=layers, keep=keep)
     for parameter in model.score_predictor.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -33,12 +33,12 @@ def make_dynamicvit(name="vit", layers=LAYERS, keep=KEEP, **more):
 
 
 def rates(model):
-    """Of a model whose counts DiffRate learns, those of each block: what pruning keeps, and what merging does."""
+    """Return the learned rates of each block: that of pruning, then that of merging."""
     return [rate for block in model.blocks for rate in (block.prune_ddp, block.merge_ddp)]
 
 
 def set_counts(model, counts):
-    """Let each rate be sure of its count: all weight on one candidate."""
+    """Set each rate to its count: put all probability on one candidate."""
     for rate, number in zip(rates(model), [n for pair in zip(*counts, strict=True) for n in pair], strict=True):
         nn.init.zeros_(rate.selected_probability)
         rate.selected_probability.data[(rate.kept_token_candidate + rate.prefix >= number).sum() - 1] = 1000.0

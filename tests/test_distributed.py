@@ -17,7 +17,7 @@ MATCHES = {
 
 
 def images(case):
-    """What each process has: the first one's tokens more alike than the other's."""
+    """What each process has: the tokens of the first are more similar."""
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randn(number, 65, 16, generator=generator) + 0.4 * (PROCESSES - rank)

@@ -121,7 +121,7 @@ def test_means_over_images_are_of_operations_and_not_of_tokens():
 def test_tokens_are_those_that_the_model_has():
     model = patch(make("vit"), "tome", r=[7, 0, 60])
     model(torch.zeros(1, 3, 64, 64))
-    # 65 tokens, of which 64 may merge; then 58, of which at most (58 - 1) // 2 merge.
+    # 64 of 65 tokens can merge; then at most (58 - 1) // 2 of 58.
     assert flops.count(model).tokens == (65, 58, 58, 30)
     assert flops.count(model).tokens[-1] == model.token_map.num_out
 

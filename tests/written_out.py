@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The papers written out, in files beside the tests of patches, and what comparing with them takes."""
+"""Load the plain implementations of the papers in tests/methods, and compare gradients with them."""
 
 import importlib.util
 from pathlib import Path
@@ -15,7 +15,7 @@ def load_dense(name):
 
 
 def block_gradients(model, loss):
-    """Those of the blocks' parameters, which are left without."""
+    """Return the gradients of the blocks' parameters, and reset them."""
     loss.backward()
     gradients = [p.grad.clone() for p in model.blocks.parameters()]
     model.zero_grad()

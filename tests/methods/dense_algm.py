@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ALGM in a ViT, written out: every pair's cosine, token by token, with the dense source matrix.
+"""Plain implementation of ALGM for a timm VisionTransformer: all cosines, token by token, and dense source matrices.
 
-Straight from section 3 of the paper and the published code's choices, for a timm VisionTransformer's weights, and
-sharing no code with the package.
+It follows section 3 of the paper and the published code, and shares no code with the package.
 """
 
 import torch
@@ -52,7 +51,7 @@ def attention(layer, x, size):
 
 
 def cosines(x):
-    """Of every pair of tokens, as lists."""
+    """Return the cosines of all pairs of tokens, as nested lists."""
     unit = x / x.norm(dim=-1, keepdim=True)
     return (unit @ unit.T).tolist()
 

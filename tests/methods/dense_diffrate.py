@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """DiffRate in a ViT, written out: explicit attention weights, one image at a time, candidates in a loop.
 
-From section 3 of the paper and what its code says besides, for a timm VisionTransformer's weights; shares no code with
+It follows section 3 of the paper and its code, for the weights of a timm VisionTransformer, and shares no code with
 the package.
 """
 
@@ -58,7 +58,7 @@ def attention(layer, x, size=None, policy=None):
 
 
 def ranked(worth, prefix, last=None):
-    """The prefix, then the others by what they are worth; those from `last` on are out, and stay behind."""
+    """Return the prefix, then the others by importance; the tokens from `last` on are masked, and stay last."""
     last = len(worth) if last is None else last
     return [
         *range(prefix),

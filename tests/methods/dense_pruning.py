@@ -116,7 +116,7 @@ def attention(layer, x, policy=None):
 def choose(worth, k, first):
     """The tokens that stay: those before `first`, and the `k` worthiest, in that order; and those that do not.
 
-    Of equals it is the first. Where all stay, they stay as they are.
+    Ties go to the first token. If all tokens stay, their order does too.
     """
     if k >= len(worth) - first:
         return list(range(len(worth))), []

@@ -33,7 +33,7 @@ def image_forward(model, x, rope, schedule, choose, proportional):
 
 
 def attention(layer, x, rope, members, prefix, proportional):
-    """Output (N, C) and keys (H, N, d), each the mean of what it is in the places of its members."""
+    """Return output (N, C) and keys (H, N, d), each the mean over the positions of its members."""
     width = layer.proj.in_features // layer.num_heads
     q, k, v = (part.unflatten(-1, (-1, width)).transpose(0, 1) for part in projected(layer, x))
     q, k = layer.q_norm(q), layer.k_norm(k)

@@ -164,7 +164,7 @@ def test_one_image_that_cannot_merge_keeps_the_batch_whole():
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_images_of_one_colour(value, count):
     model = make(no_embed_class=True)
-    nn.init.zeros_(model.pos_embed)  # all patches alike, to the bit
+    nn.init.zeros_(model.pos_embed)  # all patches are equal, to the bit
     patch(model, "algm", layers=(0, 2), count=count)
     assert model(torch.full((2, 3, 48, 48), value)).isfinite().all()
     if count != COUNTS["fixed"]:
@@ -228,7 +228,7 @@ def test_the_grid_is_that_of_the_images(count):
         merged = min(windows, 3) if count == COUNTS["fixed"] else windows
         left = 1 + down * across - 5 * merged
         assert model.tokred_trace.left[0] in (left, (left, left))
-    # Windows of neighbours, not of whatever stands six apart: in every merged token rows and columns are as they were.
+    # Windows have neighbors only: every merged token has patches of adjacent rows and columns.
     patch(unpatch(model), "algm", layers=(0,), threshold=-1.0, window=(2, 3))
     model(images(1, (16, 96)))
     window = model.token_map.dest[0, 1:].view(2, 12)

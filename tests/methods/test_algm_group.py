@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A patched model in several processes that shall merge as many."""
+"""A patched model in processes that all merge the same number of tokens."""
 
 import copy
 
@@ -20,7 +20,7 @@ def tokens_left(rank, folder):
     model = import_timm().models.vision_transformer.VisionTransformer(**TINY).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    # Of one process all windows are alike, of the other hardly any.
+    # In one process all windows are similar, in the other hardly any.
     x = torch.ones(2, 3, 32, 32) if rank == 0 else torch.randn(2, 3, 32, 32)
     left = {}
     for name, group in (("alone", None), ("together", distributed.group.WORLD)):

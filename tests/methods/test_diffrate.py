@@ -35,7 +35,7 @@ MODELS = {
     "q and k norm, layer scale": (VisionTransformer, {"qk_norm": True, "init_values": 0.5, "scale_attn_norm": True}),
     "mean": (VisionTransformer, {"global_pool": "avg"}),
 }
-# Of each block, what pruning keeps and what merging leaves.
+# For each block, the counts after pruning and after merging.
 COUNTS = {
     "both": ([37, 30, 21, 12], [35, 25, 17, 9]),
     "pruning": ([33, 20, 20, 9], [41, 41, 41, 41]),
@@ -294,7 +294,7 @@ def test_masking_equals_pruning(backend):
 def test_masked_tokens_never_come_back():
     model = learned(counts=([37, 30, 21, 12], [37, 28, 19, 10])).train()
     block, policy = model.blocks[2], (torch.arange(37) < 28).float().expand(2, -1)
-    # Rounding, at worst, makes those that are masked worth more than the others.
+    # In the worst case, masked tokens have a higher importance than the others.
     worth = torch.arange(37.0).expand(2, -1)
     x, keys = torch.randn(2, 37, 48), torch.randn(2, 3, 37, 16)
     _, state, token_map = block.tokred_reducer.reduce(block, x, keys, worth, TokenState(policy=policy))

@@ -256,7 +256,7 @@ def test_wrong_models_are_refused():
 
 
 def search_together(rank, folder):
-    """Run in each process: a search on images of its own, from counts of its own, in DistributedDataParallel."""
+    """Run in each process: a search on different images and from different counts, in DistributedDataParallel."""
     model = patch(make_same(), "diffrate")
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     with torch.no_grad():  # after DistributedDataParallel has made them equal

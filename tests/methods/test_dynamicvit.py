@@ -106,7 +106,7 @@ POOLED.remove(("no prefix", "token"))
 
 @pytest.mark.parametrize(("name", "pool"), POOLED)
 def test_masking_is_removing(name, pool, monkeypatch):
-    """What is trained is what runs: with the same decisions the same tokens, but for the eps of the masked softmax.
+    """Training and evaluation agree: the same decisions give the same tokens, up to the eps of the masked softmax.
 
     That moves a weight by eps / sum e, where the sum, of weights below the highest score of all keys, is of order 1.
     """

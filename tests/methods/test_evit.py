@@ -15,7 +15,7 @@ from tokred_kernels.methods import evit
 from tokred_kernels.nn import keep_attentive
 from tokred_kernels.patching import patch, unpatch
 
-# Of 36: 26 and a fused one, 19 and one, 14 and one.
+# 36 patches become 26, 19 and 14, each with one fused token.
 LEFT = (27, 20, 15)
 FUSING = pytest.mark.parametrize("fuse", [True, False], ids=["fuse", "drop"])
 

@@ -104,7 +104,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_all_but_the_merging_is_diffusers_own(kind, monkeypatch):
-    """Where no token moves, blocks of every kind compute what they did, to the bit, through all three parts."""
+    """If no token moves, all blocks compute the same as unpatched, to the bit, in all three parts."""
     monkeypatch.setattr(tomesd, "match_cells", lambda x, *_: TokenMap.identity(*x.shape[:2]))
     block = BasicTransformerBlock(**{**SMALL, **BLOCKS[kind]}).eval()
     for parameter in block.parameters():

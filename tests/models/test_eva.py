@@ -123,7 +123,7 @@ def test_positions_follow_every_method(name, method):
 
 
 def images_of(rows, packing):
-    """Of each of two images, the rows (N, ...) that are its own."""
+    """Return the rows (N, ...) of each of two images."""
     if packing is not None:
         return rows.split(packing.lengths)
     return [rows, rows] if rows is None else rows.expand(2, -1, -1)

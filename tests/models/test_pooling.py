@@ -71,7 +71,7 @@ def test_masked_tokens_are_not_pooled_by_what_sees_them():
 
 
 def assert_threads_share(model, both):
-    """Two threads, each with an input of its own, many times at once: each always gets what it gets alone."""
+    """Two threads run the model many times, each with its own input: the outputs are those of one thread."""
     with torch.no_grad():
         expected = [model(x) for x in both]
     got = {0: [], 1: []}

@@ -394,4 +394,4 @@ def test_no_match_and_no_bias_without_a_merge(monkeypatch):
         model(images())
     assert biases == [None, None, None, (2, 1, 1, 33)]
     calls = sum(event.count for event in profile.key_averages() if event.key == "tokred::bipartite_match")
-    assert calls <= 1  # none where the reference serves, for it is called directly
+    assert calls <= 1  # none where the reference serves, because it is called directly

@@ -298,7 +298,7 @@ def test_predictors_are_the_encoders():
 
 
 def refusal(name, method):
-    """Why a model of this name cannot be patched so; None where it can."""
+    """Return why a model of this name cannot be patched with the method; None if it can."""
     if method in ("evit", "diffrate") and PREFIX.get(name, 1) == 0:
         return "without a class token|and this model has none"
     return "pools its tokens by attention" if method == "dynamicvit" and name.startswith("siglip") else None

@@ -28,7 +28,7 @@ def put(model, method):
 
 
 def both(name, method):
-    """The two models patched alike, the predictors of one as those of the other."""
+    """Patch both models with the same method, and copy the predictors."""
     model = make(name).double()
     twin = timm_twin(name, model).double()
     put(model, method), put(twin, method)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What patched models attend by: all its ways are `token_attention`, save for the weights that dropout takes."""
+"""The attention of patched models: it equals `token_attention`, except for dropped weights."""
 
 import itertools
 
@@ -18,7 +18,7 @@ IMPORTANCES = (None, "class", "mean", "last")
 
 
 def drawn(packed=False, dtype=torch.float64):
-    """q, k, v, and what there is one of for each token, of one layout."""
+    """Return q, k, v, sizes and policy in one layout."""
     rows = (sum(LENGTHS),) if packed else (SHAPE[0], SHAPE[2])
     shape = (rows[0], SHAPE[1], SHAPE[3]) if packed else SHAPE
     tensors = [torch.randn(shape, dtype=dtype) for _ in range(3)]

@@ -149,7 +149,7 @@ def test_flops_reach_both_counts_of_every_block():
     plain = VisionTransformer(**settings)
     assert flops.count(plain, tokens=entering[1:]).gflops < gflops < flops.count(plain).gflops
     for index, block in enumerate(model.blocks[1:], 1):
-        # For one token more of what leaves: the MLP of this block, and the attention of the next.
+        # One more token that leaves costs the MLP of this block and the attention of the next.
         slope = 2 * 2 * 48 * 4 * 48
         if index < 3:
             slope += 2 * 4 * 48 * 48 + 2 * 4 * 48 * entering[index + 1]

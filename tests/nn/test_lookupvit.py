@@ -91,7 +91,7 @@ def test_processes_that_share_a_seed_draw_the_same_grids():
     model = make(grids=[(1, 1), (2, 3), (4, 4)])
     runs = []
     for noise in range(2):
-        torch.manual_seed(noise)  # what each process draws besides
+        torch.manual_seed(noise)  # other draws of each process
         generator = torch.Generator().manual_seed(7)
         runs.append([model.sample_grid(generator) for _ in range(20)])
     assert runs[0] == runs[1]

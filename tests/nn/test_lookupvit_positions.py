@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What positions start as: waves along each dimension, which a resized grid still tells apart."""
+"""Initial positions: waves along each dimension, which stay distinct after resizing."""
 
 import math
 

@@ -23,14 +23,14 @@ METHODS = {
 
 
 def make(method=None, **settings):
-    """A ViT of 4 blocks, with tokens alike enough to merge."""
+    """A ViT of 4 blocks with tokens that are similar enough to merge."""
     settings = {"img_size": (48, 64), "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, **settings}
     encoder = VisionTransformer(num_classes=0, **settings).eval()
     return encoder if METHODS.get(method) is None else patch(encoder, METHODS[method][0], **METHODS[method][1])
 
 
 def images(batch=2, height=48, width=64):
-    """Pictures of which some are flatter than others."""
+    """Images of different contrast."""
     return torch.randn(batch, 3, height, width) * torch.linspace(0.1, 1, batch).view(-1, 1, 1, 1)
 
 
