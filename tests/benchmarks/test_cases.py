@@ -14,7 +14,7 @@ from benchmarks.families.merge import MergeCase
 from benchmarks.families.windows import WindowCase, window_cosines
 from benchmarks.harness.case import KERNELS, Target
 from benchmarks.harness.providers import providers
-from tokred_kernels.backends.support import BACKWARD, OPS
+from tokred_kernels.ops.registry import OPS, SPECS
 
 
 def test_names_are_unique():
@@ -24,7 +24,7 @@ def test_names_are_unique():
 
 def test_every_kernel_is_run_by_a_case():
     run = {op for case in CASES for op in KERNELS[case.op]}
-    run |= {BACKWARD[op] for case in CASES if case.training for op in KERNELS[case.op]}
+    run |= {SPECS[op].backward for case in CASES if case.training for op in KERNELS[case.op]}
     assert run == set(OPS)
 
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from support import slow
-from tokred_kernels.ops.compose import compose
+from tokred_kernels.token_map_ops import compose
 
 OP = "compose"
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from support import slow
-from tokred_kernels.ops.to_csr import to_csr
+from tokred_kernels.token_map_ops import to_csr
 
 from tokred_kernels import backends
 
