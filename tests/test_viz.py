@@ -102,7 +102,7 @@ NORMALISED = np.random.default_rng(0).normal(size=(12, 20, 3))
         (torch.zeros(12, 20, 3), {}, ValueError, r"must be \(3, H, W\), got \(12, 20, 3\)"),
         (torch.zeros(1, 3, 12, 20), {}, ValueError, r"must be \(3, H, W\)"),
         (np.zeros((12, 20, 3), np.int64), {}, TypeError, "uint8, or floats"),
-        (NORMALISED, {}, ValueError, "before normalisation"),
+        (NORMALISED, {}, ValueError, "before normalization"),
         (np.full((12, 20, 3), np.nan), {}, ValueError, "values from nan"),
         (noise(), {"grid": None}, ValueError, "15 patches after its prefix, which form no square"),
         (noise(), {"grid": (5, 5)}, ValueError, "makes 5 x 5 patches .* has 15"),

@@ -306,7 +306,7 @@ def test_settings_that_are_refused(change, error, message):
             ValueError,
             r"images of \(32, 32\) pixels, got \(40, 32\).*dynamic",
         ),
-        (True, torch.zeros(1, 3, 36, 32), None, ValueError, r"patches of \(8, 8\) pixels divide, got \(36, 32\)"),
+        (True, torch.zeros(1, 3, 36, 32), None, ValueError, r"multiple of the patch size \(8, 8\), got \(36, 32\)"),
         (True, torch.zeros(1, 3, 8, 32), None, ValueError, r"grid must be at most the lookup grid \(1, 4\)"),
         (
             False,
