@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Runs of tests/conformance in processes that simulate a GPU: in Triton's interpreter, or in the CUDA emulator."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 FOLDER = Path(__file__).parent / "conformance"
 # Each family runs in one process: few processes to start, yet a failure is easy to find.
 FAMILIES = {
@@ -20,6 +22,8 @@ FAMILIES = {
         *("kth_bipartite_match", "random_bipartite_match", "window_match"),
     ),
 }
+# The families of Triton's interpreter: it takes minutes for the selectors.
+INTERPRETED = {name: files for name, files in FAMILIES.items() if name != "selectors" and HAS_TRITON}
 
 
 def run(names, environment, *options):

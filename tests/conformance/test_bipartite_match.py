@@ -21,8 +21,8 @@ def test_reproduces_the_authors_code(name, device):
 
 # One token, the smallest pairs, odd, one tile of sources and of destinations and one more, ViT sizes.
 SIZES = [
-    *((1, 64), (2, 1), (3, 33), (7, 64), (17, 33), (31, 1), (67, 130), (98, 33)),
-    *slow((96, 1), (97, 64), (197, 33), (198, 64), (577, 1), (577, 64), (1024, 33)),
+    *((1, 64), (2, 1), (3, 33), (7, 64), (17, 33), (31, 1), (67, 130)),
+    *slow((98, 33), (96, 1), (97, 64), (197, 33), (198, 64), (577, 1), (577, 64), (1024, 33)),
 ]
 
 

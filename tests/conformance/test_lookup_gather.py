@@ -288,10 +288,9 @@ def test_nothing_to_look_up(device, shape):
 def test_heads_that_are_too_wide(backend, device):
     most = {"triton": 128, "cuda": 256}[backend]
     q = torch.randn(1, 1, 3, most + 1, device=device)
-    words = rf"q must have at most {most} channels .*{most + 1}"
-    with pytest.raises((ValueError, RuntimeError), match=f"lookup_gather: {words}"):
+    with pytest.raises(RuntimeError, match=rf"lookup_gather: .*at most {most} channels a head, got {most + 1}"):
         tk.lookup_gather(q, q, q)
-    with pytest.raises((ValueError, RuntimeError), match=f"lookup_scatter: {words}"):
+    with pytest.raises(RuntimeError, match=rf"lookup_scatter: .*at most {most} channels a head, got {most + 1}"):
         tk.lookup_scatter(q, q, q, q[..., 0])
 
 

@@ -79,7 +79,8 @@ auto ordered_keys(const std::vector<float>& scores) {
   for (int32_t i = 0; i < static_cast<int32_t>(scores.size()); ++i) {
     const uint32_t key = ordered_key(scores[i]);
     const uint64_t candidate = pack_candidate(scores[i], i);
-    const bool whole = candidate_key(candidate) == key && candidate_index(candidate) == i && key_score(key) == scores[i];
+    const bool whole =
+        candidate_key(candidate) == key && candidate_index(candidate) == i && key_score(key) == scores[i];
     result.emplace_back(key, whole);
   }
   return result;
