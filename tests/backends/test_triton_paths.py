@@ -11,4 +11,6 @@ import simulated
 @pytest.mark.slow
 @pytest.mark.parametrize("family", simulated.INTERPRETED)
 def test_family(family):
-    simulated.run(simulated.INTERPRETED[family], {"TRITON_INTERPRET": "1", "TOKRED_TRITON_PATHS": "other"})
+    # float16 runs on the usual paths only: the paths do not depend on which 16-bit dtype it is.
+    environment = {"TRITON_INTERPRET": "1", "TOKRED_TRITON_PATHS": "other"}
+    simulated.run(simulated.INTERPRETED[family], environment, "-k", "not torch.float16")
