@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.baselines.tome import BipartitePlan
+from benchmarks.baselines.tome import BipartitePlan, ranked_sources
 
 
 class WindowPlan(NamedTuple):
@@ -93,15 +93,7 @@ def adaptive_plan(
 ) -> BipartitePlan:
     """Run ALGM's `turbo_matching` up to its closure, which is the same as ToMe's."""
     with torch.no_grad():
-        unit = metric / metric.norm(dim=-1, keepdim=True)
-        even, odd = unit[..., ::2, :], unit[..., 1::2, :]
-        scores = even @ odd.transpose(-1, -2)
-        if class_token:
-            scores[..., 0, :] = -math.inf
-        if distill_token:
-            scores[..., :, 0] = -math.inf
-        best, where = scores.max(dim=-1)
-        order = best.argsort(dim=-1, descending=True)[..., None]
+        best, where, order = ranked_sources(metric, class_token, distill_token)
 
         # The smallest number, over the batch, of sources at or above the threshold, which leaves out the first source.
         free = best[:, 1:]

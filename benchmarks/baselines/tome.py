@@ -87,6 +87,23 @@ class RandomPlan(NamedTuple):
         return others.scatter_reduce(-2, self.joined.expand(-1, -1, x.shape[-1]), drawn, reduce=mode)
 
 
+def ranked_sources(metric: Tensor, class_token: bool, distill_token: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each source's highest cosine and destination, (B, sources), and the sources by descending cosine.
+
+    Sources are the even tokens, destinations the odd ones. ALGM's code begins in the same way.
+    """
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    even, odd = unit[..., ::2, :], unit[..., 1::2, :]
+    scores = even @ odd.transpose(-1, -2)
+    if class_token:
+        scores[..., 0, :] = -math.inf
+    if distill_token:
+        scores[..., :, 0] = -math.inf
+    best, where = scores.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True)[..., None]
+    return best, where, order
+
+
 def bipartite_plan(metric: Tensor, r: int, class_token: bool = False, distill_token: bool = False) -> BipartitePlan:
     """Run ToMe's `bipartite_soft_matching` up to its closures, on a metric (B, N, D) or keys (B, H, N, d)."""
     if metric.dim() == 4:
@@ -94,15 +111,7 @@ def bipartite_plan(metric: Tensor, r: int, class_token: bool = False, distill_to
     tokens = metric.shape[1]
     r = min(r, (tokens - int(class_token) - int(distill_token)) // 2)
     with torch.no_grad():
-        unit = metric / metric.norm(dim=-1, keepdim=True)
-        even, odd = unit[..., ::2, :], unit[..., 1::2, :]
-        scores = even @ odd.transpose(-1, -2)
-        if class_token:
-            scores[..., 0, :] = -math.inf
-        if distill_token:
-            scores[..., :, 0] = -math.inf
-        best, where = scores.max(dim=-1)
-        order = best.argsort(dim=-1, descending=True)[..., None]
+        _, where, order = ranked_sources(metric, class_token, distill_token)
         staying, joining = order[..., r:, :], order[..., :r, :]
         joined = where[..., None].gather(-2, joining)
         if class_token:
