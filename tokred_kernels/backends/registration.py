@@ -86,10 +86,9 @@ def register(
 
 def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """Return a function that returns the arguments at these places, as a tuple."""
-    if places == list(range(len(places))):
-        return itemgetter(slice(len(places)))
-    if places == list(range(places[0], places[-1] + 1)):
-        return itemgetter(slice(places[0], places[-1] + 1))
+    first = places[0] if places else 0
+    if places == list(range(first, first + len(places))):
+        return itemgetter(slice(first, first + len(places)))  # a slice is a tuple even of one argument
     return itemgetter(*places)
 
 
