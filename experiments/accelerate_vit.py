@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 import tokred_kernels as tk
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.torchvision_shim import import_library
 from tokred_kernels.files import replace_text
+from tokred_kernels.models.imports import import_with_torchvision
 
 
 class Method(NamedTuple):
@@ -146,7 +146,7 @@ def load_model(options: argparse.Namespace) -> tuple[nn.Module, bool]:
     """Return the model, and whether its weights are pretrained."""
     if not options.random_weights and not _hub_answers():
         os.environ["HF_HUB_OFFLINE"] = "1"  # use only cached weights; otherwise the download retries for a minute
-    timm = import_library("timm")
+    timm = import_with_torchvision("timm")
     if not timm.is_model(options.model):
         near = difflib.get_close_matches(options.model, timm.list_models(), n=4)
         advice = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has the names"

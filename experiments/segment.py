@@ -37,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tokred_kernels as tk
-from benchmarks.harness.torchvision_shim import import_library
 from tokred_kernels.files import replace_text
+from tokred_kernels.models.imports import import_with_torchvision
 
 PATCH = 8
 HEAD_WIDTH = 64
@@ -148,7 +148,7 @@ def begin(
 ) -> tuple[tk.nn.LinearSegmenter, torch.optim.Optimizer]:
     """Return a new segmenter and its optimizer. It has no position embedding: classes do not depend on positions."""
     torch.manual_seed(options.seed)
-    vit = import_library("timm").models.vision_transformer.VisionTransformer
+    vit = import_with_torchvision("timm").models.vision_transformer.VisionTransformer
     encoder = vit(
         img_size=options.size,
         patch_size=PATCH,

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tokred_kernels as tk
-from benchmarks.harness.torchvision_shim import import_library
 from tokred_kernels.files import replace_text
+from tokred_kernels.models.imports import import_with_torchvision
 
 METHODS = ("none", "tome", "dynamicvit", "evit", "diffrate", "lookupvit")
 ALL = "all"
@@ -164,7 +164,7 @@ def make(options: argparse.Namespace, classes: int, device: torch.device) -> nn.
     Initial positions are random, as usual, or for a fair comparison the waves of LookupViT.
     """
     torch.manual_seed(options.seed)
-    model = import_library("timm").models.vision_transformer.VisionTransformer(
+    model = import_with_torchvision("timm").models.vision_transformer.VisionTransformer(
         img_size=SIDE,
         patch_size=PATCH,
         in_chans=1,

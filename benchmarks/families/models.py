@@ -21,8 +21,8 @@ from benchmarks.harness.measure import Settings, make_visit
 from benchmarks.harness.providers import REFERENCE, Failed
 from benchmarks.harness.records import Failures, Row, error_facts, release
 from benchmarks.harness.timing import Visit, interleave, ratio, summarise
-from benchmarks.harness.torchvision_shim import import_library
 from tokred_kernels import backends
+from tokred_kernels.models.imports import import_with_torchvision
 
 UNPATCHED = "unpatched"
 # A backend without a kernel for token attention leaves it to torch, so only the first two are required.
@@ -59,8 +59,8 @@ class ModelCase:
     def make(self) -> nn.Module:
         """Return the model in eval mode."""
         if not self.model.startswith(TRANSFORMERS):
-            return import_library("timm").create_model(self.model).eval()
-        library: Any = import_library("transformers")
+            return import_with_torchvision("timm").create_model(self.model).eval()
+        library: Any = import_with_torchvision("transformers")
         kind, configuration, settings = CLASSES[self.model.removeprefix(TRANSFORMERS)]
         return getattr(library, kind)(getattr(library, configuration)(**settings)).eval()
 

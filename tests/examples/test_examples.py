@@ -4,10 +4,11 @@
 import importlib.util
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
+
+from tokred_kernels.models.imports import import_with_torchvision
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = {
@@ -24,13 +25,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module", autouse=True)
 def torchvision():
-    path = ROOT / "benchmarks" / "harness" / "torchvision_shim.py"
-    spec = importlib.util.spec_from_file_location("torchvision_shim", path)
-    shim = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shim)
-    shim.declare_missing_operators()
-    yield
-    sys.modules.pop("torchvision_shim", None)
+    """Make torchvision importable, which the examples import through timm and other libraries."""
+    if importlib.util.find_spec("torchvision") is not None:
+        import_with_torchvision("torchvision")
 
 
 def test_every_example_is_tested():

@@ -111,7 +111,7 @@ def test_more_pictures_than_a_batch(demo, folder, tmp_path):
 
 
 def test_missing_weights_give_a_notice(demo, folder, tmp_path, capsys, monkeypatch):
-    timm = demo.import_library("timm")
+    timm = demo.import_with_torchvision("timm")
     real = timm.create_model
 
     def offline(name, pretrained=False, **settings):
@@ -189,7 +189,7 @@ def test_arguments_that_cannot_be_parsed(demo, capsys, arguments, message):
 
 
 def test_a_patch_needs_no_more_memory(demo):
-    model = demo.import_library("timm").create_model("test_vit").eval().requires_grad_(False)
+    model = demo.import_with_torchvision("timm").create_model("test_vit").eval().requires_grad_(False)
     x = torch.zeros(2, 3, 160, 160)
 
     def peak():
